@@ -1,0 +1,119 @@
+"""The linear state of a normalisation layer: weighted sums about a pivot, as pure functions on tensors.
+
+Shapes: C channels; every tensor here is (C,) and float32 or float64. Per channel, over all elements x seen so far,
+each with its weight w::
+
+    count = sum(w)        sums = sum(w * (x - shift))        sqrs = sum(w * (x - shift)**2)
+
+They are linear in the data, so batches, ranks and domains combine by weighted addition. `shift` is a pivot near the
+mean: the variance is a difference of `sqrs` and `sums` terms, and about a far pivot float32 has no digits left for it.
+
+Source: shifted data algorithm and pairwise merge of Chan, Golub and LeVeque, "Algorithms for computing the sample
+variance", The American Statistician 37 (1983).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sums(NamedTuple):
+    """Weighted sums about a pivot, the sufficient statistics of mean and variance.
+
+    Attributes:
+        shift: (C,), the pivot.
+        sums: (C,), sum of w·(x − shift).
+        sqrs: (C,), sum of w·(x − shift)².
+        count: (C,) or (), sum of w; for one unweighted batch the number of elements per channel.
+
+    Example:
+        >>> import torch
+        >>> mean, var = moments(exact_sums(torch.tensor([[1.0], [2.0], [6.0]])))
+        >>> mean, var
+        (tensor([3.]), tensor([4.6667]))
+    """
+
+    shift: Tensor
+    sums: Tensor
+    sqrs: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of sums
+
+
+def exact_sums(rows: Tensor) -> Sums:
+    """Sums of the rows of a matrix, about their own mean.
+
+    Args:
+        rows: (M, C), M elements per channel, float32 or float64; M ≥ 1.
+    """
+    mean = rows.mean(0)
+    centred = rows - mean
+    return Sums(mean, centred.sum(0), centred.square().sum(0), torch.full_like(mean, rows.shape[0]))
+
+
+def moments(state: Sums) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, each (C,): mean = shift + sums/count, var = sqrs/count − (sums/count)² ≥ 0.
+
+    A channel that holds nothing (count = 0) has mean 0 and variance 1, so that it normalises as a fresh
+    ``nn.BatchNorm`` evaluates.
+    """
+    empty = state.count == 0
+    count = torch.where(empty, 1, state.count)
+    offset = state.sums / count
+    # Rounding may leave a tiny negative difference for a constant channel.
+    var = (state.sqrs / count - offset * offset).clamp(min=0)
+    return torch.where(empty, 0, state.shift + offset), torch.where(empty, 1, var)
+
+
+def move_pivot(state: Sums, shift: Tensor) -> Sums:
+    """The same statistics about another pivot; exact algebra, with d = shift − state.shift.
+
+    sqrs − d·(2·sums − count·d), then sums − count·d.
+    """
+    d = shift - state.shift
+    moved = state.count * d
+    return Sums(shift, state.sums - moved, state.sqrs - d * (2 * state.sums - moved), state.count)
+
+
+def common_pivot(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Tensor:
+    """The mean of keep·old + gain·new, (C,): the pivot about which that sum loses the fewest digits.
+
+    With the two means D apart and weights 1 − p and p, moving both states here leaves rounding errors of the order
+    of p·(1 − p)·D², which is no more than the variance between the two means itself. The pivot of either state alone
+    would leave D², however small the weight of the other.
+    """
+    weight_old, weight_new = keep * old.count, gain * new.count
+    total = weight_old + weight_new
+    portion = torch.where(total == 0, 0, weight_new / torch.where(total == 0, 1, total))
+    mean_old, mean_new = moments(old)[0], moments(new)[0]
+    return torch.where(weight_old == 0, mean_new, mean_old + portion * (mean_new - mean_old))
+
+
+def combine(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Sums:
+    """keep·old + gain·new about their common mean; a lerp where keep = 1 − gain, a merge where both are 1.
+
+    Args:
+        old, new: the states; an empty one (count = 0) contributes nothing.
+        keep, gain: (C,) weights, each ≥ 0.
+    """
+    pivot = common_pivot(old, new, keep, gain)
+    old, new = move_pivot(old, pivot), move_pivot(new, pivot)
+    return Sums(
+        pivot,
+        keep * old.sums + gain * new.sums,
+        keep * old.sqrs + gain * new.sqrs,
+        keep * old.count + gain * new.count,
+    )
+
+
+def unbiased(var: Tensor, count: Tensor, count_sqrs: Tensor) -> Tensor:
+    """Variance with Bessel's correction for weighted elements, (C,): var / (1 − Σw²/(Σw)²).
+
+    1/(Σw²/(Σw)²) is the effective number of elements (Kish 1965); with equal weights it is n and the factor the
+    familiar n/(n − 1). A state taken over from elsewhere has Σw² = 0: it counts as a population and is not corrected.
+    """
+    share = count_sqrs / torch.where(count == 0, 1, count).square()
+    # A single element has no variance to correct; torch refuses that case, a zero here keeps it finite.
+    return torch.where(share < 1, var / (1 - share).clamp(min=torch.finfo(var.dtype).eps), var)
