@@ -1,0 +1,179 @@
+"""One training step, forward and backward: sweep the batch, absorb its sums, normalise by the outcome.
+
+Shapes: N batch, C channels, any trailing dimensions; n = elements per channel. Per-channel vectors are (C,) in the
+dtype of the statistics (float32 or float64).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx
+
+from . import kernels
+from .momentum import Momentum, batch_weight, weighs_whole_batches
+from .statistics import Sums, moments
+from .update import Coefficients, GradientState, State, absorb_gradient, absorb_precise, absorb_running
+
+
+@torch.no_grad()
+def running_step(x: Tensor, state: State, momentum: Momentum) -> Coefficients:
+    """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`."""
+    batch = kernels.batch_sums(x, state.sums.dtype)
+    weight = batch_weight(momentum, len(x), state.samples, state.steps)
+    return absorb_running(state, batch, weight, len(x), weighs_whole_batches(momentum))
+
+
+@torch.no_grad()
+def precise_step(x: Tensor, state: State, momentum: Momentum) -> Coefficients:
+    """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
+    batch = kernels.batch_sums(x, state.sums.dtype)
+    weight = batch_weight(momentum, len(x), state.samples, state.steps)
+    absorb_precise(state, batch, weight, len(x), weighs_whole_batches(momentum))
+    return _of_batch(batch)
+
+
+@torch.no_grad()
+def batch_step(x: Tensor, dtype: torch.dtype) -> Coefficients:
+    """Normalise by the batch's own statistics and keep none."""
+    return _of_batch(kernels.batch_sums(x, dtype))
+
+
+def _of_batch(batch: Sums) -> Coefficients:
+    mean, var = moments(batch)
+    # Two tensors, since torch.compile refuses one tensor as two arguments of an autograd.Function.
+    return Coefficients(mean, var, 1 / batch.count, 1 / batch.count)
+
+
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, fixed: Coefficients, eps: float) -> Tensor:
+    """y = (x − mean)·rstd·weight + bias with the exact gradient through the statistics; rstd = (var + eps)^−½.
+
+    With dy = dL/dy and z = (x − mean)·rstd, per channel
+
+        dbias = Σdy    dweight = Σdy·z    dx = weight·rstd·[dy − κ·(Σdy + z·Σdy·z)]
+
+    κ = gain/count; κ = 1/n is BatchNorm. The z term drops where the variance is held at its floor. Keeps x and C-sized
+    vectors for backward. Differentiable twice.
+    """
+    y: Tensor = _NormalizeExact.apply(
+        x, weight, bias, eps, fixed.mean, fixed.var, fixed.kappa_mean, fixed.kappa_var
+    )
+    return y
+
+
+def normalize_running(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, fixed: Coefficients, eps: float, gradient: GradientState
+) -> Tensor:
+    """y as in `normalize`; in backward the two sums are running averages too.
+
+        dbias = Σdy    dweight = Σdy·z    dx = weight·rstd·[dy − G0 − z·G1]
+
+    with G0, G1 the running means of dy and dy·z, this batch included, that `update.absorb_gradient` keeps in `gradient`
+    with this forward's keep and gain. Not the derivative of a function: a second derivative raises RuntimeError.
+
+    The nearest published relative is MABN: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation
+    of Batch Normalization", ICLR 2020.
+    """
+    y: Tensor = _NormalizeRunning.apply(
+        x, weight, bias, eps, fixed.mean, fixed.var, fixed.keep, fixed.gain, *gradient
+    )
+    return y
+
+
+class _NormalizeExact(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+        mean: Tensor, var: Tensor, kappa_mean: Tensor, kappa_var: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), kappa_mean, kappa_var)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return kernels.normalize(x, mean, var, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (*_differentiable_gradients(ctx, dy), *[None] * 5)
+        sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, mean, rstd)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = kernels.input_gradient(dy, x, mean, rstd, weight, kappa_mean * sum_dy, kappa_var * sum_dy_xhat)
+        dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
+        return (dx, dweight, dbias, *[None] * 5)
+
+
+class _NormalizeRunning(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+        mean: Tensor, var: Tensor, keep: Tensor, gain: Tensor, *gradient: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), keep, gain)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # Not saved for backward: these buffers are meant to change between forward and backward.
+        ctx.gradient = GradientState(*gradient)
+        return kernels.normalize(x, mean, var, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, rstd, keep, gain = ctx.saved_tensors
+        with torch.no_grad():
+            sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, mean, rstd)
+            n = x.numel() // x.shape[1]
+            mean_dy, mean_dy_xhat = absorb_gradient(ctx.gradient, sum_dy, sum_dy_xhat, keep, gain, n)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = kernels.input_gradient(dy, x, mean, rstd, weight, mean_dy, mean_dy_xhat)
+            dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
+            dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
+            gradients = (dx, dweight, dbias)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = _RefuseSecondDerivative.apply(dy, *gradients)
+        return (*gradients, *[None] * 8)
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """The gradients of x, weight and bias as differentiable functions of x, weight and dy, for a double backward.
+
+    The statistics are written as their saved values plus what they change by when x does, which is zero here and now:
+    from the saved values alone the second derivative would be wrong, and from x alone the state before this batch
+    would be needed.
+    """
+    x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
+    all_but_channels = [d for d in range(x.dim()) if d != 1]
+
+    def spread(vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * (x.dim() - 2))
+
+    def change(total: Tensor) -> Tensor:
+        return total - total.detach()
+
+    centred = x.to(mean.dtype) - spread(mean)
+    mean_change = kappa_mean * change(centred.sum(all_but_channels))
+    # var = Σx²/n − mean²: the square of the change of the mean is zero up to its second derivative.
+    var_change = kappa_var * change(centred.square().sum(all_but_channels)) - (kappa_var > 0) * mean_change.square()
+    z = (centred - spread(mean_change)) * spread((rstd.pow(-2) + var_change).rsqrt())
+    y = (z if weight is None else z * spread(weight.to(z.dtype))).to(x.dtype)
+    wanted = [t if needed else None for t, needed in zip((x, weight), ctx.needs_input_grad)]
+    found = iter(torch.autograd.grad(y, [t for t in wanted if t is not None], dy, create_graph=True))
+    dbias = None if ctx.bias_dtype is None else dy.sum(all_but_channels, dtype=mean.dtype).to(ctx.bias_dtype)
+    return [*(None if t is None else next(found) for t in wanted), dbias]
+
+
+class _RefuseSecondDerivative(Function):
+    """Passes gradients on, and explains itself to whoever differentiates them."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, dy: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *second: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(
+            "RunningBatchNorm(gradient='running') cannot be differentiated twice: its backward uses running averages, "
+            "which no function has as its derivative. Use gradient='exact' for a double backward."
+        )

@@ -1,0 +1,121 @@
+"""The sweeps in plain torch: any device, any strides, traceable. See the package for the contract.
+
+Under torch.compile the equations are written out for the compiler to fuse. Otherwise they are arranged around what
+torch's own kernels do well: on the CPU its batch-norm statistics and `var_mean` are scalar while plain sums are
+vectorised, and its evaluation-mode batch norm is the fastest affine map per channel that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from ..statistics import Sums
+
+# Elements of a temporary of the blocked sums: 2 MiB of float32. Small enough to stay in cache, large enough that the
+# threads meet only a few dozen times.
+_BLOCK = 2**19
+
+
+def batch_sums(x: Tensor, dtype: torch.dtype) -> Sums:
+    """Sums of x, (N, C, ...), per channel about its own mean, in `dtype`.
+
+    Two sweeps, so that the pivot fits however far the data have moved: Σx first, then Σ(x − mean)².
+    """
+    n = x.numel() // x.shape[1]
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        var, mean = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
+        sqrs = var * n
+    elif _channels_last(x):
+        rows = _rows(x)
+        mean = rows.sum(0, dtype=dtype) / n
+        sqrs = torch.stack([d.square_().sum(0) for d in _centred_blocks(rows, mean.expand_as(rows))]).sum(0)
+    else:
+        planes = rearrange(x.contiguous(), "n c ... -> (n c) (...)")
+        mean = rearrange(planes.sum(1, dtype=dtype), "(n c) -> n c", n=len(x)).sum(0) / n
+        means = mean.repeat(len(x)).unsqueeze(1)
+        plane_sqrs = torch.cat([d.square_().sum(1) for d in _centred_blocks(planes, means)])
+        sqrs = rearrange(plane_sqrs, "(n c) -> n c", n=len(x)).sum(0)
+    return Sums(mean, torch.zeros_like(mean), sqrs, torch.full_like(mean, n))
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x."""
+    if torch.compiler.is_compiling():
+        rstd = (var + eps).rsqrt()
+        y = (x - _spread(mean, x)) * _spread(rstd if weight is None else rstd * weight, x)
+        return (y if bias is None else y + _spread(bias, x)).to(x.dtype)
+    # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
+    weight = None if weight is None else weight.to(mean.dtype)
+    bias = None if bias is None else bias.to(mean.dtype)
+    return _restore(F.batch_norm(_dense(x), mean, var, weight, bias, False, 0.0, eps), x)
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Σdy and Σdy·z per channel, z = (x − mean)·rstd, in the dtype of mean."""
+    if torch.compiler.is_compiling():
+        dy = dy.to(mean.dtype)
+        z = (x - _spread(mean, x)) * _spread(rstd, x)
+        return reduce(dy, "n c ... -> c", "sum"), reduce(dy * z, "n c ... -> c", "sum")
+    # The reduction of torch's own backward, asked for the gradients of weight and bias only.
+    only_weight_and_bias = [False, True, True]
+    _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
+        _dense(dy, like=x), _dense(x), torch.ones_like(mean), None, None, mean, rstd, True, 0.0, only_weight_and_bias
+    )
+    return sum_dy, sum_dy_xhat
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
+) -> Tensor:
+    """dx = weight·rstd·(dy − m0 − z·m1) with z = (x − mean)·rstd, in the dtype and layout of x."""
+    scale = rstd if weight is None else rstd * weight
+    if torch.compiler.is_compiling() or x.dtype != mean.dtype:
+        z = (x - _spread(mean, x)) * _spread(rstd, x)
+        return (_spread(scale, x) * (dy - _spread(m0, x) - z * _spread(m1, x))).to(x.dtype)
+    # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more sweep is left for dy.
+    b, d = -scale * rstd * m1, -scale * m0
+    dx = F.batch_norm(_dense(x), mean, torch.ones_like(mean), b, d, False, 0.0, 0.0)
+    dx.addcmul_(_dense(dy, like=x), _spread(scale, dx))
+    return _restore(dx, x)
+
+
+def _spread(vector: Tensor, like: Tensor) -> Tensor:
+    """A per-channel vector, (C,), shaped to broadcast over (N, C, ...)."""
+    return vector.view(-1, *[1] * (like.dim() - 2))
+
+
+def _channels_last(x: Tensor) -> bool:
+    # With one channel both layouts are the same memory, and planes are the faster view of it.
+    return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return rearrange(x, "n c ... -> (n ...) c")
+
+
+def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x as torch's kernels take it fastest: contiguous rows (n·s, C) or planes (n, C, s), in the layout of `like`."""
+    if _channels_last(x if like is None else like):
+        return _rows(x).contiguous()
+    return rearrange(x, "n c ... -> n c (...)").contiguous()
+
+
+def _restore(dense: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_dense`: back to the shape and layout of `like`."""
+    if _channels_last(like):
+        batch, _, *spatial = like.shape
+        return dense.view(batch, *spatial, -1).movedim(-1, 1)
+    return dense.view(like.shape)
+
+
+def _centred_blocks(matrix: Tensor, means: Tensor) -> Iterator[Tensor]:
+    """matrix − means, some rows at a time in one small buffer that is reused: consume each block before the next."""
+    rows = max(1, _BLOCK // matrix.shape[1])
+    buffer = torch.empty(min(rows, len(matrix)), matrix.shape[1], dtype=means.dtype, device=matrix.device)
+    for block, mean in zip(matrix.split(rows), means.split(rows)):
+        yield torch.sub(block, mean, out=buffer[: len(block)])

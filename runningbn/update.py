@@ -1,0 +1,237 @@
+"""Absorbing a batch into the buffers of a layer: C-sized, in place, opaque to compilers.
+
+Shapes: C channels; all tensors are (C,) in the dtype of the statistics (float32 or float64) unless stated. n is the
+number of elements per channel of the batch.
+
+Traced code that writes buffers in place compiles to wrong gradients without a warning (torch 2.13): the backward
+recomputes its coefficients from buffers that the forward has already overwritten. So each update is one operator,
+which the compiler cannot look into and whose results it has to save. Eager mode calls the function itself, which
+spares the dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .statistics import Sums, combine, moments, unbiased
+
+# fastai's guard: while fewer samples than this have been seen, a variance below the floor is not trusted.
+WARMUP_SAMPLES = 20
+VARIANCE_FLOOR = 0.01
+
+
+class State(NamedTuple):
+    """The statistics of a layer: its buffers, updated in place.
+
+    Attributes:
+        shift, sums, sqrs, count: the linear state, see `statistics.Sums`.
+        count_sqrs: sum of w², for the effective count; 0 in a state that was taken over from elsewhere.
+        debias: sum of the batch weights a, decayed alike: 0 in an empty state, then towards 1.
+        samples: samples seen.
+        steps: batches absorbed, the t of a = 1/t.
+        running_mean, running_var: what evaluation normalises by.
+        num_batches_tracked: (), int64, training forwards.
+    """
+
+    shift: Tensor
+    sums: Tensor
+    sqrs: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of sums
+    count_sqrs: Tensor
+    debias: Tensor
+    samples: Tensor
+    steps: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+
+class GradientState(NamedTuple):
+    """The running sums of the backward pass, updated in place, in backward only.
+
+    Attributes:
+        sum_dy: weighted sum of dy.
+        sum_dy_xhat: weighted sum of dy·z, z = (x − mean)·rstd.
+        count_dy: sum of the weights.
+    """
+
+    sum_dy: Tensor
+    sum_dy_xhat: Tensor
+    count_dy: Tensor
+
+
+class Coefficients(NamedTuple):
+    """All that one forward fixes for its normalisation and its backward: fresh tensors, never views of buffers.
+
+    Attributes:
+        mean, var: what x is normalised by; var is biased.
+        kappa_mean: derivative of mean by each element of x, gain/count.
+        kappa_var: the same factor in the variance term; 0 where the variance is held at its floor.
+        keep, gain: state = keep·state + gain·batch; (1, 0) where the batch was not finite. For running statistics only.
+    """
+
+    mean: Tensor
+    var: Tensor
+    kappa_mean: Tensor
+    kappa_var: Tensor
+    keep: Tensor | None = None
+    gain: Tensor | None = None
+
+
+def absorb_running(state: State, batch: Sums, weight: Tensor, samples: int, whole_batches: bool) -> Coefficients:
+    """Absorb a batch; normalise by the state, this batch included.
+
+    mean = shift + sums/count, var = sqrs/count − (sums/count)², but at least 0.01 while fewer than 20 samples have
+    been seen; `running_mean` and `running_var` are set to these.
+
+    Args:
+        state: updated in place.
+        batch: the sums of the batch.
+        weight: a, the weight of the batch.
+        samples: N, samples in the batch.
+        whole_batches: whether the batch as a whole weighs a (gain = a·(count/debias)/n), or each of its elements
+            (gain = a).
+    """
+    return Coefficients(*_call("absorb_running", *state, *batch, weight, samples, whole_batches))
+
+
+def absorb_precise(state: State, batch: Sums, weight: Tensor, samples: int, whole_batches: bool) -> None:
+    """Absorb a batch; `running_mean` and `running_var` become the pooled mean and unbiased variance.
+
+    The arguments are those of `absorb_running`.
+    """
+    _call("absorb_precise", *state, *batch, weight, samples, whole_batches)
+
+
+def absorb_gradient(
+    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, keep: Tensor, gain: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """Absorb the sums of a backward pass; return their running means G0 = sum_dy/count_dy, G1 = sum_dy_xhat/count_dy.
+
+    A channel whose sums are not finite (a GradScaler's overflow) leaves its state as it was.
+    """
+    mean_dy, mean_dy_xhat = _call("absorb_gradient", *state, sum_dy, sum_dy_xhat, keep, gain, n)
+    return mean_dy, mean_dy_xhat
+
+
+def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
+    state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
+    finite, keep, gain = _absorb(state, batch, weight, batch_samples, whole_batches)
+    sums = Sums(*state[:4])
+    mean, var = moments(sums)
+    floored = (state.samples < WARMUP_SAMPLES) & (var < VARIANCE_FLOOR)
+    # A channel that keeps its state is normalised by what evaluation would take, statistics written by hand included.
+    mean = torch.where(finite, mean, state.running_mean)
+    var = torch.where(finite, torch.where(floored, VARIANCE_FLOOR, var), state.running_var)
+    state.running_mean.copy_(mean)
+    state.running_var.copy_(var)
+    kappa = gain / _nonzero(sums.count)
+    return mean, var, kappa, torch.where(floored, 0, kappa), keep, gain
+
+
+def _absorb_precise(*arguments: Any) -> None:
+    state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
+    finite, _, _ = _absorb(state, batch, weight, batch_samples, whole_batches)
+    mean, var = moments(Sums(*state[:4]))
+    var = unbiased(var, state.count, state.count_sqrs)
+    state.running_mean.copy_(torch.where(finite, mean, state.running_mean))
+    state.running_var.copy_(torch.where(finite, var, state.running_var))
+
+
+def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    state, (sum_dy, sum_dy_xhat, keep, gain, n) = GradientState(*arguments[:3]), arguments[3:]
+    finite = torch.isfinite(sum_dy) & torch.isfinite(sum_dy_xhat)
+    for buffer, batch in zip(state, (sum_dy, sum_dy_xhat, n)):
+        buffer.copy_(torch.where(finite, keep * buffer + gain * batch, buffer))
+    count = _nonzero(state.count_dy)
+    return state.sum_dy / count, state.sum_dy_xhat / count
+
+
+def _absorb(
+    state: State, batch: Sums, weight: Tensor, batch_samples: int, whole_batches: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lerp a batch into the linear state; return which channels were finite, and keep and gain.
+
+    The other channels keep their state bit for bit.
+    """
+    # Any infinity or NaN among the elements reaches the sum of squares.
+    finite = torch.isfinite(batch.sqrs)
+    n = batch.count
+    # A NaN must not enter the arithmetic at all: 0·NaN is NaN.
+    shift = torch.where(finite, batch.shift, state.shift)
+    batch = Sums(shift, torch.where(finite, batch.sums, 0), torch.where(finite, batch.sqrs, 0), n)
+    old = _with_count_like(state, n)
+    keep, gain = 1 - weight, weight
+    if whole_batches:
+        elements_per_batch = old.count / _nonzero(state.debias)
+        gain = torch.where(state.debias > 0, weight * elements_per_batch / n, weight)
+    new = combine(old, batch, keep, gain)
+    count_sqrs = keep.square() * state.count_sqrs + gain.square() * n
+    debias = keep * state.debias + weight
+    for buffer, value in zip(state, (*new, count_sqrs, debias)):
+        buffer.copy_(torch.where(finite, value, buffer))
+    state.samples.add_(finite, alpha=batch_samples)
+    state.steps.add_(finite)
+    state.num_batches_tracked.add_(1)
+    return finite, torch.where(finite, keep, 1), torch.where(finite, gain, 0)
+
+
+def _with_count_like(state: State, n: Tensor) -> Sums:
+    """The linear state; statistics taken over from elsewhere, which come without a count, get that of this batch.
+
+    The batch then weighs exactly a, and later ones as if all before had been of its size.
+    """
+    taken_over = (state.count > 0) & (state.count_sqrs == 0)
+    scale = torch.where(taken_over, n * state.debias / _nonzero(state.count), 1)
+    return Sums(state.shift, state.sums * scale, state.sqrs * scale, state.count * scale)
+
+
+def _nonzero(count: Tensor) -> Tensor:
+    return torch.where(count == 0, 1, count)
+
+
+def _unpack(arguments: tuple[Any, ...]) -> tuple[State, Sums, Tensor, int, bool]:
+    state, batch = len(State._fields), len(Sums._fields)
+    weight, batch_samples, whole_batches = arguments[state + batch :]
+    return State(*arguments[:state]), Sums(*arguments[state : state + batch]), weight, batch_samples, whole_batches
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.runningbn, name)(*arguments)
+    with torch.no_grad():
+        return _UPDATES[name](*arguments)
+
+
+def _mutated(fields: tuple[str, ...]) -> str:
+    return ", ".join(f"Tensor(buffer{i}!) {name}" for i, name in enumerate(fields))
+
+
+def _per_channel(outputs: int) -> Callable[..., Any]:
+    """The shapes an update returns, for tracing: so many vectors like its first buffer."""
+    return lambda *arguments: tuple(torch.empty_like(arguments[0]) for _ in range(outputs)) if outputs else None
+
+
+_BATCH = (
+    ", ".join(f"Tensor batch_{name}" for name in Sums._fields)
+    + ", Tensor weight, SymInt batch_samples, bool whole_batches"
+)
+_GRADIENT = "Tensor batch_sum_dy, Tensor batch_sum_dy_xhat, Tensor keep, Tensor gain, SymInt n"
+_UPDATES: dict[str, Callable[..., Any]] = {
+    "absorb_running": _absorb_running,
+    "absorb_precise": _absorb_precise,
+    "absorb_gradient": _absorb_gradient,
+}
+_LIBRARY = torch.library.Library("runningbn", "DEF")
+for _name, _arguments, _outputs in (
+    ("absorb_running", f"{_mutated(State._fields)}, {_BATCH}", len(Coefficients._fields)),
+    ("absorb_precise", f"{_mutated(State._fields)}, {_BATCH}", 0),
+    ("absorb_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
+):
+    _LIBRARY.define(f"{_name}({_arguments}) -> ({', '.join(['Tensor'] * _outputs)})")
+    _LIBRARY.impl(_name, _UPDATES[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"runningbn::{_name}", _per_channel(_outputs))
