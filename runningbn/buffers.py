@@ -1,0 +1,205 @@
+"""The statistics as buffers of a module: registering, seeding, checkpoints, dtypes.
+
+What the layers share and what has nothing to do with normalising. See `update.State` for the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .momentum import Momentum, check_momentum
+from .update import GradientState, State
+
+# Samples that statistics taken over from elsewhere count for: more than any horizon needs to be at full length. Finite,
+# since weight averaging takes differences of buffers.
+_SETTLED = torch.finfo(torch.float32).max
+
+_TORCH_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_OWN_BUFFERS = tuple(name for name in State._fields if name not in _TORCH_BUFFERS)
+
+
+class PooledStatistics(_BatchNorm):
+    """The parameters and buffers of ``nn.BatchNorm``, and the linear state behind its statistics.
+
+    - `running_mean` and `running_var` are a view of the state; assigning them (``layer.running_mean = t``) reseeds it.
+    - Statistics taken over from elsewhere, by assignment or from a checkpoint of ``nn.BatchNorm``, seed the state: they
+      are kept bit for bit until the first update, whose batch then weighs exactly its momentum. A mean of 0 and a
+      variance of 1 with no batches tracked is no statistics, but a layer as after a reset.
+    - The state is at least float32: ``half()``, ``bfloat16()`` and checkpoints in 16 bits leave it float32.
+    """
+
+    momentum: Momentum  # type: ignore[assignment]
+    # Which of the running sums of the backward pass the class has.
+    gradient_buffers: tuple[str, ...] = ()
+    # The class that batchnormify has to return a layer to.
+    converted_from: type[nn.Module] | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Momentum = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        check_momentum(momentum)
+        # Older releases of torch have no `bias` here, so it is taken out afterwards.
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
+        if not bias:
+            self.register_parameter("bias", None)
+        if track_running_stats:
+            self.install_state()
+
+    def install_state(self) -> None:
+        """Register an empty state beside `running_mean` and `running_var`."""
+        for name in ("running_mean", "running_var"):
+            self._buffers[name] = _at_least_float32(self._buffers[name])
+        for name in _OWN_BUFFERS:
+            self.register_buffer(name, torch.zeros_like(self._buffers["running_mean"]))  # type: ignore[arg-type]
+        self.install_gradient_state()
+
+    def install_gradient_state(self) -> None:
+        """Register the running sums of the backward pass that the class has, and remove those it does not have."""
+        for name in GradientState._fields:
+            self._buffers.pop(name, None)
+        for name in self.gradient_buffers:
+            self.register_buffer(name, torch.zeros_like(self._buffers["running_mean"]))  # type: ignore[arg-type]
+
+    def remove_state(self) -> None:
+        """Leave the buffers of ``nn.BatchNorm``."""
+        for name in (*_OWN_BUFFERS, *GradientState._fields):
+            self._buffers.pop(name, None)
+
+    @property
+    def _state(self) -> State:
+        return State(*(self._buffers[name] for name in State._fields))  # type: ignore[arg-type]
+
+    @property
+    def _gradient_state(self) -> GradientState:
+        return GradientState(*(self._buffers[name] for name in GradientState._fields))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def seed(self) -> None:
+        """Set the state to that of a population with the moments `running_mean` and `running_var`.
+
+        A mean of 0 and a variance of 1 with no batches tracked leave an empty state instead.
+        """
+        state = self._state
+        if state.running_mean.is_meta:
+            return
+        if _untouched(state):
+            self._clear(_OWN_BUFFERS)
+            return
+        # Sums are zero about the mean itself. No weights are known, and count_sqrs = 0 says so.
+        zero = torch.zeros_like(state.running_mean)
+        self._write("shift", state.running_mean)
+        self._write("sums", zero)
+        self._write("sqrs", state.running_var)
+        self._write("count", zero + 1)
+        self._write("count_sqrs", zero)
+        self._write("debias", zero + 1)
+        self._write("samples", zero + _SETTLED)
+        self._write("steps", zero + state.num_batches_tracked)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        buffer = self._buffers[name]
+        assert buffer is not None
+        if buffer.device == value.device:
+            buffer.copy_(value)
+        else:  # a layer on the meta device that is given real statistics
+            self._buffers[name] = value
+
+    def _clear(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                buffer.zero_()
+
+    def reset_running_stats(self) -> None:
+        """Forget everything: mean 0, variance 1, an empty state, no batches tracked."""
+        super().reset_running_stats()
+        self._clear((*_OWN_BUFFERS, *self.gradient_buffers))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        reseeds = name in ("running_mean", "running_var") and isinstance(value, Tensor) and "sums" in self._buffers
+        if name == "momentum":
+            check_momentum(value)
+        if not reseeds:
+            super().__setattr__(name, value)
+            return
+        if value.shape != (self.num_features,):
+            raise ValueError(f"{name}: expected shape ({self.num_features},), got {tuple(value.shape)}")
+        super().__setattr__(name, value.detach().to(self.sums.dtype))
+        self.seed()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        state = {id(self._buffers.get(name)) for name in (*State._fields, *GradientState._fields)}
+
+        def keep_state_wide(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            # From the tensor as it was: its digits are already gone from `out`.
+            return tensor.to(out.device, torch.float32) if id(tensor) in state and is_narrow(out) else out
+
+        return super()._apply(keep_state_wide, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        own = [name for name in (*_OWN_BUFFERS, *self.gradient_buffers) if name in self._buffers]
+        absent = {prefix + name for name in own if prefix + name not in state_dict}
+        brings_statistics = any(prefix + name in state_dict for name in ("running_mean", "running_var"))
+        from_elsewhere = brings_statistics and prefix + "sums" in absent
+        if own:
+            for name in (*_OWN_BUFFERS, *GradientState._fields, *_TORCH_BUFFERS):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor):
+                    state_dict[prefix + name] = _at_least_float32(value)
+            for name in GradientState._fields:
+                if name not in self.gradient_buffers:
+                    state_dict.pop(prefix + name, None)
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not (own and brings_statistics) or len(error_msgs) > errors:
+            return
+        optional = absent if from_elsewhere else {prefix + name for name in self.gradient_buffers}
+        missing_keys[:] = [key for key in missing_keys if key not in optional]
+        if from_elsewhere:
+            self.seed()
+        if absent & {prefix + name for name in self.gradient_buffers}:
+            # Running sums of another network's gradients would only mislead.
+            self._clear(self.gradient_buffers)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+        )
+
+
+def _untouched(state: State) -> bool:
+    untouched = (state.num_batches_tracked == 0) & (state.running_mean == 0).all() & (state.running_var == 1).all()
+    return bool(untouched)
+
+
+def is_narrow(tensor: Tensor) -> bool:
+    """Whether it holds floating-point numbers of fewer than 32 bits."""
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def _at_least_float32(tensor: Any) -> Any:
+    return tensor.float() if is_narrow(tensor) else tensor
+
+

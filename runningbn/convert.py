@@ -1,0 +1,263 @@
+"""batchnormify: put the layers into an existing model, and take them out again.
+
+A layer is converted in place: it stays the same object and changes its class, as ``torch.nn.utils.parametrize`` and
+torch's lazy modules do. So all that refers to it stays valid: a layer used in several places, plain lists of layers,
+hooks, optimizers, pruning masks, and the model itself where it is the layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .buffers import PooledStatistics
+from .modules import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, check_gradient
+from .momentum import Horizon, check_momentum
+
+Target = Union[Literal["running", "precise", "torch"], Callable[[nn.Module], nn.Module]]
+
+logger = logging.getLogger("runningbn")
+
+_OPTIONS = {"running": {"momentum", "gradient"}, "precise": {"momentum"}, "torch": set[str]()}
+_PRECISE = {
+    nn.BatchNorm1d: PreciseBatchNorm1d,
+    nn.BatchNorm2d: PreciseBatchNorm2d,
+    nn.BatchNorm3d: PreciseBatchNorm3d,
+}
+
+
+def batchnormify(
+    model: nn.Module,
+    to: Target = "running",
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    **layer_kwargs: Any,
+) -> nn.Module:
+    """Convert the BatchNorm layers of a model, in place.
+
+    Kept: parameters (the same objects), statistics, eps, affine, dtype, device, training flag, requires_grad, hooks,
+    and the identity of every layer. Evaluation gives what it gave before, from each target to each other. timm's
+    ``BatchNormAct2d`` keeps its drop and act.
+
+    Left alone, and named in the log with the reason: lazy layers without parameters yet, layers without running
+    statistics, parametrised layers, synchronised layers, scripted layers, and subclasses with a forward of their own.
+    One line is logged to the logger ``runningbn``, as a warning if a layer was left alone.
+
+    Args:
+        model: any module, a single layer included.
+        to: what to convert to:
+
+            - ``"running"``: `RunningBatchNorm`, with ``momentum=Horizon()`` unless told otherwise;
+            - ``"precise"``: `PreciseBatchNorm1d/2d/3d`, with the momentum of the layer;
+            - ``"torch"``: back to the class the layer had before, ``nn.BatchNorm1d/2d/3d`` for layers of this library.
+              A float momentum or None is kept, a rule becomes 0.1; the statistics take the dtype of the weight;
+            - a callable, which is given each layer and returns its replacement.
+        where: ``where(name, module)`` says whether to convert a layer; called with every name it has in the model.
+        **layer_kwargs: `momentum` (running and precise) and `gradient` (running) for the converted layers. A layer that
+            is of the target kind already takes these, too.
+
+    Returns:
+        The model; its replacement where a callable replaces the model itself.
+
+    Raises:
+        TypeError: for something that is not a module, or an option that the target does not take.
+        ValueError: for an unknown target or a bad option. The model is unchanged then.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from runningbn import batchnormify
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> type(batchnormify(model)[1]).__name__
+        'RunningBatchNorm'
+        >>> type(batchnormify(model, "torch")[1]).__name__
+        'BatchNorm2d'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"batchnormify: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_options(to, layer_kwargs)
+    convertible: list[nn.Module] = []
+    left_alone: dict[str, str] = {}
+    for names, layer in _batch_norms(model):
+        if where is not None and not any(where(name, layer) for name in names):
+            continue
+        reason = None if callable(to) else _reason_to_leave(layer, to)
+        if reason is None:
+            convertible.append(layer)
+        else:
+            left_alone[names[0] or "the model itself"] = reason
+    if callable(to):
+        model = _replace(model, {layer: to(layer) for layer in convertible})
+    else:
+        convert = {"running": _to_running, "precise": _to_precise, "torch": _to_torch}[to]
+        for layer in convertible:
+            convert(layer, **layer_kwargs)
+    _report(to, len(convertible), left_alone)
+    return model
+
+
+def _check_options(to: Target, options: dict[str, Any]) -> None:
+    if callable(to):
+        known = set[str]()
+    elif to in _OPTIONS:
+        known = _OPTIONS[to]
+    else:
+        raise ValueError(f"batchnormify: expected to={', '.join(map(repr, _OPTIONS))} or a callable, got {to!r}")
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        takes = ", ".join(sorted(known)) or "no options"
+        raise TypeError(f"batchnormify(to={to!r}) takes {takes}, got {', '.join(unknown)}")
+    if "momentum" in options:
+        check_momentum(options["momentum"])
+    if "gradient" in options:
+        check_gradient(options["gradient"])
+
+
+def _batch_norms(model: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
+    """Every BatchNorm layer once, with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm) or _is_scripted_batch_norm(module):
+            names.setdefault(module, []).append(name)
+    yield from ((found, module) for module, found in names.items())
+
+
+def _is_scripted_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and str(module.original_name).startswith("BatchNorm")
+
+
+def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
+    """Why a layer cannot be converted, or None."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "it is scripted; convert the model before torch.jit.script"
+    assert isinstance(layer, _BatchNorm)
+    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+        return "it is lazy and not initialised; run a batch through the model first"
+    if parametrize.is_parametrized(layer):
+        return "it is parametrised; remove the parametrisation first"
+    if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
+        return "it keeps no running statistics"
+    if isinstance(layer, nn.SyncBatchNorm):
+        return "it synchronises between processes"
+    if isinstance(layer, PooledStatistics):
+        if to == "running" or _torch_type(layer) is not None:
+            return None
+        return "which nn.BatchNorm it stands for is not known; run a batch through the model first"
+    if not _is_plain(type(layer)) and not _is_norm_act(type(layer)):
+        return f"{type(layer).__name__} is not known, and has a forward of its own"
+    return None
+
+
+def _is_plain(cls: type[nn.Module]) -> bool:
+    return cls.forward is _BatchNorm.forward and issubclass(cls, tuple(_PRECISE))
+
+
+def _is_norm_act(cls: type[nn.Module]) -> bool:
+    """Whether it is timm's BatchNormAct2d, or a subclass that keeps its forward; by name, without importing timm."""
+    origin = next((base for base in cls.__mro__ if base.__name__ == "BatchNormAct2d"), None)
+    return origin is not None and issubclass(cls, nn.BatchNorm2d) and cls.forward is origin.__dict__.get("forward")
+
+
+class _NormAct(nn.Module):
+    """timm's BatchNormAct2d around another normalisation: y = act(drop(norm(x)))."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(input)))
+        return y
+
+
+class RunningBatchNormAct2d(_NormAct, RunningBatchNorm):
+    """What `batchnormify` makes of timm's ``BatchNormAct2d``; not meant to be constructed."""
+
+
+class PreciseBatchNormAct2d(_NormAct, PreciseBatchNorm2d):
+    """What `batchnormify` makes of timm's ``BatchNormAct2d``; not meant to be constructed."""
+
+
+def _torch_type(layer: nn.Module) -> type[nn.Module] | None:
+    """The class to return to: what the layer was, or the ``nn.BatchNorm`` for inputs such as it has seen."""
+    if not isinstance(layer, PooledStatistics):
+        return type(layer)
+    if layer.converted_from is not None:
+        return layer.converted_from
+    if isinstance(layer, RunningBatchNorm):
+        return {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(layer.input_dim or 0)
+    return next(plain for plain, precise in _PRECISE.items() if isinstance(layer, precise))
+
+
+def _to_running(layer: Any, **options: Any) -> None:
+    if not isinstance(layer, RunningBatchNorm):
+        _become(layer, RunningBatchNormAct2d if _is_norm_act(type(layer)) else RunningBatchNorm)
+        layer.momentum, layer.gradient = Horizon(), "running"
+    for name, value in options.items():
+        setattr(layer, name, value)
+
+
+def _to_precise(layer: Any, **options: Any) -> None:
+    if not isinstance(layer, tuple(_PRECISE.values())):
+        origin = _torch_type(layer)
+        assert origin is not None
+        precise = next(precise for plain, precise in _PRECISE.items() if issubclass(origin, plain))
+        _become(layer, PreciseBatchNormAct2d if _is_norm_act(origin) else precise)
+        layer.__dict__.pop("gradient", None)
+    for name, value in options.items():
+        setattr(layer, name, value)
+
+
+def _become(layer: Any, cls: type[PooledStatistics]) -> None:
+    """Give a layer of torch or of this library another class of this library, and the buffers that go with it."""
+    origin, had_state = _torch_type(layer), isinstance(layer, PooledStatistics)
+    layer.__class__ = cls
+    layer.converted_from = origin
+    if had_state:
+        layer.install_gradient_state()
+    else:
+        layer.install_state()
+        layer.seed()
+
+
+def _to_torch(layer: Any) -> None:
+    if not isinstance(layer, PooledStatistics):
+        return
+    origin = _torch_type(layer)
+    assert origin is not None
+    layer.remove_state()
+    if layer.momentum is not None and not isinstance(layer.momentum, (float, int)):
+        layer.momentum = 0.1
+    if layer.weight is not None:
+        for name in ("running_mean", "running_var"):
+            layer._buffers[name] = layer._buffers[name].to(layer.weight.dtype)  # type: ignore[union-attr]
+    for name in ("gradient", "converted_from", "input_dim", "_last_forward"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = origin  # type: ignore[assignment]
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    for old, new in replacements.items():
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"batchnormify: expected the callable to return a module for {old}, got {new!r}")
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def _report(to: Target, converted: int, left_alone: dict[str, str]) -> None:
+    target = to if isinstance(to, str) else getattr(to, "__name__", repr(to))
+    line = f"batchnormify: {converted} layer{'' if converted == 1 else 's'} converted to {target}"
+    if left_alone:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in left_alone.items())
+        logger.warning("%s, %d left alone: %s", line, len(left_alone), reasons)
+    else:
+        logger.info("%s", line)

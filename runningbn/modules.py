@@ -1,0 +1,301 @@
+"""The layers: RunningBatchNorm and PreciseBatchNorm1d/2d/3d.
+
+Shapes: N batch, C channels, `*` any trailing dimensions; n = elements per channel of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+from .buffers import PooledStatistics, is_narrow
+from .momentum import Horizon, Momentum
+from .update import Coefficients, GradientState
+
+Gradient = Literal["running", "exact"]
+
+
+class _Layer(PooledStatistics):
+    """What all layers do alike: refuse a bad input, and normalise where there is nothing to absorb."""
+
+    def _check_input(self, x: Tensor) -> None:
+        self._check_input_dim(x)
+        if x.shape[1] != self.num_features:
+            raise RuntimeError(f"expected {self.num_features} channels in dimension 1, got shape {tuple(x.shape)}")
+        reference = self.weight if self.weight is not None else self.running_mean
+        dtype = x.dtype if reference is None else reference.dtype
+        if not x.is_floating_point() or (x.dtype != dtype and not (dtype == torch.float32 and is_narrow(x))):
+            also = " or of 16 bits" if dtype == torch.float32 else ""
+            raise RuntimeError(f"expected a floating-point input of {dtype}{also} as in the layer, got {x.dtype}")
+        if self.training and self.eps <= 0:
+            raise ValueError(f"batch_norm eps must be positive during training, got eps={self.eps}")
+
+    def _absorbs(self, x: Tensor) -> bool:
+        return self.training and self.track_running_stats and self.running_mean is not None and x.numel() > 0
+
+    def _normalize_only(self, x: Tensor) -> Tensor:
+        """Normalise by the running statistics, or by the batch where ``nn.BatchNorm`` would, and update nothing."""
+        mean, var = self.running_mean, self.running_var
+        if mean is None or (self.training and not self.track_running_stats):
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
+        weight = None if self.weight is None else self.weight.to(mean.dtype)
+        bias = None if self.bias is None else self.bias.to(mean.dtype)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+
+
+class RunningBatchNorm(_Layer):
+    r"""Batch normalisation by running statistics, in training as in evaluation: the batch size stops mattering.
+
+    Per channel, with weights w over all elements seen so far, the current batch included,
+
+    .. math::
+        y = \frac{x - m}{\sqrt{v + \epsilon}} \gamma + \beta, \qquad
+        m = \frac{\sum w x}{\sum w}, \qquad v = \frac{\sum w x^2}{\sum w} - m^2
+
+    Training absorbs the batch, then normalises by the state; evaluation is the same formula without the update, so the
+    two agree. Before any training it evaluates as ``nn.BatchNorm`` does (mean 0, variance 1). The variance is biased,
+    in `running_var` too: it is what the layer normalises by. While fewer than 20 samples have been seen, the current
+    batch included, it is at least 0.01, unless the statistics were taken over from elsewhere.
+
+    With dy = dL/dy and z = (x − m)·rstd, `gradient` says what flows back through the statistics:
+
+    - ``"running"``: dx = γ·rstd·[dy − G0 − z·G1], where G0 and G1 are running means of dy and dy·z with the weights of
+      the forward. Forward and backward both see a large virtual batch. No double backward.
+    - ``"exact"``: dx = γ·rstd·[dy − κ·(Σdy + z·Σdy·z)], the derivative of the forward as computed; κ = 1/n would be
+      BatchNorm. Differentiable twice.
+
+    A channel whose batch is not finite keeps its state and is normalised by it. An empty batch changes nothing. No
+    step synchronises with the host.
+
+    Args:
+        num_features: C.
+        eps: added to the variance; > 0.
+        momentum: weight a of a new batch: a rule (`Horizon`, `SquareRoot`), a float as in ``nn.BatchNorm``, or None for
+            the cumulative average.
+        affine: whether to learn γ (`weight`) and β (`bias`).
+        track_running_stats: if False, no statistics are kept and each batch is normalised by its own, in evaluation
+            too, as ``nn.BatchNorm`` does.
+        device, dtype: of parameters and statistics; the latter are at least float32.
+        bias: if False, no β.
+        gradient: ``"running"`` or ``"exact"``.
+
+    Shape:
+        - Input: (N, C, *), any number of trailing dimensions, also none; float16 and bfloat16 inputs may meet float32
+          parameters.
+        - Output: as the input, in its dtype and memory format.
+
+    Raises:
+        ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], or
+            eps ≤ 0 in training.
+        RuntimeError: for a wrong number of channels or a dtype that does not go with the parameters.
+
+    Under activation checkpointing a recomputation takes the statistics of the last forward, so each forward of the
+    layer has to be followed by its backward; with several in flight, recomputed activations are normalised by the
+    statistics of the last one.
+
+    Source: fastai course 2019, part 2, lesson 10 (RunningBatchNorm); the running gradient is related to MABN, Yan et
+    al., ICLR 2020.
+
+    Example:
+        >>> import torch
+        >>> from runningbn import RunningBatchNorm
+        >>> layer = RunningBatchNorm(16)
+        >>> layer(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 16, 8, 8])
+        >>> layer.momentum, layer.gradient
+        (Horizon(samples=128, start=8, fraction=0.05), 'running')
+    """
+
+    gradient: Gradient
+    gradient_buffers = GradientState._fields
+    # The shape and coefficients of the last training forward, for its recomputation under activation checkpointing.
+    _last_forward: tuple[torch.Size, Coefficients] | None = None
+    # Dimensions of the inputs, which say what nn.BatchNorm the layer stands for.
+    input_dim: int | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Momentum = Horizon(),
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        gradient: Gradient = "running",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.gradient = check_gradient(gradient)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, *); in training, absorb it first."""
+        self._check_input(input)
+        if self.input_dim != input.dim() and not torch.compiler.is_compiling():
+            self.input_dim = input.dim()
+        if not self._absorbs(input):
+            return self._normalize_only(input)
+        fixed = self._step(input)
+        if self.gradient == "exact":
+            return functional.normalize(input, self.weight, self.bias, fixed, self.eps)
+        return functional.normalize_running(input, self.weight, self.bias, fixed, self.eps, self._gradient_state)
+
+    def _step(self, input: Tensor) -> Coefficients:
+        if torch.compiler.is_compiling():
+            return functional.running_step(input, self._state, self.momentum)
+        if self._last_forward is None or not _in_backward():
+            fixed = functional.running_step(input, self._state, self.momentum)
+            self._last_forward = input.shape, fixed
+            return fixed
+        shape, fixed = self._last_forward
+        if shape != input.shape:
+            raise RuntimeError(
+                f"RunningBatchNorm recomputes its last training forward during backward, whose input was {tuple(shape)}"
+                f", but got {tuple(input.shape)}: under activation checkpointing, run the backward of each forward "
+                "before the next forward"
+            )
+        return fixed
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_last_forward", None)
+        return state
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return f"{super().extra_repr()}, gradient={self.gradient!r}"
+
+
+class _PreciseBatchNorm(_Layer):
+    """What the three layers below share; only their input shapes differ."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, *): in training by the batch, which is absorbed, in evaluation by the pooled statistics."""
+        self._check_input(input)
+        if not self._absorbs(input):
+            return self._normalize_only(input)
+        if input.numel() == input.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        if _in_backward():  # a recomputation under activation checkpointing, absorbed by its forward already
+            fixed = functional.batch_step(input, self._state.sums.dtype)
+        else:
+            fixed = functional.precise_step(input, self._state, self.momentum)
+        return functional.normalize(input, self.weight, self.bias, fixed, self.eps)
+
+
+class PreciseBatchNorm1d(_PreciseBatchNorm, nn.BatchNorm1d):
+    r"""Batch normalisation that trains as ``nn.BatchNorm1d`` does and evaluates with exact pooled statistics.
+
+    .. math::
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
+
+    Training normalises by the mean and biased variance of the batch; outputs and gradients are those of
+    ``nn.BatchNorm``. Evaluation normalises by `running_mean` and `running_var`: the moments of all elements seen, each
+    with its weight w, the variance *between* batches included, with Bessel's correction for weighted elements:
+
+    .. math::
+        m = \frac{\sum w x}{\sum w}, \qquad
+        v = \frac{\sum w (x - m)^2}{\sum w} \cdot \frac{1}{1 - \sum w^2 / (\sum w)^2}
+
+    With ``momentum=None`` v is ``torch.var(everything seen, correction=1)``, however the data were split into batches;
+    after one batch from a reset it is ``nn.BatchNorm``'s at momentum 1.
+
+    A channel whose batch is not finite keeps its statistics; its output shows the NaN, as in ``nn.BatchNorm``. An empty
+    batch changes nothing. While a backward pass is running, as in a recomputation under activation checkpointing, the
+    statistics are not updated.
+
+    Args:
+        num_features: C.
+        eps: added to the variance; > 0 in training.
+        momentum: weight a of a new batch: a float, None for the cumulative average a = 1/t, or a rule (`Horizon`,
+            `SquareRoot`).
+        affine: whether to learn γ (`weight`) and β (`bias`).
+        track_running_stats: if False, no statistics are kept and each batch is normalised by its own.
+        device, dtype: of parameters and statistics; the latter are at least float32.
+        bias: if False, no β.
+
+    Shape:
+        - Input: (N, C) or (N, C, L); float16 and bfloat16 inputs may meet float32 parameters.
+        - Output: as the input, in its dtype and memory format.
+
+    Raises:
+        ValueError: for a wrong number of dimensions, one value per channel or eps ≤ 0 in training, or a momentum
+            outside [0, 1].
+        RuntimeError: for a wrong number of channels or a dtype that does not go with the parameters.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", ICML 2015; Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
+    arXiv:2105.07576, for exact population statistics.
+
+    Example:
+        >>> import torch
+        >>> from runningbn import PreciseBatchNorm1d
+        >>> layer, data = PreciseBatchNorm1d(3, momentum=None), torch.randn(96, 3)
+        >>> for batch in data.split([32, 60, 4]):
+        ...     _ = layer(batch)
+        >>> torch.allclose(layer.running_var, data.var(0))
+        True
+    """
+
+
+class PreciseBatchNorm2d(_PreciseBatchNorm, nn.BatchNorm2d):
+    """As `PreciseBatchNorm1d`, for ``nn.BatchNorm2d``.
+
+    Shape:
+        - Input: (N, C, H, W).
+        - Output: as the input, in its dtype and memory format.
+
+    Raises:
+        ValueError, RuntimeError: as `PreciseBatchNorm1d`.
+
+    Example:
+        >>> import torch
+        >>> from runningbn import PreciseBatchNorm2d
+        >>> PreciseBatchNorm2d(16)(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 16, 8, 8])
+    """
+
+
+class PreciseBatchNorm3d(_PreciseBatchNorm, nn.BatchNorm3d):
+    """As `PreciseBatchNorm1d`, for ``nn.BatchNorm3d``.
+
+    Shape:
+        - Input: (N, C, D, H, W).
+        - Output: as the input, in its dtype and memory format.
+
+    Raises:
+        ValueError, RuntimeError: as `PreciseBatchNorm1d`.
+
+    Example:
+        >>> import torch
+        >>> from runningbn import PreciseBatchNorm3d
+        >>> PreciseBatchNorm3d(4)(torch.randn(2, 4, 3, 8, 8)).shape
+        torch.Size([2, 4, 3, 8, 8])
+    """
+
+
+def check_gradient(gradient: Any) -> Gradient:
+    """Accept ``"running"`` or ``"exact"``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient: expected one of {get_args(Gradient)}, got {gradient!r}")
+    checked: Gradient = gradient
+    return checked
+
+
+def _in_backward() -> bool:
+    """Whether this thread is inside a backward pass, where a training forward is a recomputation."""
+    # Activation checkpointing offers no public sign of it; torch.utils.checkpoint itself asks the same function.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
