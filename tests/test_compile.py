@@ -1,0 +1,154 @@
+"""torch.compile: one graph, the gradients and statistics of eager mode, no recompilation from step to step.
+
+Traced code that overwrites statistics buffers is known to compile to silently wrong gradients, so every test here runs
+several steps and compares the gradients of each.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
+from runningbn.update import GradientState, State
+from tests.cases import noise, with_random_affine
+
+LAYERS = {
+    "running": lambda: RunningBatchNorm(4),
+    "running-exact": lambda: RunningBatchNorm(4, gradient="exact"),
+    "running-squareroot": lambda: RunningBatchNorm(4, momentum=SquareRoot(0.1)),
+    "running-cumulative": lambda: RunningBatchNorm(4, momentum=None),
+    "running-float": lambda: RunningBatchNorm(4, momentum=0.1, affine=False),
+    "precise": lambda: PreciseBatchNorm2d(4),
+    "precise-cumulative": lambda: PreciseBatchNorm2d(4, momentum=None, bias=False),
+}
+layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def pair(make, **options):
+    """A layer, and a compiled copy of it."""
+    eager = with_random_affine(make())
+    copied = copy.deepcopy(eager)
+    return eager, copied, torch.compile(copied, fullgraph=True, **options)
+
+
+def assert_steps_agree(eager, copied, compiled, sizes, shape=(4, 6, 5), loss=lambda y, dy: (y * dy).sum()):
+    for step, size in enumerate(sizes):
+        x, dy = noise((size, *shape), step), noise((size, *shape), 100 + step)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [layer(inputs[i]) for i, layer in enumerate((eager, compiled))]
+        for layer, y in zip((eager, copied), outputs):
+            layer.zero_grad()
+            loss(y, dy).backward()
+        # Sums over up to 240 float32 elements of order 1, in another order: 240·6e-8.
+        close = {"rtol": 2e-5, "atol": 2e-5}
+        torch.testing.assert_close(outputs[1], outputs[0], **close)
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **close)
+        for got, expected in zip(copied.parameters(), eager.parameters()):
+            torch.testing.assert_close(got.grad, expected.grad, **close)
+        for (name, got), expected in zip(copied.named_buffers(), eager.buffers()):
+            # `sums` are differences of numbers as large as the count, and next to zero.
+            atol = 2e-5 * x[:, 0].numel() if name.endswith("sums") else 2e-5
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@layers
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_steps_equal_eager_in_one_graph(make, backend):
+    eager, copied, compiled = pair(make, backend=backend)
+    assert_steps_agree(eager, copied, compiled, [8] * 4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@layers
+def test_dynamic_batch_sizes_need_one_extra_graph_for_batch_1(make):
+    eager, copied, compiled = pair(make, backend="aot_eager", dynamic=True)
+    assert_steps_agree(eager, copied, compiled, [8, 5, 3, 1, 7, 2, 1])
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@layers
+def test_evaluation_equals_eager(make):
+    eager, copied, compiled = pair(make, backend="aot_eager")
+    assert_steps_agree(eager, copied, compiled, [8] * 2)
+    eager.eval(), copied.eval()
+    assert_steps_agree(eager, copied, compiled, [8] * 2)
+
+
+def test_two_dimensional_input():
+    eager, copied, compiled = pair(lambda: PreciseBatchNorm1d(4), backend="aot_eager")
+    assert_steps_agree(eager, copied, compiled, [8] * 3, shape=(4,))
+
+
+def test_an_activation_in_place_after_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RunningBatchNorm(4)
+
+        def forward(self, x):
+            return F.relu(self.norm(x), inplace=True)
+
+    eager, copied, compiled = pair(Block, backend="aot_eager")
+    assert_steps_agree(eager, copied, compiled, [8] * 3)
+
+
+def test_the_same_layer_twice_in_one_graph():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RunningBatchNorm(4)
+
+        def forward(self, x):
+            return self.norm(self.norm(x) * 2 + 1)
+
+    eager, copied, compiled = pair(Twice, backend="aot_eager")
+    assert_steps_agree(eager, copied, compiled, [8] * 3)
+
+
+def test_a_channel_that_is_not_finite_is_guarded_as_in_eager():
+    eager, copied, compiled = pair(lambda: RunningBatchNorm(4), backend="aot_eager")
+    assert_steps_agree(eager, copied, compiled, [8] * 2)
+    x = noise((8, 4, 6, 5), 7)
+    x[3, 1] = float("nan")
+    eager(x), compiled(x)
+    for got, expected in zip(copied.buffers(), eager.buffers()):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-4)
+        assert torch.isfinite(got).all()
+
+
+def arguments(channels: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A state that has seen something, and the sums of a batch of 10 elements."""
+    layer = RunningBatchNorm(channels)
+    layer(noise((6, channels), 1))
+    state = [getattr(layer, name).clone() for name in State._fields]
+    batch = [noise((channels,), 2), torch.zeros(channels), noise((channels,), 3).square(), torch.full((channels,), 10.0)]
+    return state, batch
+
+
+@pytest.mark.parametrize("name", ["absorb_running", "absorb_precise"])
+@pytest.mark.parametrize("whole_batches", [True, False])
+def test_the_updates_are_sound_operators(name, whole_batches):
+    state, batch = arguments()
+    operator = getattr(torch.ops.runningbn, name).default
+    torch.library.opcheck(operator, (*state, *batch, torch.full((3,), 0.3), 10, whole_batches))
+
+
+def test_the_update_of_the_gradient_is_a_sound_operator():
+    state = [noise((3,), seed) for seed in range(len(GradientState._fields))]
+    batch = [noise((3,), 10 + seed) for seed in range(2)]
+    keep, gain = torch.full((3,), 0.7), torch.full((3,), 0.3)
+    torch.library.opcheck(torch.ops.runningbn.absorb_gradient.default, (*state, *batch, keep, gain, 10))

@@ -1,0 +1,187 @@
+"""The sweeps, in every layout and dtype, against float64 formulas written out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from runningbn import kernels
+
+EPS = 1e-5
+SHAPES = {
+    "rows": (33, 6),
+    "one row": (1, 6),
+    "sequence": (5, 6, 9),
+    "image": (4, 6, 5, 7),
+    "volume": (3, 6, 4, 3, 5),
+    "six dimensions": (2, 6, 2, 3, 2, 4),
+    "one position": (9, 6, 1, 1),
+    "one channel": (9, 1, 4, 4),
+    "several blocks": (3, 2, 500, 400),  # more elements than one block of the blocked sums, and a ragged last one
+}
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "batch expanded": lambda x: x[:1].expand(x.shape),
+    "transposed memory": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def tolerance(dtype: torch.dtype, scale: float = 4) -> dict[str, float]:
+    """Results are rounded once to the dtype, after arithmetic that costs some roundings more."""
+    eps = torch.finfo(dtype).eps
+    return {"rtol": scale * eps, "atol": scale * eps}
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return LAYOUTS[layout]((torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 1).to(dtype))
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def spread(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.double().view(-1, *[1] * (like.dim() - 2))
+
+
+def per_channel(x: Tensor) -> Tensor:
+    """(C, n) in float64."""
+    return x.double().transpose(0, 1).reshape(x.shape[1], -1)
+
+
+def vectors(channels: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    names = ("mean", "var", "weight", "bias", "m0", "m1")
+    drawn = {name: torch.rand(channels, generator=generator, dtype=torch.float64).add(0.5).to(dtype) for name in names}
+    return {**drawn, "rstd": (drawn["var"] + EPS).rsqrt()}
+
+
+grid = pytest.mark.parametrize(
+    ("shape", "layout", "dtype"),
+    [
+        pytest.param(shape, layout, dtype, id=f"{shape_name}-{layout}-{dtype_name}")
+        for shape_name, shape in SHAPES.items()
+        for layout in LAYOUTS
+        for dtype_name, dtype in DTYPES.items()
+        if not (shape_name == "several blocks" and layout not in ("contiguous", "channels last"))
+    ],
+)
+
+
+@grid
+def test_batch_sums(shape, layout, dtype):
+    x = make(shape, dtype, layout, 0)
+    batch = kernels.batch_sums(x, statistics_dtype(dtype))
+    data = per_channel(x)
+    n = data.shape[1]
+    assert batch.count.tolist() == [n] * shape[1]
+    assert all(part.dtype == statistics_dtype(dtype) for part in batch)
+    close = {"rtol": 40 * torch.finfo(batch.sqrs.dtype).eps, "atol": 40 * torch.finfo(batch.sqrs.dtype).eps}
+    mean = batch.shift.double() + batch.sums.double() / n
+    torch.testing.assert_close(mean, data.mean(1), **close)
+    sqrs = (data - batch.shift.double()[:, None]).square().sum(1)
+    torch.testing.assert_close(batch.sqrs.double(), sqrs, rtol=close["rtol"], atol=close["atol"] * n)
+
+
+@grid
+def test_normalize(shape, layout, dtype):
+    x = make(shape, dtype, layout, 0)
+    v = vectors(shape[1], statistics_dtype(dtype))
+    y = kernels.normalize(x, v["mean"], v["var"], v["weight"], v["bias"], EPS)
+    expected = (x.double() - spread(v["mean"], x)) * spread(v["rstd"] * v["weight"], x) + spread(v["bias"], x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, **tolerance(dtype, 16))
+
+
+@grid
+def test_gradient_sums(shape, layout, dtype):
+    x, dy = make(shape, dtype, layout, 0), make(shape, dtype, layout, 1)
+    v = vectors(shape[1], statistics_dtype(dtype))
+    sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, v["mean"], v["rstd"])
+    z = per_channel((x.double() - spread(v["mean"], x)) * spread(v["rstd"], x))
+    n = z.shape[1]
+    assert sum_dy.dtype == sum_dy_xhat.dtype == statistics_dtype(dtype)
+    # n terms of order 1 to 10, summed in the statistics' dtype.
+    close = {"rtol": 0, "atol": 100 * n * torch.finfo(statistics_dtype(dtype)).eps}
+    torch.testing.assert_close(sum_dy.double(), per_channel(dy).sum(1), **close)
+    torch.testing.assert_close(sum_dy_xhat.double(), (per_channel(dy) * z).sum(1), **close)
+
+
+@grid
+def test_input_gradient(shape, layout, dtype):
+    x, dy = make(shape, dtype, layout, 0), make(shape, dtype, layout, 1)
+    v = vectors(shape[1], statistics_dtype(dtype))
+    dx = kernels.input_gradient(dy, x, v["mean"], v["rstd"], v["weight"], v["m0"], v["m1"])
+    z = (x.double() - spread(v["mean"], x)) * spread(v["rstd"], x)
+    scale = spread(v["rstd"] * v["weight"], x)
+    assert dx.dtype == dtype
+    expected = scale * (dy.double() - spread(v["m0"], x) - z * spread(v["m1"], x))
+    torch.testing.assert_close(dx.double(), expected, **tolerance(dtype, 64))
+
+
+@pytest.mark.parametrize("layout_dy", LAYOUTS)
+@pytest.mark.parametrize("layout_x", LAYOUTS)
+def test_layouts_of_x_and_dy_need_not_agree(layout_x, layout_dy):
+    shape, dtype = SHAPES["image"], torch.float64
+    x, dy = make(shape, dtype, layout_x, 0), make(shape, dtype, layout_dy, 1)
+    v = vectors(shape[1], dtype)
+    plain = kernels.input_gradient(dy.contiguous(), x.contiguous(), v["mean"], v["rstd"], v["weight"], v["m0"], v["m1"])
+    mixed = kernels.input_gradient(dy, x, v["mean"], v["rstd"], v["weight"], v["m0"], v["m1"])
+    torch.testing.assert_close(mixed, plain)
+    for got, expected in zip(
+        kernels.gradient_sums(dy, x, v["mean"], v["rstd"]),
+        kernels.gradient_sums(dy.contiguous(), x.contiguous(), v["mean"], v["rstd"]),
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", ["rows", "sequence", "image", "volume", "six dimensions"])
+def test_channels_last_stays_channels_last(shape):
+    x = make(SHAPES[shape], torch.float32, "channels last", 0)
+    v = vectors(6, torch.float32)
+    y = kernels.normalize(x, v["mean"], v["var"], v["weight"], v["bias"], EPS)
+    dx = kernels.input_gradient(x.contiguous(), x, v["mean"], v["rstd"], v["weight"], v["m0"], v["m1"])
+    assert y.stride() == dx.stride() == x.stride()
+
+
+def test_weight_and_bias_may_be_absent():
+    x, dy = make((4, 6, 5), torch.float64, "contiguous", 0), make((4, 6, 5), torch.float64, "contiguous", 1)
+    v = vectors(6, torch.float64)
+    ones, zeros = torch.ones(6).double(), torch.zeros(6).double()
+    torch.testing.assert_close(
+        kernels.normalize(x, v["mean"], v["var"], None, None, EPS),
+        kernels.normalize(x, v["mean"], v["var"], ones, zeros, EPS),
+    )
+    torch.testing.assert_close(
+        kernels.normalize(x, v["mean"], v["var"], v["weight"], None, EPS),
+        kernels.normalize(x, v["mean"], v["var"], v["weight"], zeros, EPS),
+    )
+    torch.testing.assert_close(
+        kernels.input_gradient(dy, x, v["mean"], v["rstd"], None, v["m0"], v["m1"]),
+        kernels.input_gradient(dy, x, v["mean"], v["rstd"], ones, v["m0"], v["m1"]),
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_variance_in_float32_does_not_suffer_from_the_mean(mean, layout):
+    generator = torch.Generator().manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(16, 8, 24, 24, generator=generator) + mean)
+    batch = kernels.batch_sums(x, torch.float32)
+    expected = per_channel(x).var(1, correction=0)
+    # The pivot is the mean to float32: off by at most a few of its roundings, 1e-3 at a mean of 1e4; squared, 1e-6.
+    torch.testing.assert_close((batch.sqrs / batch.count).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_whatever_is_not_finite_shows_in_sqrs_of_its_channel_only(poison, layout):
+    x = make((4, 6, 5, 7), torch.float32, layout, 0).clone()
+    x[2, 3, 1, 1] = poison
+    finite = torch.isfinite(kernels.batch_sums(x, torch.float32).sqrs)
+    assert finite.tolist() == [True, True, True, False, True, True]
