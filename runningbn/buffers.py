@@ -19,8 +19,9 @@ from .update import GradientState, State
 # since weight averaging takes differences of buffers.
 _SETTLED = torch.finfo(torch.float32).max
 
-_TORCH_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_OWN_BUFFERS = tuple(name for name in State._fields if name not in _TORCH_BUFFERS)
+_OWN_BUFFERS = tuple(
+    name for name in State._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
+)
 
 
 class PooledStatistics(_BatchNorm):
@@ -38,6 +39,8 @@ class PooledStatistics(_BatchNorm):
     gradient_buffers: tuple[str, ...] = ()
     # The class that batchnormify has to return a layer to.
     converted_from: type[nn.Module] | None = None
+    # During a load, torch assigns buffer after buffer; the state is seeded when it is through.
+    _loading = False
 
     def __init__(
         self,
@@ -63,8 +66,11 @@ class PooledStatistics(_BatchNorm):
         """Register an empty state beside `running_mean` and `running_var`."""
         for name in ("running_mean", "running_var"):
             self._buffers[name] = _at_least_float32(self._buffers[name])
+        mean = self._mean
+        if self.num_batches_tracked is None:
+            self.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
         for name in _OWN_BUFFERS:
-            self.register_buffer(name, torch.zeros_like(self._buffers["running_mean"]))  # type: ignore[arg-type]
+            self.register_buffer(name, torch.zeros_like(mean))
         self.install_gradient_state()
 
     def install_gradient_state(self) -> None:
@@ -72,12 +78,18 @@ class PooledStatistics(_BatchNorm):
         for name in GradientState._fields:
             self._buffers.pop(name, None)
         for name in self.gradient_buffers:
-            self.register_buffer(name, torch.zeros_like(self._buffers["running_mean"]))  # type: ignore[arg-type]
+            self.register_buffer(name, torch.zeros_like(self._mean))
 
     def remove_state(self) -> None:
         """Leave the buffers of ``nn.BatchNorm``."""
         for name in (*_OWN_BUFFERS, *GradientState._fields):
             self._buffers.pop(name, None)
+
+    @property
+    def _mean(self) -> Tensor:
+        mean = self._buffers["running_mean"]
+        assert mean is not None
+        return mean
 
     @property
     def _state(self) -> State:
@@ -111,18 +123,18 @@ class PooledStatistics(_BatchNorm):
         self._write("steps", zero + state.num_batches_tracked)
 
     def _write(self, name: str, value: Tensor) -> None:
+        """Set a buffer in place, or anew where a load with ``assign=True`` has changed the dtype or device."""
         buffer = self._buffers[name]
         assert buffer is not None
-        if buffer.device == value.device:
+        if buffer.device == value.device and buffer.dtype == value.dtype:
             buffer.copy_(value)
-        else:  # a layer on the meta device that is given real statistics
-            self._buffers[name] = value
+        else:
+            self._buffers[name] = value.clone()
 
     def _clear(self, names: tuple[str, ...]) -> None:
         for name in names:
-            buffer = self._buffers.get(name)
-            if buffer is not None:
-                buffer.zero_()
+            if self._buffers.get(name) is not None:
+                self._write(name, torch.zeros_like(self._mean))
 
     def reset_running_stats(self) -> None:
         """Forget everything: mean 0, variance 1, an empty state, no batches tracked."""
@@ -133,7 +145,7 @@ class PooledStatistics(_BatchNorm):
         reseeds = name in ("running_mean", "running_var") and isinstance(value, Tensor) and "sums" in self._buffers
         if name == "momentum":
             check_momentum(value)
-        if not reseeds:
+        if not reseeds or self._loading:
             super().__setattr__(name, value)
             return
         if value.shape != (self.num_features,):
@@ -155,31 +167,42 @@ class PooledStatistics(_BatchNorm):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        own = [name for name in (*_OWN_BUFFERS, *self.gradient_buffers) if name in self._buffers]
-        absent = {prefix + name for name in own if prefix + name not in state_dict}
-        brings_statistics = any(prefix + name in state_dict for name in ("running_mean", "running_var"))
-        from_elsewhere = brings_statistics and prefix + "sums" in absent
-        if own:
-            for name in (*_OWN_BUFFERS, *GradientState._fields, *_TORCH_BUFFERS):
-                value = state_dict.get(prefix + name)
-                if isinstance(value, Tensor):
-                    state_dict[prefix + name] = _at_least_float32(value)
-            for name in GradientState._fields:
-                if name not in self.gradient_buffers:
-                    state_dict.pop(prefix + name, None)
-        errors = len(error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not (own and brings_statistics) or len(error_msgs) > errors:
+        if "sums" not in self._buffers:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
             return
-        optional = absent if from_elsewhere else {prefix + name for name in self.gradient_buffers}
-        missing_keys[:] = [key for key in missing_keys if key not in optional]
-        if from_elsewhere:
-            self.seed()
-        if absent & {prefix + name for name in self.gradient_buffers}:
-            # Running sums of another network's gradients would only mislead.
-            self._clear(self.gradient_buffers)
+        brings_statistics = any(prefix + name in state_dict for name in ("running_mean", "running_var"))
+        from_elsewhere = brings_statistics and prefix + "sums" not in state_dict
+        brings_gradient = any(prefix + name in state_dict for name in self.gradient_buffers)
+        for name in (*State._fields, *GradientState._fields):
+            key = prefix + name
+            if name in self._buffers and key in state_dict:
+                state_dict[key] = _at_least_float32(state_dict[key])
+            elif name not in self._buffers:  # a RunningBatchNorm's sums of gradients, in a PreciseBatchNorm
+                state_dict.pop(key, None)
+        before = {name: (buffer, buffer.clone()) for name, buffer in self._buffers.items() if buffer is not None}
+        errors = len(error_msgs)
+        self._loading = True
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            del self._loading
+        if len(error_msgs) > errors:
+            # torch loads what fits. Statistics of two sources would contradict each other, so here it is all or none.
+            for name, (buffer, values) in before.items():
+                self._buffers[name] = buffer.copy_(values)
+        elif brings_statistics:
+            optional = _OWN_BUFFERS if from_elsewhere else ()
+            forgiven = {prefix + name for name in (*optional, *(() if brings_gradient else self.gradient_buffers))}
+            missing_keys[:] = [key for key in missing_keys if key not in forgiven]
+            if from_elsewhere:
+                self.seed()
+            if not brings_gradient:
+                # Running sums of another network's gradients would only mislead.
+                self._clear(self.gradient_buffers)
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

@@ -106,7 +106,7 @@ def batchnormify(
 def _check_options(to: Target, options: dict[str, Any]) -> None:
     if callable(to):
         known = set[str]()
-    elif to in _OPTIONS:
+    elif isinstance(to, str) and to in _OPTIONS:
         known = _OPTIONS[to]
     else:
         raise ValueError(f"batchnormify: expected to={', '.join(map(repr, _OPTIONS))} or a callable, got {to!r}")
@@ -146,16 +146,18 @@ def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
         return "it keeps no running statistics"
     if isinstance(layer, nn.SyncBatchNorm):
         return "it synchronises between processes"
-    if isinstance(layer, PooledStatistics):
-        if to == "running" or _torch_type(layer) is not None:
-            return None
-        return "which nn.BatchNorm it stands for is not known; run a batch through the model first"
-    if not _is_plain(type(layer)) and not _is_norm_act(type(layer)):
-        return f"{type(layer).__name__} is not known, and has a forward of its own"
+    if "forward" in vars(layer) or not (_has_known_forward(type(layer)) or _is_norm_act(type(layer))):
+        return f"{type(layer).__name__} has a forward of its own"
+    if isinstance(layer, RunningBatchNorm) and to != "running" and _torch_type(layer) is None:
+        if layer.input_dim is None:
+            return "which nn.BatchNorm it stands for is not known; run a batch through the model first"
+        return f"there is no nn.BatchNorm for inputs of {layer.input_dim} dimensions"
     return None
 
 
-def _is_plain(cls: type[nn.Module]) -> bool:
+def _has_known_forward(cls: type[nn.Module]) -> bool:
+    if issubclass(cls, PooledStatistics):
+        return cls.forward in (RunningBatchNorm.forward, PreciseBatchNorm1d.forward, _NormAct.forward)
     return cls.forward is _BatchNorm.forward and issubclass(cls, tuple(_PRECISE))
 
 

@@ -14,14 +14,14 @@ from torch.autograd.function import Function, FunctionCtx
 
 from . import kernels
 from .momentum import Momentum, batch_weight, weighs_whole_batches
-from .statistics import Sums, moments
+from .statistics import moments
 from .update import Coefficients, GradientState, State, absorb_gradient, absorb_precise, absorb_running
 
 
 @torch.no_grad()
 def running_step(x: Tensor, state: State, momentum: Momentum) -> Coefficients:
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`."""
-    batch = kernels.batch_sums(x, state.sums.dtype)
+    batch = kernels.batch_sums(x, state.shift)
     weight = batch_weight(momentum, len(x), state.samples, state.steps)
     return absorb_running(state, batch, weight, len(x), weighs_whole_batches(momentum))
 
@@ -29,22 +29,15 @@ def running_step(x: Tensor, state: State, momentum: Momentum) -> Coefficients:
 @torch.no_grad()
 def precise_step(x: Tensor, state: State, momentum: Momentum) -> Coefficients:
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    batch = kernels.batch_sums(x, state.sums.dtype)
+    batch = kernels.batch_sums(x, state.shift)
     weight = batch_weight(momentum, len(x), state.samples, state.steps)
-    absorb_precise(state, batch, weight, len(x), weighs_whole_batches(momentum))
-    return _of_batch(batch)
+    return absorb_precise(state, batch, weight, len(x), weighs_whole_batches(momentum))
 
 
 @torch.no_grad()
-def batch_step(x: Tensor, dtype: torch.dtype) -> Coefficients:
-    """Normalise by the batch's own statistics and keep none."""
-    return _of_batch(kernels.batch_sums(x, dtype))
-
-
-def _of_batch(batch: Sums) -> Coefficients:
-    mean, var = moments(batch)
-    # Two tensors, since torch.compile refuses one tensor as two arguments of an autograd.Function.
-    return Coefficients(mean, var, 1 / batch.count, 1 / batch.count)
+def batch_step(x: Tensor, state: State) -> Coefficients:
+    """Normalise by the batch's own statistics and leave the state alone."""
+    return Coefficients(*moments(kernels.batch_sums(x, state.shift)))
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, fixed: Coefficients, eps: float) -> Tensor:
@@ -86,7 +79,7 @@ class _NormalizeExact(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        mean: Tensor, var: Tensor, kappa_mean: Tensor, kappa_var: Tensor,
+        mean: Tensor, var: Tensor, kappa_mean: Tensor | None, kappa_var: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), kappa_mean, kappa_var)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -97,10 +90,14 @@ class _NormalizeExact(Function):
         x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_differentiable_gradients(ctx, dy), *[None] * 5)
-        sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, mean, rstd)
         dx = None
-        if ctx.needs_input_grad[0]:
-            dx = kernels.input_gradient(dy, x, mean, rstd, weight, kappa_mean * sum_dy, kappa_var * sum_dy_xhat)
+        if kappa_mean is None and ctx.needs_input_grad[0]:
+            dx, sum_dy, sum_dy_xhat = kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
+        else:
+            sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, mean, rstd)
+        if dx is None and ctx.needs_input_grad[0]:
+            m0, m1 = _times(kappa_mean, sum_dy), _times(kappa_var, sum_dy_xhat)
+            dx = kernels.input_gradient(dy, x, mean, rstd, weight, m0, m1)
         dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
         return (dx, dweight, dbias, *[None] * 5)
@@ -144,6 +141,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     would be needed.
     """
     x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
+    if kappa_mean is None:
+        kappa_mean = kappa_var = torch.full_like(mean, x.shape[1] / x.numel())
     all_but_channels = [d for d in range(x.dim()) if d != 1]
 
     def spread(vector: Tensor) -> Tensor:
@@ -153,15 +152,21 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         return total - total.detach()
 
     centred = x.to(mean.dtype) - spread(mean)
-    mean_change = kappa_mean * change(centred.sum(all_but_channels))
+    mean_change = _times(kappa_mean, change(centred.sum(all_but_channels)))
     # var = Σx²/n − mean²: the square of the change of the mean is zero up to its second derivative.
-    var_change = kappa_var * change(centred.square().sum(all_but_channels)) - (kappa_var > 0) * mean_change.square()
+    var_change = _times(kappa_var, change(centred.square().sum(all_but_channels)))
+    var_change = var_change - torch.where(kappa_var == 0, 0, mean_change.square())
     z = (centred - spread(mean_change)) * spread((rstd.pow(-2) + var_change).rsqrt())
     y = (z if weight is None else z * spread(weight.to(z.dtype))).to(x.dtype)
     wanted = [t if needed else None for t, needed in zip((x, weight), ctx.needs_input_grad)]
     found = iter(torch.autograd.grad(y, [t for t in wanted if t is not None], dy, create_graph=True))
     dbias = None if ctx.bias_dtype is None else dy.sum(all_but_channels, dtype=mean.dtype).to(ctx.bias_dtype)
     return [*(None if t is None else next(found) for t in wanted), dbias]
+
+
+def _times(kappa: Tensor, total: Tensor) -> Tensor:
+    """kappa·total, and 0 where kappa is: a channel that was not finite has totals that are not either."""
+    return torch.where(kappa == 0, 0, kappa * total)
 
 
 class _RefuseSecondDerivative(Function):

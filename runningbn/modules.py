@@ -87,7 +87,7 @@ class RunningBatchNorm(_Layer):
     Shape:
         - Input: (N, C, *), any number of trailing dimensions, also none; float16 and bfloat16 inputs may meet float32
           parameters.
-        - Output: as the input, in its dtype and memory format.
+        - Output: as the input, in its dtype and, where torch has a name for it, its memory format.
 
     Raises:
         ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], or
@@ -187,7 +187,7 @@ class _PreciseBatchNorm(_Layer):
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         if _in_backward():  # a recomputation under activation checkpointing, absorbed by its forward already
-            fixed = functional.batch_step(input, self._state.sums.dtype)
+            fixed = functional.batch_step(input, self._state)
         else:
             fixed = functional.precise_step(input, self._state, self.momentum)
         return functional.normalize(input, self.weight, self.bias, fixed, self.eps)

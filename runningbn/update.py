@@ -71,13 +71,15 @@ class Coefficients(NamedTuple):
         mean, var: what x is normalised by; var is biased.
         kappa_mean: derivative of mean by each element of x, gain/count.
         kappa_var: the same factor in the variance term; 0 where the variance is held at its floor.
-        keep, gain: state = keep·state + gain·batch; (1, 0) where the batch was not finite. For running statistics only.
+        keep, gain: state = keep·state + gain·batch; (1, 0) where the batch was not finite.
+
+    The last four are None where x is normalised by its own statistics: then κ = 1/n.
     """
 
     mean: Tensor
     var: Tensor
-    kappa_mean: Tensor
-    kappa_var: Tensor
+    kappa_mean: Tensor | None = None
+    kappa_var: Tensor | None = None
     keep: Tensor | None = None
     gain: Tensor | None = None
 
@@ -99,12 +101,13 @@ def absorb_running(state: State, batch: Sums, weight: Tensor, samples: int, whol
     return Coefficients(*_call("absorb_running", *state, *batch, weight, samples, whole_batches))
 
 
-def absorb_precise(state: State, batch: Sums, weight: Tensor, samples: int, whole_batches: bool) -> None:
-    """Absorb a batch; `running_mean` and `running_var` become the pooled mean and unbiased variance.
+def absorb_precise(state: State, batch: Sums, weight: Tensor, samples: int, whole_batches: bool) -> Coefficients:
+    """Absorb a batch; normalise by its own statistics.
 
-    The arguments are those of `absorb_running`.
+    `running_mean` and `running_var` become the pooled mean and unbiased variance. The arguments are those of
+    `absorb_running`.
     """
-    _call("absorb_precise", *state, *batch, weight, samples, whole_batches)
+    return Coefficients(*_call("absorb_precise", *state, *batch, weight, samples, whole_batches))
 
 
 def absorb_gradient(
@@ -133,13 +136,15 @@ def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
     return mean, var, kappa, torch.where(floored, 0, kappa), keep, gain
 
 
-def _absorb_precise(*arguments: Any) -> None:
+def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
     finite, _, _ = _absorb(state, batch, weight, batch_samples, whole_batches)
     mean, var = moments(Sums(*state[:4]))
     var = unbiased(var, state.count, state.count_sqrs)
     state.running_mean.copy_(torch.where(finite, mean, state.running_mean))
     state.running_var.copy_(torch.where(finite, var, state.running_var))
+    # Not left to the caller: the batch is summed about a buffer, and traced arithmetic would be recomputed in backward.
+    return moments(batch)
 
 
 def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
@@ -213,7 +218,7 @@ def _mutated(fields: tuple[str, ...]) -> str:
 
 def _per_channel(outputs: int) -> Callable[..., Any]:
     """The shapes an update returns, for tracing: so many vectors like its first buffer."""
-    return lambda *arguments: tuple(torch.empty_like(arguments[0]) for _ in range(outputs)) if outputs else None
+    return lambda *arguments: tuple(torch.empty_like(arguments[0]) for _ in range(outputs))
 
 
 _BATCH = (
@@ -229,7 +234,7 @@ _UPDATES: dict[str, Callable[..., Any]] = {
 _LIBRARY = torch.library.Library("runningbn", "DEF")
 for _name, _arguments, _outputs in (
     ("absorb_running", f"{_mutated(State._fields)}, {_BATCH}", len(Coefficients._fields)),
-    ("absorb_precise", f"{_mutated(State._fields)}, {_BATCH}", 0),
+    ("absorb_precise", f"{_mutated(State._fields)}, {_BATCH}", 2),
     ("absorb_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
 ):
     _LIBRARY.define(f"{_name}({_arguments}) -> ({', '.join(['Tensor'] * _outputs)})")

@@ -30,6 +30,15 @@ LAYOUTS = {
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """Threads that meet are part of what is tested here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tolerance(dtype: torch.dtype, scale: float = 4) -> dict[str, float]:
     """Results are rounded once to the dtype, after arithmetic that costs some roundings more."""
     eps = torch.finfo(dtype).eps
@@ -76,7 +85,7 @@ grid = pytest.mark.parametrize(
 @grid
 def test_batch_sums(shape, layout, dtype):
     x = make(shape, dtype, layout, 0)
-    batch = kernels.batch_sums(x, statistics_dtype(dtype))
+    batch = kernels.batch_sums(x, torch.zeros(shape[1], dtype=statistics_dtype(dtype)))
     data = per_channel(x)
     n = data.shape[1]
     assert batch.count.tolist() == [n] * shape[1]
@@ -122,6 +131,25 @@ def test_input_gradient(shape, layout, dtype):
     assert dx.dtype == dtype
     expected = scale * (dy.double() - spread(v["m0"], x) - z * spread(v["m1"], x))
     torch.testing.assert_close(dx.double(), expected, **tolerance(dtype, 64))
+
+
+@grid
+def test_batch_norm_gradients(shape, layout, dtype):
+    x, dy = make(shape, dtype, layout, 0), make(shape, dtype, layout, 1)
+    v = vectors(shape[1], statistics_dtype(dtype))
+    dx, sum_dy, sum_dy_xhat = kernels.batch_norm_gradients(dy, x, v["mean"], v["rstd"], v["weight"])
+    z = (x.double() - spread(v["mean"], x)) * spread(v["rstd"], x)
+    n = x.numel() // x.shape[1]
+    close = {"rtol": 0, "atol": 100 * n * torch.finfo(statistics_dtype(dtype)).eps}
+    torch.testing.assert_close(sum_dy.double(), per_channel(dy).sum(1), **close)
+    torch.testing.assert_close(sum_dy_xhat.double(), (per_channel(dy) * per_channel(z)).sum(1), **close)
+    m0, m1 = per_channel(dy).mean(1), (per_channel(dy) * per_channel(z)).mean(1)
+    expected = spread(v["rstd"] * v["weight"], x) * (dy.double() - spread(m0, x) - z * spread(m1, x))
+    assert dx.dtype == dtype
+    assert dx.shape == x.shape
+    # torch's kernel adds channels_last data up one by one in the statistics' dtype: the roundings walk √n steps.
+    scale = 64 + n**0.5 * (torch.finfo(statistics_dtype(dtype)).eps / torch.finfo(dtype).eps)
+    torch.testing.assert_close(dx.double(), expected, **tolerance(dtype, 2 * scale))
 
 
 @pytest.mark.parametrize("layout_dy", LAYOUTS)
@@ -172,7 +200,7 @@ def test_weight_and_bias_may_be_absent():
 def test_variance_in_float32_does_not_suffer_from_the_mean(mean, layout):
     generator = torch.Generator().manual_seed(0)
     x = LAYOUTS[layout](torch.randn(16, 8, 24, 24, generator=generator) + mean)
-    batch = kernels.batch_sums(x, torch.float32)
+    batch = kernels.batch_sums(x, torch.zeros(8))
     expected = per_channel(x).var(1, correction=0)
     # The pivot is the mean to float32: off by at most a few of its roundings, 1e-3 at a mean of 1e4; squared, 1e-6.
     torch.testing.assert_close((batch.sqrs / batch.count).double(), expected, rtol=1e-5, atol=0)
@@ -183,5 +211,5 @@ def test_variance_in_float32_does_not_suffer_from_the_mean(mean, layout):
 def test_whatever_is_not_finite_shows_in_sqrs_of_its_channel_only(poison, layout):
     x = make((4, 6, 5, 7), torch.float32, layout, 0).clone()
     x[2, 3, 1, 1] = poison
-    finite = torch.isfinite(kernels.batch_sums(x, torch.float32).sqrs)
+    finite = torch.isfinite(kernels.batch_sums(x, torch.zeros(6)).sqrs)
     assert finite.tolist() == [True, True, True, False, True, True]

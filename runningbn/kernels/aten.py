@@ -21,26 +21,31 @@ from ..statistics import Sums
 _BLOCK = 2**22
 
 
-def batch_sums(x: Tensor, dtype: torch.dtype) -> Sums:
-    """Sums of x, (N, C, ...), per channel about its own mean, in `dtype`.
+def batch_sums(x: Tensor, pivot: Tensor) -> Sums:
+    """Sums of x, (N, C, ...), per channel about its own mean, in the dtype of `pivot`.
 
-    Two sweeps, so that the pivot fits however far the data have moved: Σx first, then Σ(x − mean)².
+    Two sweeps, so that the pivot fits however far the data have moved: Σx first, then the sums about the mean. Rounding
+    puts that pivot half a digit beside the mean, and Σ(x − pivot) says by how much.
     """
+    x = x.to(pivot.dtype)  # torch reduces 16-bit data slower than it converts them
     n = x.numel() // x.shape[1]
     if torch.compiler.is_compiling() or not x.is_cpu:
-        var, mean = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
-        sqrs = var * n
-    elif _is_rows(x):
+        # One sweep for the compiler or torch's own Welford; about the given pivot the mean keeps its digits.
+        var, offset = torch.var_mean(x - _spread(pivot, x), [d for d in range(x.dim()) if d != 1], correction=0)
+        mean = pivot + offset
+        return Sums(mean, n * (offset - (mean - pivot)), n * var, torch.full_like(mean, n))
+    if _is_rows(x):
         rows = _dense(x)
-        mean = rows.sum(0, dtype=dtype) / n
-        sqrs = torch.stack([d.square_().sum(0) for d in _centred_blocks(rows, mean.expand_as(rows))]).sum(0)
+        mean = rows.sum(0) / n
+        parts = [(d.sum(0), d.square_().sum(0)) for d in _centred_blocks(rows, mean.expand_as(rows))]
+        sums, sqrs = (torch.stack(part).sum(0) for part in zip(*parts))
     else:
         planes = rearrange(x.contiguous(), "n c ... -> (n c) (...)")
-        mean = rearrange(planes.sum(1, dtype=dtype), "(n c) -> n c", n=len(x)).sum(0) / n
+        mean = reduce(planes.sum(1), "(n c) -> c", "sum", n=len(x)) / n
         means = mean.repeat(len(x)).unsqueeze(1)
-        plane_sqrs = torch.cat([d.square_().sum(1) for d in _centred_blocks(planes, means)])
-        sqrs = rearrange(plane_sqrs, "(n c) -> n c", n=len(x)).sum(0)
-    return Sums(mean, torch.zeros_like(mean), sqrs, torch.full_like(mean, n))
+        parts = [(d.sum(1), d.square_().sum(1)) for d in _centred_blocks(planes, means)]
+        sums, sqrs = (reduce(torch.cat(part), "(n c) -> c", "sum", n=len(x)) for part in zip(*parts))
+    return Sums(mean, sums, sqrs, torch.full_like(mean, n))
 
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -74,12 +79,30 @@ def input_gradient(
 ) -> Tensor:
     """dx = weight·rstd·(dy − m0 − z·m1) with z = (x − mean)·rstd, in the dtype and layout of x."""
     scale = rstd if weight is None else rstd * weight
-    if torch.compiler.is_compiling() or x.dtype != mean.dtype:
+    if torch.compiler.is_compiling():
         z = (x - _spread(mean, x)) * _spread(rstd, x)
         return (_spread(scale, x) * (dy - _spread(m0, x) - z * _spread(m1, x))).to(x.dtype)
     # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more sweep is left for dy.
-    dx = _affine_map(x, mean, torch.ones_like(mean), -scale * rstd * m1, -scale * m0, 0.0)
-    return dx.addcmul_(dy, _spread(scale, x))
+    wide = x.to(mean.dtype)
+    dx = _affine_map(wide, mean, torch.ones_like(mean), -scale * rstd * m1, -scale * m0, 0.0)
+    return dx.addcmul_(dy.to(mean.dtype), _spread(scale, x)).to(x.dtype)
+
+
+def batch_norm_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, Σdy, Σdy·z) of batch normalisation proper: `input_gradient` with m0 = Σdy/n, m1 = Σdy·z/n."""
+    if torch.compiler.is_compiling():
+        sum_dy, sum_dy_xhat = gradient_sums(dy, x, mean, rstd)
+        n = x.numel() // x.shape[1]
+        return input_gradient(dy, x, mean, rstd, weight, sum_dy / n, sum_dy_xhat / n), sum_dy, sum_dy_xhat
+    weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    dx, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
+        _dense(dy, like=x), _dense(x), weight, None, None, mean, rstd, True, 0.0, [True, True, True]
+    )
+    if _is_rows(x) and x.dim() > 2:
+        return dx.view(len(x), *x.shape[2:], -1).movedim(-1, 1), sum_dy, sum_dy_xhat
+    return dx.view(x.shape), sum_dy, sum_dy_xhat
 
 
 def _affine_map(
