@@ -224,5 +224,3 @@ def is_narrow(tensor: Tensor) -> bool:
 
 def _at_least_float32(tensor: Any) -> Any:
     return tensor.float() if is_narrow(tensor) else tensor
-
-

@@ -26,11 +26,7 @@ Target = Union[Literal["running", "precise", "torch"], Callable[[nn.Module], nn.
 logger = logging.getLogger("runningbn")
 
 _OPTIONS = {"running": {"momentum", "gradient"}, "precise": {"momentum"}, "torch": set[str]()}
-_PRECISE = {
-    nn.BatchNorm1d: PreciseBatchNorm1d,
-    nn.BatchNorm2d: PreciseBatchNorm2d,
-    nn.BatchNorm3d: PreciseBatchNorm3d,
-}
+_PRECISE = {nn.BatchNorm1d: PreciseBatchNorm1d, nn.BatchNorm2d: PreciseBatchNorm2d, nn.BatchNorm3d: PreciseBatchNorm3d}
 
 
 def batchnormify(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -207,7 +209,14 @@ def results_as_json(situations: Sequence[Situation], runs: Sequence[Run]) -> str
     """Settings, versions and numbers. A loss that is not finite is null, for JSON has no NaN."""
     numbers = [asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in runs]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "scikit-learn": sklearn.__version__}
-    contents = {"versions": versions, "situations": [asdict(s) for s in situations], "runs": numbers}
+    machine = {"platform": platform.platform(terse=True), "processors": os.cpu_count()}
+    contents = {
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "versions": versions,
+        "situations": [asdict(situation) for situation in situations],
+        "runs": numbers,
+    }
     return json.dumps(contents, indent=1) + "\n"
 
 

@@ -6,7 +6,7 @@ dtype of the statistics (float32 or float64).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,29 +18,51 @@ from .statistics import moments
 from .update import Coefficients, GradientState, State, absorb_gradient, absorb_precise, absorb_running
 
 
+class Step(NamedTuple):
+    """A forward whose statistics are done.
+
+    Attributes:
+        fixed: what to normalise by.
+        scratch: (p, x − p) as the statistics left it, for the output to be made in, once; None where there is none.
+    """
+
+    fixed: Coefficients
+    scratch: tuple[Tensor, Tensor] | None = None
+
+
 @torch.no_grad()
-def running_step(x: Tensor, state: State, momentum: Momentum) -> Coefficients:
+def running_step(x: Tensor, state: State, momentum: Momentum) -> Step:
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`."""
-    batch = kernels.batch_sums(x, state.shift)
+    batch, centred = kernels.batch_sums(x, state.shift.dtype)
     weight = batch_weight(momentum, len(x), state.samples, state.steps)
-    return absorb_running(state, batch, weight, len(x), weighs_whole_batches(momentum))
+    fixed = absorb_running(state, batch, weight, len(x), weighs_whole_batches(momentum))
+    return Step(fixed, None if centred is None else (batch.shift, centred))
 
 
 @torch.no_grad()
-def precise_step(x: Tensor, state: State, momentum: Momentum) -> Coefficients:
+def repeated_step(x: Tensor, state: State, fixed: Coefficients) -> Step:
+    """Normalise a batch that was absorbed before by what was fixed then, with the same roundings."""
+    batch, centred = kernels.batch_sums(x, state.shift.dtype)
+    return Step(fixed, None if centred is None else (batch.shift, centred))
+
+
+@torch.no_grad()
+def precise_step(x: Tensor, state: State, momentum: Momentum) -> Step:
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    batch = kernels.batch_sums(x, state.shift)
+    batch, centred = kernels.batch_sums(x, state.shift.dtype)
     weight = batch_weight(momentum, len(x), state.samples, state.steps)
-    return absorb_precise(state, batch, weight, len(x), weighs_whole_batches(momentum))
+    fixed = absorb_precise(state, batch, weight, len(x), weighs_whole_batches(momentum))
+    return Step(fixed, None if centred is None else (batch.shift, centred))
 
 
 @torch.no_grad()
-def batch_step(x: Tensor, state: State) -> Coefficients:
+def batch_step(x: Tensor, state: State) -> Step:
     """Normalise by the batch's own statistics and leave the state alone."""
-    return Coefficients(*moments(kernels.batch_sums(x, state.shift)))
+    batch, centred = kernels.batch_sums(x, state.shift.dtype)
+    return Step(Coefficients(*moments(batch)), None if centred is None else (batch.shift, centred))
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, fixed: Coefficients, eps: float) -> Tensor:
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: Step, eps: float) -> Tensor:
     """y = (x − mean)·rstd·weight + bias with the exact gradient through the statistics; rstd = (var + eps)^−½.
 
     With dy = dL/dy and z = (x − mean)·rstd, per channel
@@ -50,14 +72,15 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, fixed: Coef
     κ = gain/count; κ = 1/n is BatchNorm. The z term drops where the variance is held at its floor. Keeps x and C-sized
     vectors for backward. Differentiable twice.
     """
+    fixed, scratch = step
     y: Tensor = _NormalizeExact.apply(
-        x, weight, bias, eps, fixed.mean, fixed.var, fixed.kappa_mean, fixed.kappa_var
+        x, weight, bias, eps, scratch, fixed.mean, fixed.var, fixed.kappa_mean, fixed.kappa_var
     )
     return y
 
 
 def normalize_running(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, fixed: Coefficients, eps: float, gradient: GradientState
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, step: Step, eps: float, gradient: GradientState
 ) -> Tensor:
     """y as in `normalize`; in backward the two sums are running averages too.
 
@@ -69,8 +92,9 @@ def normalize_running(
     The nearest published relative is MABN: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation
     of Batch Normalization", ICLR 2020.
     """
+    fixed, scratch = step
     y: Tensor = _NormalizeRunning.apply(
-        x, weight, bias, eps, fixed.mean, fixed.var, fixed.keep, fixed.gain, *gradient
+        x, weight, bias, eps, scratch, fixed.mean, fixed.var, fixed.keep, fixed.gain, *gradient
     )
     return y
 
@@ -79,17 +103,18 @@ class _NormalizeExact(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+        scratch: tuple[Tensor, Tensor] | None,
         mean: Tensor, var: Tensor, kappa_mean: Tensor | None, kappa_var: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), kappa_mean, kappa_var)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return kernels.normalize(x, mean, var, weight, bias, eps)
+        return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_differentiable_gradients(ctx, dy), *[None] * 5)
+            return (*_differentiable_gradients(ctx, dy), *[None] * 6)
         dx = None
         if kappa_mean is None and ctx.needs_input_grad[0]:
             dx, sum_dy, sum_dy_xhat = kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
@@ -100,20 +125,20 @@ class _NormalizeExact(Function):
             dx = kernels.input_gradient(dy, x, mean, rstd, weight, m0, m1)
         dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
-        return (dx, dweight, dbias, *[None] * 5)
+        return (dx, dweight, dbias, *[None] * 6)
 
 
 class _NormalizeRunning(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        mean: Tensor, var: Tensor, keep: Tensor, gain: Tensor, *gradient: Tensor,
+        scratch: tuple[Tensor, Tensor] | None, mean: Tensor, var: Tensor, keep: Tensor, gain: Tensor, *gradient: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), keep, gain)
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Not saved for backward: these buffers are meant to change between forward and backward.
         ctx.gradient = GradientState(*gradient)
-        return kernels.normalize(x, mean, var, weight, bias, eps)
+        return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -130,7 +155,7 @@ class _NormalizeRunning(Function):
             gradients = (dx, dweight, dbias)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = _RefuseSecondDerivative.apply(dy, *gradients)
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 9)
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:

@@ -141,18 +141,18 @@ class RunningBatchNorm(_Layer):
             self.input_dim = input.dim()
         if not self._absorbs(input):
             return self._normalize_only(input)
-        fixed = self._step(input)
+        step = self._step(input)
         if self.gradient == "exact":
-            return functional.normalize(input, self.weight, self.bias, fixed, self.eps)
-        return functional.normalize_running(input, self.weight, self.bias, fixed, self.eps, self._gradient_state)
+            return functional.normalize(input, self.weight, self.bias, step, self.eps)
+        return functional.normalize_running(input, self.weight, self.bias, step, self.eps, self._gradient_state)
 
-    def _step(self, input: Tensor) -> Coefficients:
+    def _step(self, input: Tensor) -> functional.Step:
         if torch.compiler.is_compiling():
             return functional.running_step(input, self._state, self.momentum)
         if self._last_forward is None or not _in_backward():
-            fixed = functional.running_step(input, self._state, self.momentum)
-            self._last_forward = input.shape, fixed
-            return fixed
+            step = functional.running_step(input, self._state, self.momentum)
+            self._last_forward = input.shape, step.fixed
+            return step
         shape, fixed = self._last_forward
         if shape != input.shape:
             raise RuntimeError(
@@ -160,7 +160,7 @@ class RunningBatchNorm(_Layer):
                 f", but got {tuple(input.shape)}: under activation checkpointing, run the backward of each forward "
                 "before the next forward"
             )
-        return fixed
+        return functional.repeated_step(input, self._state, fixed)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -187,10 +187,10 @@ class _PreciseBatchNorm(_Layer):
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         if _in_backward():  # a recomputation under activation checkpointing, absorbed by its forward already
-            fixed = functional.batch_step(input, self._state)
+            step = functional.batch_step(input, self._state)
         else:
-            fixed = functional.precise_step(input, self._state, self.momentum)
-        return functional.normalize(input, self.weight, self.bias, fixed, self.eps)
+            step = functional.precise_step(input, self._state, self.momentum)
+        return functional.normalize(input, self.weight, self.bias, step, self.eps)
 
 
 class PreciseBatchNorm1d(_PreciseBatchNorm, nn.BatchNorm1d):

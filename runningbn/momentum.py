@@ -48,8 +48,9 @@ class Horizon:
 
     def __post_init__(self) -> None:
         if not 0 < self.start <= self.samples < math.inf:
-            raise ValueError(f"Horizon: expected 0 < start <= samples < inf, got start={self.start}, "
-                             f"samples={self.samples}")
+            raise ValueError(
+                f"Horizon: expected 0 < start <= samples < inf, got start={self.start}, samples={self.samples}"
+            )
         if not 0 < self.fraction < math.inf:
             raise ValueError(f"Horizon: expected 0 < fraction < inf, got fraction={self.fraction}")
 

@@ -56,39 +56,36 @@ def exact_sums(rows: Tensor) -> Sums:
 def moments(state: Sums) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, each (C,): mean = shift + sums/count, var = sqrs/count − (sums/count)² ≥ 0.
 
-    A channel that holds nothing (count = 0) has mean 0 and variance 1, so that it normalises as a fresh
-    ``nn.BatchNorm`` evaluates.
+    A channel that holds nothing (count = 0) has its pivot as mean and no variance.
     """
-    empty = state.count == 0
-    count = torch.where(empty, 1, state.count)
+    count = _nonzero(state.count)
     offset = state.sums / count
     # Rounding may leave a tiny negative difference for a constant channel.
-    var = (state.sqrs / count - offset * offset).clamp(min=0)
-    return torch.where(empty, 0, state.shift + offset), torch.where(empty, 1, var)
+    var = torch.addcmul(state.sqrs / count, offset, offset, value=-1).clamp_min(0)
+    return state.shift + offset, var
 
 
 def move_pivot(state: Sums, shift: Tensor) -> Sums:
     """The same statistics about another pivot; exact algebra, with d = shift − state.shift.
 
-    sqrs − d·(2·sums − count·d), then sums − count·d.
+    sums − count·d, and sqrs − d·(2·sums − count·d).
     """
     d = shift - state.shift
-    moved = state.count * d
-    return Sums(shift, state.sums - moved, state.sqrs - d * (2 * state.sums - moved), state.count)
+    sums = torch.addcmul(state.sums, state.count, d, value=-1)
+    return Sums(shift, sums, torch.addcmul(state.sqrs, d, state.sums + sums, value=-1), state.count)
 
 
 def common_pivot(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Tensor:
-    """The mean of keep·old + gain·new, (C,): the pivot about which that sum loses the fewest digits.
+    """The pivot about which keep·old + gain·new loses the fewest digits, (C,): near the mean of that combination.
 
-    With the two means D apart and weights 1 − p and p, moving both states here leaves rounding errors of the order
-    of p·(1 − p)·D², which is no more than the variance between the two means itself. The pivot of either state alone
-    would leave D², however small the weight of the other.
+    Both states are about pivots near their own means, so it is the weighted mean of the pivots. With the two D apart
+    and weights 1 − p and p, moving both here leaves rounding errors of the order of p·(1 − p)·D², which is no more
+    than the variance between the two means itself. The pivot of either state alone would leave D², however small the
+    weight of the other.
     """
-    weight_old, weight_new = keep * old.count, gain * new.count
-    total = weight_old + weight_new
-    portion = torch.where(total == 0, 0, weight_new / torch.where(total == 0, 1, total))
-    mean_old, mean_new = moments(old)[0], moments(new)[0]
-    return torch.where(weight_old == 0, mean_new, mean_old + portion * (mean_new - mean_old))
+    weight = gain * new.count
+    portion = weight / _nonzero(torch.addcmul(weight, keep, old.count))
+    return torch.lerp(old.shift, new.shift, portion)
 
 
 def combine(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Sums:
@@ -96,16 +93,16 @@ def combine(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Sums:
 
     Args:
         old, new: the states; an empty one (count = 0) contributes nothing.
-        keep, gain: (C,) weights, each ≥ 0.
+        keep, gain: (C,) weights, each ≥ 0. With keep = 1 and gain = 0, `old` is returned bit for bit.
     """
     pivot = common_pivot(old, new, keep, gain)
     old, new = move_pivot(old, pivot), move_pivot(new, pivot)
-    return Sums(
-        pivot,
-        keep * old.sums + gain * new.sums,
-        keep * old.sqrs + gain * new.sqrs,
-        keep * old.count + gain * new.count,
-    )
+    return Sums(pivot, *(torch.addcmul(keep * a, gain, b) for a, b in zip(old[1:], new[1:])))
+
+
+def _nonzero(count: Tensor) -> Tensor:
+    """A count to divide by. Where it is 0 so is the dividend, and the quotient then too."""
+    return count.clamp_min(torch.finfo(count.dtype).tiny)
 
 
 def unbiased(var: Tensor, count: Tensor, count_sqrs: Tensor) -> Tensor:
@@ -114,6 +111,6 @@ def unbiased(var: Tensor, count: Tensor, count_sqrs: Tensor) -> Tensor:
     1/(Σw²/(Σw)²) is the effective number of elements (Kish 1965); with equal weights it is n and the factor the
     familiar n/(n − 1). A state taken over from elsewhere has Σw² = 0: it counts as a population and is not corrected.
     """
-    share = count_sqrs / torch.where(count == 0, 1, count).square()
-    # A single element has no variance to correct; torch refuses that case, a zero here keeps it finite.
-    return torch.where(share < 1, var / (1 - share).clamp(min=torch.finfo(var.dtype).eps), var)
+    # torch refuses a single element, which has no variance to correct; here that stays finite.
+    uncorrected = (1 - count_sqrs / _nonzero(count.square())).clamp_min(torch.finfo(var.dtype).eps)
+    return var / uncorrected

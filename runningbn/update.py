@@ -123,80 +123,74 @@ def absorb_gradient(
 
 def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    finite, keep, gain = _absorb(state, batch, weight, batch_samples, whole_batches)
-    sums = Sums(*state[:4])
-    mean, var = moments(sums)
-    floored = (state.samples < WARMUP_SAMPLES) & (var < VARIANCE_FLOOR)
-    # A channel that keeps its state is normalised by what evaluation would take, statistics written by hand included.
-    mean = torch.where(finite, mean, state.running_mean)
-    var = torch.where(finite, torch.where(floored, VARIANCE_FLOOR, var), state.running_var)
-    state.running_mean.copy_(mean)
-    state.running_var.copy_(var)
-    kappa = gain / _nonzero(sums.count)
-    return mean, var, kappa, torch.where(floored, 0, kappa), keep, gain
+    keep, gain, ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
+    mean, var = moments(Sums(*state[:4]))
+    floored = (var < VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
+    _set_unless(ignored, state.running_mean, mean)
+    _set_unless(ignored, state.running_var, var.masked_fill(floored, VARIANCE_FLOOR))
+    kappa = gain / state.count.clamp_min(torch.finfo(gain.dtype).tiny)
+    # A channel that keeps its state is normalised by what evaluation takes, statistics written by hand included.
+    return state.running_mean.clone(), state.running_var.clone(), kappa, kappa.masked_fill(floored, 0), keep, gain
 
 
 def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    finite, _, _ = _absorb(state, batch, weight, batch_samples, whole_batches)
+    _, _, ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
     mean, var = moments(Sums(*state[:4]))
-    var = unbiased(var, state.count, state.count_sqrs)
-    state.running_mean.copy_(torch.where(finite, mean, state.running_mean))
-    state.running_var.copy_(torch.where(finite, var, state.running_var))
-    # Not left to the caller: the batch is summed about a buffer, and traced arithmetic would be recomputed in backward.
+    _set_unless(ignored, state.running_mean, mean)
+    _set_unless(ignored, state.running_var, unbiased(var, state.count, state.count_sqrs))
     return moments(batch)
 
 
 def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     state, (sum_dy, sum_dy_xhat, keep, gain, n) = GradientState(*arguments[:3]), arguments[3:]
-    finite = torch.isfinite(sum_dy) & torch.isfinite(sum_dy_xhat)
-    for buffer, batch in zip(state, (sum_dy, sum_dy_xhat, n)):
-        buffer.copy_(torch.where(finite, keep * buffer + gain * batch, buffer))
-    count = _nonzero(state.count_dy)
+    # Infinity and NaN times 0 are NaN, which equals nothing.
+    ignored = (sum_dy + sum_dy_xhat) * 0 != 0
+    keep, gain = keep.masked_fill(ignored, 1), gain.masked_fill(ignored, 0)
+    state.sum_dy.mul_(keep).addcmul_(gain, sum_dy.masked_fill(ignored, 0))
+    state.sum_dy_xhat.mul_(keep).addcmul_(gain, sum_dy_xhat.masked_fill(ignored, 0))
+    state.count_dy.mul_(keep).add_(gain, alpha=n)
+    count = state.count_dy.clamp_min(torch.finfo(gain.dtype).tiny)
     return state.sum_dy / count, state.sum_dy_xhat / count
 
 
 def _absorb(
     state: State, batch: Sums, weight: Tensor, batch_samples: int, whole_batches: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lerp a batch into the linear state; return which channels were finite, and keep and gain.
+    """Lerp a batch into the linear state; return keep, gain and which channels were ignored.
 
-    The other channels keep their state bit for bit.
+    Those keep their state bit for bit: keep = 1 and gain = 0. Every operation on so few numbers costs more in its call
+    than in its arithmetic, hence masks on what goes in rather than a choice for everything that comes out.
     """
-    # Any infinity or NaN among the elements reaches the sum of squares.
-    finite = torch.isfinite(batch.sqrs)
-    n = batch.count
-    # A NaN must not enter the arithmetic at all: 0·NaN is NaN.
-    shift = torch.where(finite, batch.shift, state.shift)
-    batch = Sums(shift, torch.where(finite, batch.sums, 0), torch.where(finite, batch.sqrs, 0), n)
-    old = _with_count_like(state, n)
-    keep, gain = 1 - weight, weight
-    if whole_batches:
-        elements_per_batch = old.count / _nonzero(state.debias)
-        gain = torch.where(state.debias > 0, weight * elements_per_batch / n, weight)
-    new = combine(old, batch, keep, gain)
-    count_sqrs = keep.square() * state.count_sqrs + gain.square() * n
-    debias = keep * state.debias + weight
+    # Any infinity or NaN among the elements reaches the sum of squares; and a NaN must not enter, for 0·NaN is NaN.
+    finite = batch.sqrs < torch.inf
+    not_finite = finite.logical_not()
+    shift, sums, sqrs = (part.masked_fill(not_finite, 0) for part in batch[:3])
+    batch = Sums(shift, sums, sqrs, batch.count)
+    weight = weight.masked_fill(not_finite, 0)
+    ignored = weight == 0
+    keep = 1 - weight
+    # Elements per unit of batch weight. It becomes that of the batch where nothing was seen yet, and where statistics
+    # were taken over from elsewhere, without a count: the batch then weighs exactly a, and those after it weigh as if
+    # all before had been of its size.
+    tiny = torch.finfo(weight.dtype).tiny
+    unit = state.count.clamp_min(tiny) / state.debias.clamp_min(tiny)
+    new_unit = torch.where((state.count_sqrs == 0) > ignored, batch.count, unit)
+    keep_sums = keep * new_unit / unit
+    gain = weight * new_unit / batch.count if whole_batches else weight
+    new = combine(Sums(*state[:4]), batch, keep_sums, gain)
+    count_sqrs = torch.addcmul(keep_sums.square() * state.count_sqrs, gain.square(), batch.count)
+    debias = torch.addcmul(weight, keep, state.debias)
     for buffer, value in zip(state, (*new, count_sqrs, debias)):
-        buffer.copy_(torch.where(finite, value, buffer))
+        buffer.copy_(value)
     state.samples.add_(finite, alpha=batch_samples)
     state.steps.add_(finite)
     state.num_batches_tracked.add_(1)
-    return finite, torch.where(finite, keep, 1), torch.where(finite, gain, 0)
+    return keep, gain, ignored
 
 
-def _with_count_like(state: State, n: Tensor) -> Sums:
-    """The linear state; statistics taken over from elsewhere, which come without a count, get that of this batch.
-
-    The batch then weighs exactly a, and later ones as if all before had been of its size.
-    """
-    taken_over = (state.count > 0) & (state.count_sqrs == 0)
-    scale = torch.where(taken_over, n * state.debias / _nonzero(state.count), 1)
-    return Sums(state.shift, state.sums * scale, state.sqrs * scale, state.count * scale)
-
-
-def _nonzero(count: Tensor) -> Tensor:
-    return torch.where(count == 0, 1, count)
+def _set_unless(ignored: Tensor, buffer: Tensor, value: Tensor) -> None:
+    buffer.copy_(torch.where(ignored, buffer, value))
 
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[State, Sums, Tensor, int, bool]:
@@ -208,8 +202,7 @@ def _unpack(arguments: tuple[Any, ...]) -> tuple[State, Sums, Tensor, int, bool]
 def _call(name: str, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.runningbn, name)(*arguments)
-    with torch.no_grad():
-        return _UPDATES[name](*arguments)
+    return _UPDATES[name](*arguments)
 
 
 def _mutated(fields: tuple[str, ...]) -> str:

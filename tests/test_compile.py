@@ -11,12 +11,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import noise, with_random_affine
 from torch import nn
 from torch._dynamo.utils import counters
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
 from runningbn.update import GradientState, State
-from tests.cases import noise, with_random_affine
 
 LAYERS = {
     "running": lambda: RunningBatchNorm(4),
@@ -62,7 +62,7 @@ def assert_steps_agree(eager, copied, compiled, sizes, shape=(4, 6, 5), loss=lam
         for (name, got), expected in zip(copied.named_buffers(), eager.buffers()):
             # `sums` are differences of numbers as large as the count, and next to zero.
             atol = 2e-5 * x[:, 0].numel() if name.endswith("sums") else 2e-5
-            torch.testing.assert_close(got, expected, rtol=2e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=atol, msg=f"{name} differs")
 
 
 @layers
@@ -135,7 +135,8 @@ def arguments(channels: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]
     layer = RunningBatchNorm(channels)
     layer(noise((6, channels), 1))
     state = [getattr(layer, name).clone() for name in State._fields]
-    batch = [noise((channels,), 2), torch.zeros(channels), noise((channels,), 3).square(), torch.full((channels,), 10.0)]
+    sqrs, count = noise((channels,), 3).square(), torch.full((channels,), 10.0)
+    batch = [noise((channels,), 2), torch.zeros(channels), sqrs, count]
     return state, batch
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from runningbn import kernels
+from runningbn.statistics import moments
 
 EPS = 1e-5
 SHAPES = {
@@ -85,7 +86,7 @@ grid = pytest.mark.parametrize(
 @grid
 def test_batch_sums(shape, layout, dtype):
     x = make(shape, dtype, layout, 0)
-    batch = kernels.batch_sums(x, torch.zeros(shape[1], dtype=statistics_dtype(dtype)))
+    batch, _ = kernels.batch_sums(x, statistics_dtype(dtype))
     data = per_channel(x)
     n = data.shape[1]
     assert batch.count.tolist() == [n] * shape[1]
@@ -200,10 +201,35 @@ def test_weight_and_bias_may_be_absent():
 def test_variance_in_float32_does_not_suffer_from_the_mean(mean, layout):
     generator = torch.Generator().manual_seed(0)
     x = LAYOUTS[layout](torch.randn(16, 8, 24, 24, generator=generator) + mean)
-    batch = kernels.batch_sums(x, torch.zeros(8))
+    batch, _ = kernels.batch_sums(x, torch.float32)
     expected = per_channel(x).var(1, correction=0)
-    # The pivot is the mean to float32: off by at most a few of its roundings, 1e-3 at a mean of 1e4; squared, 1e-6.
-    torch.testing.assert_close((batch.sqrs / batch.count).double(), expected, rtol=1e-5, atol=0)
+    # x - p is exact, at most three bits cancel in the variance, and up to 4096 rows are added up one by one.
+    torch.testing.assert_close(moments(batch)[1].double(), expected, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_the_pivot_is_near_the_mean_even_if_the_first_samples_are_outliers(layout):
+    x = LAYOUTS[layout](make((16, 6, 5, 7), torch.float32, "contiguous", 0).clone())
+    x[:2] += 1e4
+    batch, _ = kernels.batch_sums(x, torch.float32)
+    expected = per_channel(x)
+    offset = (expected.mean(1) - batch.shift.double()).abs() / expected.std(1, correction=0)
+    assert offset.max() < 7**0.5 + 1e-3
+    torch.testing.assert_close(moments(batch)[1].double(), expected.var(1, correction=0), rtol=1e-5, atol=0)
+
+
+@grid
+def test_normalizing_what_the_sums_left_is_normalizing_x(shape, layout, dtype):
+    x = make(shape, dtype, layout, 0)
+    v = vectors(shape[1], statistics_dtype(dtype))
+    batch, centred = kernels.batch_sums(x, statistics_dtype(dtype))
+    if centred is None:
+        assert dtype.itemsize == 2  # centred in float32, which is no memory for a 16-bit output
+        return
+    plain = kernels.normalize(x, v["mean"], v["var"], v["weight"], v["bias"], EPS)
+    y = kernels.normalize(x, v["mean"], v["var"], v["weight"], v["bias"], EPS, batch.shift, centred)
+    assert y.stride() == plain.stride()
+    torch.testing.assert_close(y, plain, **tolerance(dtype, 64))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
@@ -211,5 +237,5 @@ def test_variance_in_float32_does_not_suffer_from_the_mean(mean, layout):
 def test_whatever_is_not_finite_shows_in_sqrs_of_its_channel_only(poison, layout):
     x = make((4, 6, 5, 7), torch.float32, layout, 0).clone()
     x[2, 3, 1, 1] = poison
-    finite = torch.isfinite(kernels.batch_sums(x, torch.zeros(6)).sqrs)
+    finite = torch.isfinite(kernels.batch_sums(x, torch.float32)[0].sqrs)
     assert finite.tolist() == [True, True, True, False, True, True]

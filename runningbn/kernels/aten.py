@@ -7,49 +7,51 @@ vectorised, and its evaluation-mode batch norm is the fastest affine map per cha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
 from ..statistics import Sums
 
-# Elements of a temporary of the blocked sums: 16 MiB of float32. Blocks that fit the second-level cache are some 5 %
-# faster on an idle machine and many times slower on a busy one (data loaders on the same cores): each operation has all
-# threads meet, and a thread that has lost its core keeps the others waiting for a time slice.
-_BLOCK = 2**22
+# Longest run of numbers that torch's batch-norm reduction may add up one by one in float32: some 1e-6 of rounding.
+# Beyond it torch's own sums take over, which add pairwise.
+_LONGEST_PLANE, _MOST_ROWS = 2**16, 2**12
 
 
-def batch_sums(x: Tensor, pivot: Tensor) -> Sums:
-    """Sums of x, (N, C, ...), per channel about its own mean, in the dtype of `pivot`.
+def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
+    """Sums of x, (N, C, ...), per channel about a pivot p from the data themselves, in `dtype`; and x − p, if at hand.
 
-    Two sweeps, so that the pivot fits however far the data have moved: Σx first, then the sums about the mean. Rounding
-    puts that pivot half a digit beside the mean, and Σ(x − pivot) says by how much.
+    The pivot is the mean of the first eighth of the samples. However the data are ordered, it lies close enough: where
+    a portion f of the elements has a mean δ away from that of all, the variance is at least δ²·f/(1 − f), so that
+    (mean − pivot)² ≤ 7·var and at most three bits cancel in sqrs/n − (sums/n)².
+
+    x − p is what `normalize` goes on from, in the memory that the output needs anyway.
     """
-    x = x.to(pivot.dtype)  # torch reduces 16-bit data slower than it converts them
     n = x.numel() // x.shape[1]
-    if torch.compiler.is_compiling() or not x.is_cpu:
-        # One sweep for the compiler or torch's own Welford; about the given pivot the mean keeps its digits.
-        var, offset = torch.var_mean(x - _spread(pivot, x), [d for d in range(x.dim()) if d != 1], correction=0)
-        mean = pivot + offset
-        return Sums(mean, n * (offset - (mean - pivot)), n * var, torch.full_like(mean, n))
-    if _is_rows(x):
-        rows = _dense(x)
-        mean = rows.sum(0) / n
-        parts = [(d.sum(0), d.square_().sum(0)) for d in _centred_blocks(rows, mean.expand_as(rows))]
-        sums, sqrs = (torch.stack(part).sum(0) for part in zip(*parts))
-    else:
-        planes = rearrange(x.contiguous(), "n c ... -> (n c) (...)")
-        mean = reduce(planes.sum(1), "(n c) -> c", "sum", n=len(x)) / n
-        means = mean.repeat(len(x)).unsqueeze(1)
-        parts = [(d.sum(1), d.square_().sum(1)) for d in _centred_blocks(planes, means)]
-        sums, sqrs = (reduce(torch.cat(part), "(n c) -> c", "sum", n=len(x)) for part in zip(*parts))
-    return Sums(mean, sums, sqrs, torch.full_like(mean, n))
+    if torch.compiler.is_compiling():
+        x = x.to(dtype)
+        pivot = reduce(x[: _eighth(x)], "n c ... -> c", "mean")
+        deviation = x - _spread(pivot, x)
+        sums, sqrs = (reduce(t, "n c ... -> c", "sum") for t in (deviation, deviation * deviation))
+        return Sums(pivot, sums, sqrs, torch.full_like(pivot, n)), None
+    centred = _empty_like(x, dtype)
+    data, deviations = (t if t.dim() == 2 else t.flatten(2) for t in (_dense(x), _dense(centred, like=x)))
+    part = data[: _eighth(x) * (len(data) // len(x))].to(dtype)
+    pivot = _total(part) / (part.numel() // x.shape[1])
+    # About a pivot that is not finite, or that comes from elements whose squares are not, `normalize` could not tell
+    # the good elements of the channel any more. The factor allows for that many elements beside one that overflows.
+    largest = 1e-7 * torch.finfo(dtype).max ** 0.5
+    pivot.masked_fill_((pivot.abs() < largest).logical_not_(), 0)
+    torch.sub(data, pivot if data.dim() == 2 else pivot.unsqueeze(1), out=deviations)
+    sums, sqrs = _sums_and_sqrs(deviations)
+    return Sums(pivot, sums, sqrs, torch.full_like(pivot, n)), centred if x.dtype == dtype else None
 
 
-def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x."""
+def normalize(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    pivot: Tensor | None = None, centred: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x; overwrites `centred` = x − pivot."""
     if torch.compiler.is_compiling():
         rstd = (var + eps).rsqrt()
         y = (x - _spread(mean, x)) * _spread(rstd if weight is None else rstd * weight, x)
@@ -57,7 +59,9 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
     # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
     weight = None if weight is None else weight.to(mean.dtype)
     bias = None if bias is None else bias.to(mean.dtype)
-    return _affine_map(x, mean, var, weight, bias, eps)
+    if centred is not None and pivot is not None:
+        return _affine_map(centred, mean - pivot, var, weight, bias, eps, out=centred)
+    return _affine_map(x, mean, var, weight, bias, eps, out=_empty_like(x))
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +88,8 @@ def input_gradient(
         return (_spread(scale, x) * (dy - _spread(m0, x) - z * _spread(m1, x))).to(x.dtype)
     # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more sweep is left for dy.
     wide = x.to(mean.dtype)
-    dx = _affine_map(wide, mean, torch.ones_like(mean), -scale * rstd * m1, -scale * m0, 0.0)
+    one = torch.ones_like(mean)
+    dx = _affine_map(wide, mean, one, -scale * rstd * m1, -scale * m0, 0.0, out=_empty_like(wide))
     return dx.addcmul_(dy.to(mean.dtype), _spread(scale, x)).to(x.dtype)
 
 
@@ -106,21 +111,22 @@ def batch_norm_gradients(
 
 
 def _affine_map(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor
 ) -> Tensor:
-    """(x − mean)·(var + eps)^−½·weight + bias by torch's evaluation-mode batch norm, in the layout of x.
-
-    Written into a tensor that is nobody's view, since autograd refuses work in place on a view from a Function.
-    """
-    if x.movedim(1, -1).is_contiguous():
-        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    else:
-        y = x.new_empty(x.shape)
+    """(x − mean)·(var + eps)^−½·weight + bias by torch's evaluation-mode batch norm; `out` may be x itself."""
     unused = mean.new_empty(0), mean.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
-        _dense(x), weight, bias, mean, var, False, 0.0, eps, out=_dense(y, like=x), save_mean=unused[0], save_invstd=unused[1]
-    )
-    return y
+        _dense(x), weight, bias, mean, var, False, 0.0, eps,
+        out=_dense(out, like=x), save_mean=unused[0], save_invstd=unused[1],
+    )  # fmt: skip
+    return out
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor in the layout of x that is nobody's view: autograd refuses work in place on views."""
+    if x.dim() > 2 and _is_rows(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
+    return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
 def _spread(vector: Tensor, like: Tensor) -> Tensor:
@@ -130,20 +136,37 @@ def _spread(vector: Tensor, like: Tensor) -> Tensor:
 
 def _is_rows(x: Tensor) -> bool:
     """Whether the channels of a position lie side by side: (N, C) and channels_last inputs."""
-    # With one channel both layouts are the same memory, and planes are the faster view of it.
-    return x.shape[1] > 1 and (x.dim() == 2 or x.movedim(1, -1).is_contiguous())
+    if x.dim() == 2:
+        return x.shape[1] > 1
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x as torch's kernels take it fastest: contiguous rows (n·s, C) or planes (n, C, s), as `like` has it."""
+    """x as torch's kernels take it fastest: contiguous rows (n·s, C) or planes (n, C, ...), as `like` has it."""
     if _is_rows(x if like is None else like):
-        return rearrange(x, "n c ... -> (n ...) c").contiguous()
-    return rearrange(x, "n c ... -> n c (...)").contiguous()
+        return x.contiguous() if x.dim() == 2 else rearrange(x, "n c ... -> (n ...) c").contiguous()
+    return x.contiguous()
 
 
-def _centred_blocks(matrix: Tensor, means: Tensor) -> Iterator[Tensor]:
-    """matrix − means, some rows at a time in one small buffer that is reused: consume each block before the next."""
-    rows = max(1, _BLOCK // matrix.shape[1])
-    buffer = torch.empty(min(rows, len(matrix)), matrix.shape[1], dtype=means.dtype, device=matrix.device)
-    for block, mean in zip(matrix.split(rows), means.split(rows)):
-        yield torch.sub(block, mean, out=buffer[: len(block)])
+def _eighth(x: Tensor) -> int:
+    return (len(x) + 7) // 8
+
+
+def _total(data: Tensor) -> Tensor:
+    """Per-channel sums of rows (m, C) or planes (n, C, s)."""
+    return data.sum(0) if data.dim() == 2 else data.sum(2).sum(0)
+
+
+def _sums_and_sqrs(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel sums and sums of squares of rows (m, C) or planes (n, C, s)."""
+    if data.dim() == 3 and data.shape[2] > _LONGEST_PLANE:
+        return _total(data), torch.stack([_total(sample.square()) for sample in data.split(1)]).sum(0)
+    # Σdy and Σdy·(x − mean) with dy = x and mean = 0, in one sweep.
+    zero, one = data.new_zeros(data.shape[1]), data.new_ones(data.shape[1])
+    sums = sqrs = zero
+    for block in data.split(_MOST_ROWS) if data.dim() == 2 else (data,):
+        _, block_sqrs, block_sums = torch.ops.aten.native_batch_norm_backward(
+            block, block, one, None, None, zero, one, True, 0.0, [False, True, True]
+        )
+        sums, sqrs = sums + block_sums, sqrs + block_sqrs
+    return sums, sqrs
