@@ -175,7 +175,7 @@ def _absorb(
     # all before had been of its size.
     tiny = torch.finfo(weight.dtype).tiny
     unit = state.count.clamp_min(tiny) / state.debias.clamp_min(tiny)
-    new_unit = torch.where((state.count_sqrs == 0) > ignored, batch.count, unit)
+    new_unit = torch.where((state.count_sqrs == 0) & ~ignored, batch.count, unit)
     keep_sums = keep * new_unit / unit
     gain = weight * new_unit / batch.count if whole_batches else weight
     new = combine(Sums(*state[:4]), batch, keep_sums, gain)
