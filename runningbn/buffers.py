@@ -23,6 +23,10 @@ _OWN_BUFFERS = tuple(
     name for name in State._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
 )
 
+# Of no use beyond the backward pass that follows, so no part of a checkpoint.
+_PASSING = ("last_keep", "last_gain")
+_CHECKPOINTED = tuple(name for name in _OWN_BUFFERS if name not in _PASSING)
+
 
 class PooledStatistics(_BatchNorm):
     """The parameters and buffers of ``nn.BatchNorm``, and the linear state behind its statistics.
@@ -70,7 +74,7 @@ class PooledStatistics(_BatchNorm):
         if self.num_batches_tracked is None:
             self.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
         for name in _OWN_BUFFERS:
-            self.register_buffer(name, torch.zeros_like(mean))
+            self.register_buffer(name, torch.zeros_like(mean), persistent=name not in _PASSING)
         self.install_gradient_state()
 
     def install_gradient_state(self) -> None:
@@ -83,7 +87,8 @@ class PooledStatistics(_BatchNorm):
     def remove_state(self) -> None:
         """Leave the buffers of ``nn.BatchNorm``."""
         for name in (*_OWN_BUFFERS, *GradientState._fields):
-            self._buffers.pop(name, None)
+            if name in self._buffers:
+                delattr(self, name)
 
     @property
     def _mean(self) -> Tensor:
@@ -150,7 +155,10 @@ class PooledStatistics(_BatchNorm):
             return
         if value.shape != (self.num_features,):
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {tuple(value.shape)}")
-        super().__setattr__(name, value.detach().to(self.sums.dtype))
+        super().__setattr__(name, value.detach().to(self.sums.dtype, copy=True))
+        # Tensors of its own, for nn.DataParallel assigns to replicas that still share theirs with the original.
+        for own in _OWN_BUFFERS:
+            self._buffers[own] = torch.zeros_like(self._mean)
         self.seed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -172,15 +180,24 @@ class PooledStatistics(_BatchNorm):
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
             return
-        brings_statistics = any(prefix + name in state_dict for name in ("running_mean", "running_var"))
-        from_elsewhere = brings_statistics and prefix + "sums" not in state_dict
-        brings_gradient = any(prefix + name in state_dict for name in self.gradient_buffers)
-        for name in (*State._fields, *GradientState._fields):
-            key = prefix + name
-            if name in self._buffers and key in state_dict:
-                state_dict[key] = _at_least_float32(state_dict[key])
-            elif name not in self._buffers:  # a RunningBatchNorm's sums of gradients, in a PreciseBatchNorm
-                state_dict.pop(key, None)
+        brought = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        own, gradient, view = (
+            brought.intersection(names)
+            for names in (_CHECKPOINTED, GradientState._fields, ("running_mean", "running_var"))
+        )
+        # Counts do not fit 16 bits; and a part of a state is none, nor is one without its view.
+        narrow = any(is_narrow(state_dict[prefix + name]) for name in own)
+        usable = len(own) == len(_CHECKPOINTED) and len(view) == 2 and not narrow
+        seeds = len(view) == 2 and not usable
+        refused = set() if usable else own | gradient
+        if len(view) == 1:
+            refused |= view
+        if not self.gradient_buffers:  # a RunningBatchNorm's, in a PreciseBatchNorm
+            refused |= gradient
+        for name in refused:
+            del state_dict[prefix + name]
+        for name in (view | gradient) - refused:
+            state_dict[prefix + name] = _at_least_float32(state_dict[prefix + name])
         before = {name: (buffer, buffer.clone()) for name, buffer in self._buffers.items() if buffer is not None}
         errors = len(error_msgs)
         self._loading = True
@@ -194,13 +211,16 @@ class PooledStatistics(_BatchNorm):
             # torch loads what fits. Statistics of two sources would contradict each other, so here it is all or none.
             for name, (buffer, values) in before.items():
                 self._buffers[name] = buffer.copy_(values)
-        elif brings_statistics:
-            optional = _OWN_BUFFERS if from_elsewhere else ()
-            forgiven = {prefix + name for name in (*optional, *(() if brings_gradient else self.gradient_buffers))}
-            missing_keys[:] = [key for key in missing_keys if key not in forgiven]
-            if from_elsewhere:
-                self.seed()
-            if not brings_gradient:
+            return
+        # nn.BatchNorm has no state and PreciseBatchNorm no sums of gradients: not missing, but parts of them are.
+        forgiven = {prefix + name for name in _CHECKPOINTED if seeds and (narrow or not own)}
+        forgiven |= {prefix + name for name in GradientState._fields if view and (narrow or not gradient)}
+        missing_keys[:] = [key for key in missing_keys if key not in forgiven]
+        if seeds:
+            self.seed()
+        if view:
+            self._clear(_PASSING)
+            if not gradient - refused:
                 # Running sums of another network's gradients would only mislead.
                 self._clear(self.gradient_buffers)
 

@@ -55,7 +55,8 @@ def batchnormify(
             - ``"torch"``: back to the class the layer had before, ``nn.BatchNorm1d/2d/3d`` for layers of this library.
               A float momentum or None is kept, a rule becomes 0.1; the statistics take the dtype of the weight;
             - a callable, which is given each layer and returns its replacement.
-        where: ``where(name, module)`` says whether to convert a layer; called with every name it has in the model.
+        where: ``where(name, module)`` says whether to convert a layer; one with several names is converted if it says
+            so for any of them.
         **layer_kwargs: `momentum` (running and precise) and `gradient` (running) for the converted layers. A layer that
             is of the target kind already takes these, too.
 
@@ -85,6 +86,8 @@ def batchnormify(
         if where is not None and not any(where(name, layer) for name in names):
             continue
         reason = None if callable(to) else _reason_to_leave(layer, to)
+        if reason is None and to == "precise" and "momentum" not in layer_kwargs:
+            reason = _bad_momentum(layer)
         if reason is None:
             convertible.append(layer)
         else:
@@ -97,6 +100,15 @@ def batchnormify(
             convert(layer, **layer_kwargs)
     _report(to, len(convertible), left_alone)
     return model
+
+
+def _bad_momentum(layer: nn.Module) -> str | None:
+    assert isinstance(layer, _BatchNorm)
+    try:
+        check_momentum(layer.momentum)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _check_options(to: Target, options: dict[str, Any]) -> None:
@@ -138,7 +150,9 @@ def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
         return "it is lazy and not initialised; run a batch through the model first"
     if parametrize.is_parametrized(layer):
         return "it is parametrised; remove the parametrisation first"
-    if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
+    removes_own = to == "torch" and isinstance(layer, PooledStatistics)
+    has_statistics = layer.running_mean is not None and layer.running_var is not None and layer.track_running_stats
+    if not has_statistics and not removes_own:
         return "it keeps no running statistics"
     if isinstance(layer, nn.SyncBatchNorm):
         return "it synchronises between processes"
@@ -146,7 +160,10 @@ def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
         return f"{type(layer).__name__} has a forward of its own"
     if isinstance(layer, RunningBatchNorm) and to != "running" and _torch_type(layer) is None:
         if layer.input_dim is None:
-            return "which nn.BatchNorm it stands for is not known; run a batch through the model first"
+            return (
+                "which nn.BatchNorm it stands for is not known; run a batch through the model first, "
+                "without torch.compile"
+            )
         return f"there is no nn.BatchNorm for inputs of {layer.input_dim} dimensions"
     return None
 
@@ -234,8 +251,10 @@ def _to_torch(layer: Any) -> None:
         layer.momentum = 0.1
     if layer.weight is not None:
         for name in ("running_mean", "running_var"):
-            layer._buffers[name] = layer._buffers[name].to(layer.weight.dtype)  # type: ignore[union-attr]
-    for name in ("gradient", "converted_from", "input_dim", "_last_forward"):
+            buffer = layer._buffers[name]
+            if buffer is not None:
+                layer._buffers[name] = buffer.to(layer.weight.dtype)
+    for name in ("gradient", "converted_from", "input_dim"):
         layer.__dict__.pop(name, None)
     layer.__class__ = origin  # type: ignore[assignment]
 

@@ -6,6 +6,7 @@ dtype of the statistics (float32 or float64).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import Function, FunctionCtx
 
 from . import kernels
 from .momentum import Momentum, batch_weight, weighs_whole_batches
-from .statistics import moments
+from .statistics import Sums
 from .update import Coefficients, GradientState, State, absorb_gradient, absorb_precise, absorb_running
 
 
@@ -30,36 +31,24 @@ class Step(NamedTuple):
     scratch: tuple[Tensor, Tensor] | None = None
 
 
-@torch.no_grad()
 def running_step(x: Tensor, state: State, momentum: Momentum) -> Step:
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`."""
-    batch, centred = kernels.batch_sums(x, state.shift.dtype)
-    weight = batch_weight(momentum, len(x), state.samples, state.steps)
-    fixed = absorb_running(state, batch, weight, len(x), weighs_whole_batches(momentum))
-    return Step(fixed, None if centred is None else (batch.shift, centred))
+    return _step(absorb_running, x, state, momentum)
 
 
-@torch.no_grad()
-def repeated_step(x: Tensor, state: State, fixed: Coefficients) -> Step:
-    """Normalise a batch that was absorbed before by what was fixed then, with the same roundings."""
-    batch, centred = kernels.batch_sums(x, state.shift.dtype)
-    return Step(fixed, None if centred is None else (batch.shift, centred))
-
-
-@torch.no_grad()
 def precise_step(x: Tensor, state: State, momentum: Momentum) -> Step:
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    batch, centred = kernels.batch_sums(x, state.shift.dtype)
-    weight = batch_weight(momentum, len(x), state.samples, state.steps)
-    fixed = absorb_precise(state, batch, weight, len(x), weighs_whole_batches(momentum))
-    return Step(fixed, None if centred is None else (batch.shift, centred))
+    return _step(absorb_precise, x, state, momentum)
 
 
 @torch.no_grad()
-def batch_step(x: Tensor, state: State) -> Step:
-    """Normalise by the batch's own statistics and leave the state alone."""
+def _step(
+    absorb: Callable[[State, Sums, Tensor, int, bool], Coefficients], x: Tensor, state: State, momentum: Momentum
+) -> Step:
     batch, centred = kernels.batch_sums(x, state.shift.dtype)
-    return Step(Coefficients(*moments(batch)), None if centred is None else (batch.shift, centred))
+    weight = batch_weight(momentum, len(x), state.samples, state.steps)
+    fixed = absorb(state, batch, weight, len(x), weighs_whole_batches(momentum))
+    return Step(fixed, None if centred is None else (batch.shift, centred))
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: Step, eps: float) -> Tensor:
@@ -184,7 +173,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     z = (centred - spread(mean_change)) * spread((rstd.pow(-2) + var_change).rsqrt())
     y = (z if weight is None else z * spread(weight.to(z.dtype))).to(x.dtype)
     wanted = [t if needed else None for t, needed in zip((x, weight), ctx.needs_input_grad)]
-    found = iter(torch.autograd.grad(y, [t for t in wanted if t is not None], dy, create_graph=True))
+    inputs = [t for t in wanted if t is not None]
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())
     dbias = None if ctx.bias_dtype is None else dy.sum(all_but_channels, dtype=mean.dtype).to(ctx.bias_dtype)
     return [*(None if t is None else next(found) for t in wanted), dbias]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import functional
 from .buffers import PooledStatistics, is_narrow
 from .momentum import Horizon, Momentum
-from .update import Coefficients, GradientState
+from .update import GradientState
 
 Gradient = Literal["running", "exact"]
 
@@ -87,16 +87,16 @@ class RunningBatchNorm(_Layer):
     Shape:
         - Input: (N, C, *), any number of trailing dimensions, also none; float16 and bfloat16 inputs may meet float32
           parameters.
-        - Output: as the input, in its dtype and, where torch has a name for it, its memory format.
+        - Output: as the input, in its dtype and, if it is dense and torch has a name for that, its memory format.
 
     Raises:
         ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], or
             eps ≤ 0 in training.
         RuntimeError: for a wrong number of channels or a dtype that does not go with the parameters.
 
-    Under activation checkpointing a recomputation takes the statistics of the last forward, so each forward of the
-    layer has to be followed by its backward; with several in flight, recomputed activations are normalised by the
-    statistics of the last one.
+    While a backward pass is running, as in a recomputation under activation checkpointing, nothing is absorbed: the
+    recomputation takes the statistics of the last forward. So each checkpointed forward of the layer has to be followed
+    by its backward; with several in flight, recomputed activations are normalised by the statistics of the last one.
 
     Source: fastai course 2019, part 2, lesson 10 (RunningBatchNorm); the running gradient is related to MABN, Yan et
     al., ICLR 2020.
@@ -113,8 +113,6 @@ class RunningBatchNorm(_Layer):
 
     gradient: Gradient
     gradient_buffers = GradientState._fields
-    # The shape and coefficients of the last training forward, for its recomputation under activation checkpointing.
-    _last_forward: tuple[torch.Size, Coefficients] | None = None
     # Dimensions of the inputs, which say what nn.BatchNorm the layer stands for.
     input_dim: int | None = None
 
@@ -141,35 +139,14 @@ class RunningBatchNorm(_Layer):
             self.input_dim = input.dim()
         if not self._absorbs(input):
             return self._normalize_only(input)
-        step = self._step(input)
+        step = functional.running_step(input, self._state, self.momentum)
         if self.gradient == "exact":
             return functional.normalize(input, self.weight, self.bias, step, self.eps)
         return functional.normalize_running(input, self.weight, self.bias, step, self.eps, self._gradient_state)
 
-    def _step(self, input: Tensor) -> functional.Step:
-        if torch.compiler.is_compiling():
-            return functional.running_step(input, self._state, self.momentum)
-        if self._last_forward is None or not _in_backward():
-            step = functional.running_step(input, self._state, self.momentum)
-            self._last_forward = input.shape, step.fixed
-            return step
-        shape, fixed = self._last_forward
-        if shape != input.shape:
-            raise RuntimeError(
-                f"RunningBatchNorm recomputes its last training forward during backward, whose input was {tuple(shape)}"
-                f", but got {tuple(input.shape)}: under activation checkpointing, run the backward of each forward "
-                "before the next forward"
-            )
-        return functional.repeated_step(input, self._state, fixed)
-
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_last_forward", None)
-        return state
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
@@ -186,10 +163,7 @@ class _PreciseBatchNorm(_Layer):
             return self._normalize_only(input)
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        if _in_backward():  # a recomputation under activation checkpointing, absorbed by its forward already
-            step = functional.batch_step(input, self._state)
-        else:
-            step = functional.precise_step(input, self._state, self.momentum)
+        step = functional.precise_step(input, self._state, self.momentum)
         return functional.normalize(input, self.weight, self.bias, step, self.eps)
 
 
@@ -293,9 +267,3 @@ def check_gradient(gradient: Any) -> Gradient:
         raise ValueError(f"gradient: expected one of {get_args(Gradient)}, got {gradient!r}")
     checked: Gradient = gradient
     return checked
-
-
-def _in_backward() -> bool:
-    """Whether this thread is inside a backward pass, where a training forward is a recomputation."""
-    # Activation checkpointing offers no public sign of it; torch.utils.checkpoint itself asks the same function.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]

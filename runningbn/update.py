@@ -35,6 +35,7 @@ class State(NamedTuple):
         steps: batches absorbed, the t of a = 1/t.
         running_mean, running_var: what evaluation normalises by.
         num_batches_tracked: (), int64, training forwards.
+        last_keep, last_gain: what the last batch was absorbed with, for the recomputation of its forward.
     """
 
     shift: Tensor
@@ -48,6 +49,8 @@ class State(NamedTuple):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    last_keep: Tensor
+    last_gain: Tensor
 
 
 class GradientState(NamedTuple):
@@ -123,22 +126,27 @@ def absorb_gradient(
 
 def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    keep, gain, ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
-    mean, var = moments(Sums(*state[:4]))
-    floored = (var < VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
-    _set_unless(ignored, state.running_mean, mean)
-    _set_unless(ignored, state.running_var, var.masked_fill(floored, VARIANCE_FLOOR))
+    if not _is_recomputation():
+        ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
+        mean, var = moments(Sums(*state[:4]))
+        floored = (var < VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
+        _set_unless(ignored, state.running_mean, mean)
+        _set_unless(ignored, state.running_var, var.masked_fill_(floored, VARIANCE_FLOOR))
+    # By what evaluation takes, also in a channel that keeps its state, statistics written by hand included.
+    mean, var = state.running_mean.clone(), state.running_var.clone()
+    keep, gain = state.last_keep.clone(), state.last_gain.clone()
     kappa = gain / state.count.clamp_min(torch.finfo(gain.dtype).tiny)
-    # A channel that keeps its state is normalised by what evaluation takes, statistics written by hand included.
-    return state.running_mean.clone(), state.running_var.clone(), kappa, kappa.masked_fill(floored, 0), keep, gain
+    floored = (var <= VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
+    return mean, var, kappa, kappa.masked_fill(floored, 0), keep, gain
 
 
 def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    _, _, ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
-    mean, var = moments(Sums(*state[:4]))
-    _set_unless(ignored, state.running_mean, mean)
-    _set_unless(ignored, state.running_var, unbiased(var, state.count, state.count_sqrs))
+    if not _is_recomputation():
+        ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
+        mean, var = moments(Sums(*state[:4]))
+        _set_unless(ignored, state.running_mean, mean)
+        _set_unless(ignored, state.running_var, unbiased(var, state.count, state.count_sqrs))
     return moments(batch)
 
 
@@ -154,16 +162,23 @@ def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     return state.sum_dy / count, state.sum_dy_xhat / count
 
 
-def _absorb(
-    state: State, batch: Sums, weight: Tensor, batch_samples: int, whole_batches: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Lerp a batch into the linear state; return keep, gain and which channels were ignored.
+def _is_recomputation() -> bool:
+    """Whether this thread is inside a backward pass, where a forward is one that activation checkpointing repeats."""
+    # There is no public sign of it; torch.utils.checkpoint itself asks the same function. Asked here, inside the
+    # operators, it holds for compiled code, too.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _absorb(state: State, batch: Sums, weight: Tensor, batch_samples: int, whole_batches: bool) -> Tensor:
+    """Lerp a batch into the linear state; return which channels were ignored.
 
     Those keep their state bit for bit: keep = 1 and gain = 0. Every operation on so few numbers costs more in its call
     than in its arithmetic, hence masks on what goes in rather than a choice for everything that comes out.
     """
-    # Any infinity or NaN among the elements reaches the sum of squares; and a NaN must not enter, for 0·NaN is NaN.
-    finite = batch.sqrs < torch.inf
+    # Any infinity or NaN among the elements reaches the sum of squares, and so must a batch so far away that its
+    # squares about the state's pivot overflow. None of it may enter, for 0·NaN is NaN.
+    distance = batch.shift - state.shift
+    finite = torch.addcmul(batch.sqrs, batch.count, distance * distance) < torch.inf
     not_finite = finite.logical_not()
     shift, sums, sqrs = (part.masked_fill(not_finite, 0) for part in batch[:3])
     batch = Sums(shift, sums, sqrs, batch.count)
@@ -186,7 +201,9 @@ def _absorb(
     state.samples.add_(finite, alpha=batch_samples)
     state.steps.add_(finite)
     state.num_batches_tracked.add_(1)
-    return keep, gain, ignored
+    state.last_keep.copy_(keep)
+    state.last_gain.copy_(gain)
+    return ignored
 
 
 def _set_unless(ignored: Tensor, buffer: Tensor, value: Tensor) -> None:

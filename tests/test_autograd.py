@@ -9,7 +9,7 @@ from steps import assert_identical, buffers_of, evaluate, train, trained, traini
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runningbn import PreciseBatchNorm2d, RunningBatchNorm
+from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm
 
 each_class = pytest.mark.parametrize("cls", [RunningBatchNorm, PreciseBatchNorm2d], ids=lambda cls: cls.__name__)
 
@@ -261,3 +261,12 @@ def test_layer_holds_nothing_of_the_size_of_its_input_between_steps(cls):
 
     held = [tensor for tensor in tensors(vars(layer)) if tensor is not None]
     assert max(tensor.untyped_storage().nbytes() for tensor in held) <= 3 * 8
+
+
+@pytest.mark.parametrize("make", [lambda: RunningBatchNorm(3, gradient="exact"), lambda: PreciseBatchNorm1d(3)])
+def test_create_graph_with_a_gradient_of_the_bias_only(make):
+    layer = make()
+    layer.weight.requires_grad_(False)
+    y = layer(noise((6, 3), 0))
+    (dbias,) = torch.autograd.grad(y.square().sum(), [layer.bias], create_graph=True)
+    torch.testing.assert_close(dbias, 2 * y.sum(0))

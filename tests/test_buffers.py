@@ -348,3 +348,16 @@ def test_layer_leaves_the_meta_device_empty_and_is_reset_there(cls):
     layer = cls(3, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
     assert_identical(dict(layer.state_dict()), dict(cls(3).state_dict()))
+
+
+def test_a_replica_of_data_parallel_leaves_the_original_alone():
+    # nn.DataParallel shares the buffers with a replica and then assigns copies to it, one by one.
+    layer = RunningBatchNorm(3)
+    layer(noise((8, 3, 4), 0))
+    before = copy.deepcopy(layer)
+    replica = layer._replicate_for_data_parallel()
+    for name, buffer in layer.named_buffers():
+        setattr(replica, name, buffer.clone())
+    for (name, buffer), expected, copied in zip(layer.named_buffers(), before.buffers(), replica.buffers()):
+        assert torch.equal(buffer, expected), name
+        assert torch.equal(copied, expected), name

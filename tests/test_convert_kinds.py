@@ -328,3 +328,15 @@ def test_precise_layer_becomes_its_base_without_having_seen_an_input():
 def test_running_layer_becomes_the_precise_one_of_its_inputs():
     layer = train(RunningBatchNorm(3), [noise((4, 3), 0)])
     assert type(batchnormify(layer, "precise")) is PreciseBatchNorm1d
+
+
+def test_a_momentum_that_is_no_weight_is_left_alone_as_precise():
+    layer = batchnormify(nn.BatchNorm2d(3, momentum=1.5), "precise")
+    assert type(layer) is nn.BatchNorm2d
+    assert type(batchnormify(layer, "precise", momentum=0.5)) is PreciseBatchNorm2d
+
+
+def test_layers_of_ours_without_statistics_go_back_to_torch():
+    layer = batchnormify(PreciseBatchNorm2d(3, track_running_stats=False), "torch")
+    assert type(layer) is nn.BatchNorm2d
+    assert layer.running_mean is None

@@ -239,3 +239,9 @@ def test_whatever_is_not_finite_shows_in_sqrs_of_its_channel_only(poison, layout
     x[2, 3, 1, 1] = poison
     finite = torch.isfinite(kernels.batch_sums(x, torch.float32)[0].sqrs)
     assert finite.tolist() == [True, True, True, False, True, True]
+
+
+def test_many_planes_of_one_element_are_added_up_pairwise():
+    x = torch.randn(200_000, 2, 1, generator=torch.Generator().manual_seed(0))
+    batch, _ = kernels.batch_sums(x, torch.float32)
+    torch.testing.assert_close(moments(batch)[1].double(), per_channel(x).var(1, correction=0), rtol=2e-6, atol=0)

@@ -859,3 +859,17 @@ def test_resuming_from_a_checkpoint_continues_bit_for_bit(name):
     resumed.load_state_dict(layer.state_dict())
     for x in batches[3:]:
         assert torch.equal(resumed(x), layer(x))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_constant_batch_too_far_away_for_its_squares_is_ignored(size):
+    # Its own sum of squares is zero; it is the distance to what was seen before that overflows.
+    layer = RunningBatchNorm(2)
+    layer(torch.randn(16, 2, generator=torch.Generator().manual_seed(0)))
+    before = layer.running_var.clone()
+    x = torch.randn(size, 2, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = 1e25
+    layer(x)
+    assert layer.running_var[0] == before[0]
+    assert layer.running_var[1] != before[1]
+    assert all(torch.isfinite(buffer).all() for buffer in layer.buffers())

@@ -1,5 +1,6 @@
 """The state of the layers: checkpoints in all directions, resuming, seeding, resetting, dtypes."""
 
+import copy
 import io
 
 import pytest
@@ -346,3 +347,42 @@ def test_unknown_key_is_refused(cls):
 def test_buffers_never_require_grad(case: LayerCase):
     layer = trained(case)
     assert not any(buffer.requires_grad for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("make", [RunningBatchNorm, PreciseBatchNorm2d], ids=["running", "precise"])
+def test_a_checkpoint_in_16_bits_trains_on_though_its_counts_overflow(make):
+    layer = make(2)
+    layer(noise((16, 2, 70, 70), 0))  # 78400 elements per channel; float16 ends at 65504
+    narrow = {key: t.half() if t.is_floating_point() else t for key, t in layer.state_dict().items()}
+    loaded = make(2)
+    loaded.load_state_dict(narrow)
+    loaded(noise((4, 2, 5, 5), 1))
+    assert all(torch.isfinite(buffer).all() for buffer in loaded.buffers())
+    torch.testing.assert_close(loaded.running_mean, layer.running_mean, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+def test_part_of_a_state_is_refused_and_seeded_from_the_running_statistics(strict):
+    source, layer = PreciseBatchNorm2d(2), PreciseBatchNorm2d(2)
+    source(noise((8, 2, 5, 5), 0) * 10 + 3)
+    layer(noise((8, 2, 5, 5), 1))
+    partial = source.state_dict()
+    del partial["sqrs"]
+    if strict:
+        with pytest.raises(RuntimeError, match="sqrs"):
+            layer.load_state_dict(partial)
+    else:
+        assert "sqrs" in layer.load_state_dict(partial, strict=False).missing_keys
+    assert torch.equal(layer.running_var, source.running_var)
+    assert torch.equal(layer.sqrs / layer.count, source.running_var)
+    assert layer.count_sqrs.tolist() == [0, 0]
+
+
+def test_a_state_without_its_running_statistics_is_not_loaded():
+    layer = PreciseBatchNorm2d(2)
+    layer(noise((8, 2, 5, 5), 1))
+    before = copy.deepcopy(layer)
+    without = {key: t * 3 for key, t in layer.state_dict().items() if not key.startswith("running")}
+    layer.load_state_dict(without, strict=False)
+    for name in ("shift", "sums", "sqrs", "count", "running_mean", "running_var"):
+        assert torch.equal(getattr(layer, name), getattr(before, name)), name

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..statistics import Sums
 
-# Longest run of numbers that torch's batch-norm reduction may add up one by one in float32: some 1e-6 of rounding.
-# Beyond it torch's own sums take over, which add pairwise.
-_LONGEST_PLANE, _MOST_ROWS = 2**16, 2**12
+# Up to this size of a plane, torch's batch-norm reduction may add up its elements one by one per vector lane in
+# float32: some 1e-6 of rounding. For larger planes, and for rows, torch's plain sums take over, which add pairwise.
+_LARGEST_PLANE = 2**16
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
@@ -124,7 +124,7 @@ def _affine_map(
 
 def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor in the layout of x that is nobody's view: autograd refuses work in place on views."""
-    if x.dim() > 2 and _is_rows(x):
+    if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
         return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
@@ -136,7 +136,7 @@ def _spread(vector: Tensor, like: Tensor) -> Tensor:
 
 def _is_rows(x: Tensor) -> bool:
     """Whether the channels of a position lie side by side: (N, C) and channels_last inputs."""
-    if x.dim() == 2:
+    if x.dim() == 2 or x.shape[2:].numel() == 1:
         return x.shape[1] > 1
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
@@ -159,14 +159,11 @@ def _total(data: Tensor) -> Tensor:
 
 def _sums_and_sqrs(data: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel sums and sums of squares of rows (m, C) or planes (n, C, s)."""
-    if data.dim() == 3 and data.shape[2] > _LONGEST_PLANE:
-        return _total(data), torch.stack([_total(sample.square()) for sample in data.split(1)]).sum(0)
+    if data.dim() == 2 or data.shape[2] > _LARGEST_PLANE:
+        return _total(data), _total(data.square())
     # Σdy and Σdy·(x − mean) with dy = x and mean = 0, in one sweep.
     zero, one = data.new_zeros(data.shape[1]), data.new_ones(data.shape[1])
-    sums = sqrs = zero
-    for block in data.split(_MOST_ROWS) if data.dim() == 2 else (data,):
-        _, block_sqrs, block_sums = torch.ops.aten.native_batch_norm_backward(
-            block, block, one, None, None, zero, one, True, 0.0, [False, True, True]
-        )
-        sums, sqrs = sums + block_sums, sqrs + block_sqrs
+    _, sqrs, sums = torch.ops.aten.native_batch_norm_backward(
+        data, data, one, None, None, zero, one, True, 0.0, [False, True, True]
+    )
     return sums, sqrs
