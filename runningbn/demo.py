@@ -27,7 +27,7 @@ from .demo_experiment import CONTENDERS, SITUATIONS, TEST_IMAGES, Run, Situation
 OURS = "RunningBatchNorm"
 CHANCE = 0.1  # ten digits, about as many of each
 
-QUICK_STEPS = 300  # per run, with --quick
+QUICK_STEPS = 250  # per run, with --quick
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by their lightness, in print.
 COLOURS = {"BatchNorm": "#999999", "GroupNorm": "#56b4e9", OURS: "#d55e00"}
