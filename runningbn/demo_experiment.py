@@ -208,12 +208,12 @@ def settings_for_tiny_tensors() -> Iterator[None]:
     """One thread and no oneDNN, about twice as fast on images of 8x8; both are put back afterwards."""
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    torch.backends.mkldnn.set_flags(_enabled=False)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.backends.mkldnn.enabled = onednn
+        torch.backends.mkldnn.set_flags(_enabled=bool(onednn))
 
 
 def run_one(situation: Situation, contender: Contender, seed: int) -> Run:

@@ -692,7 +692,7 @@ def test_poisoned_channel_keeps_its_state(poison, seen):
     before = buffers_of(layer)
     layer(poisoned(IMAGE.input(4, seed=9), poison))
     after = buffers_of(layer)
-    of_channels = [name for name in before if before[name].dim()]
+    of_channels = [name for name in before if before[name].dim() and not name.startswith("last_")]
     assert_identical({n: after[n][POISONED] for n in of_channels}, {n: before[n][POISONED] for n in of_channels})
 
 
