@@ -22,6 +22,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import element_weights, pooled_moments
+from steps import buffers_of
 from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 
@@ -81,10 +82,6 @@ def assert_steps_near(
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         assert_near(value, expected[name], roundings, scale[name])
-
-
-def buffers_of(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
 
 
 def assert_identical(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

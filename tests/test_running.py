@@ -31,6 +31,7 @@ from reference import (
     element_weights,
     pooled_moments,
 )
+from steps import buffers_of
 from torch import Tensor, nn
 
 from runningbn import Horizon, RunningBatchNorm, SquareRoot
@@ -107,10 +108,6 @@ def assert_states_near(layer: RunningBatchNorm, reference: ReferenceRunningBatch
     for name in STATE:
         assert_near(getattr(layer, name), reference.state(name), ROUNDINGS)
     assert layer.num_batches_tracked.item() == reference.num_batches_tracked
-
-
-def buffers_of(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
 
 
 def assert_identical(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
