@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .distributed import GroupReference, check_synchronisation
 from .momentum import Momentum, check_momentum
 from .update import GradientState, State
 
@@ -39,10 +40,17 @@ class PooledStatistics(_BatchNorm):
     """
 
     momentum: Momentum  # type: ignore[assignment]
+    # Whether `running_var` has Bessel's correction, as in nn.BatchNorm.
+    corrects_variance = True
+    # What `replace_statistics` writes.
+    statistics_names = (*_CHECKPOINTED, "running_mean", "running_var")
     # Which of the running sums of the backward pass the class has.
     gradient_buffers: tuple[str, ...] = ()
     # The class that batchnormify has to return a layer to.
     converted_from: type[nn.Module] | None = None
+    # Whether to pool over the processes of a group in training.
+    sync = False
+    _group = GroupReference()
     # During a load, torch assigns buffer after buffer; the state is seeded when it is through.
     _loading = False
 
@@ -57,12 +65,16 @@ class PooledStatistics(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        sync: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         check_momentum(momentum)
+        check_synchronisation(sync, process_group)
         # Older releases of torch have no `bias` here, so it is taken out afterwards.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:
             self.register_parameter("bias", None)
+        self.sync, self.process_group = sync, process_group
         if track_running_stats:
             self.install_state()
 
@@ -89,6 +101,15 @@ class PooledStatistics(_BatchNorm):
         for name in (*_OWN_BUFFERS, *GradientState._fields):
             if name in self._buffers:
                 delattr(self, name)
+
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        """What `sync` pools over; None for all processes."""
+        return self._group.group
+
+    @process_group.setter
+    def process_group(self, group: torch.distributed.ProcessGroup | None) -> None:
+        self._group = GroupReference(group)
 
     @property
     def _mean(self) -> Tensor:
@@ -126,6 +147,23 @@ class PooledStatistics(_BatchNorm):
         self._write("debias", zero + 1)
         self._write("samples", zero + _SETTLED)
         self._write("steps", zero + state.num_batches_tracked)
+
+    @torch.no_grad()
+    def replace_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Give the state other moments, var in the convention of `running_var`, and leave its weights as they are.
+
+        The next batch then weighs what it would have weighed. An empty state is seeded.
+        """
+        state = self._state
+        self._write("running_mean", mean.to(state.running_mean))
+        self._write("running_var", var.to(state.running_var))
+        if not state.count.all():
+            self.seed()
+            return
+        correction = 1 - state.count_sqrs / state.count.square() if self.corrects_variance else 1
+        self._write("sqrs", state.count * state.running_var * correction)
+        self._write("shift", state.running_mean)
+        self._write("sums", torch.zeros_like(state.sums))
 
     def _write(self, name: str, value: Tensor) -> None:
         """Set a buffer in place, or anew where a load with ``assign=True`` has changed the dtype or device."""
@@ -229,6 +267,7 @@ class PooledStatistics(_BatchNorm):
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+            f"{', sync=True' if self.sync else ''}"
         )
 
 

@@ -12,21 +12,26 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, Union
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .buffers import PooledStatistics
-from .modules import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, check_gradient
+from .converted import PRECISE, NormAct, PreciseBatchNormAct2d, RunningBatchNormAct2d
+from .distributed import check_synchronisation
+from .modules import PreciseBatchNorm, RunningBatchNorm, check_gradient
 from .momentum import Horizon, check_momentum
 
 Target = Union[Literal["running", "precise", "torch"], Callable[[nn.Module], nn.Module]]
 
 logger = logging.getLogger("runningbn")
 
-_OPTIONS = {"running": {"momentum", "gradient"}, "precise": {"momentum"}, "torch": set[str]()}
-_PRECISE = {nn.BatchNorm1d: PreciseBatchNorm1d, nn.BatchNorm2d: PreciseBatchNorm2d, nn.BatchNorm3d: PreciseBatchNorm3d}
+_OPTIONS = {
+    "running": {"momentum", "gradient", "sync", "process_group"},
+    "precise": {"momentum", "sync", "process_group"},
+    "torch": set[str](),
+}
 
 
 def batchnormify(
@@ -40,11 +45,12 @@ def batchnormify(
 
     Kept: parameters (the same objects), statistics, eps, affine, dtype, device, training flag, requires_grad, hooks,
     and the identity of every layer. Evaluation gives what it gave before, from each target to each other. timm's
-    ``BatchNormAct2d`` keeps its drop and act.
+    ``BatchNormAct2d`` keeps its drop and act, ``nn.SyncBatchNorm`` its process group: it becomes a layer with
+    ``sync=True``, for inputs of any dimensions.
 
     Left alone, and named in the log with the reason: lazy layers without parameters yet, layers without running
-    statistics, parametrised layers, synchronised layers, scripted layers, and subclasses with a forward of their own.
-    One line is logged to the logger ``runningbn``, as a warning if a layer was left alone.
+    statistics, parametrised layers, scripted layers, and subclasses with a forward of their own, as timm's
+    ``SyncBatchNormAct``. One line is logged to the logger ``runningbn``, as a warning if a layer was left alone.
 
     Args:
         model: any module, a single layer included.
@@ -52,13 +58,14 @@ def batchnormify(
 
             - ``"running"``: `RunningBatchNorm`, with ``momentum=Horizon()`` unless told otherwise;
             - ``"precise"``: `PreciseBatchNorm1d/2d/3d`, with the momentum of the layer;
-            - ``"torch"``: back to the class the layer had before, ``nn.BatchNorm1d/2d/3d`` for layers of this library.
-              A float momentum or None is kept, a rule becomes 0.1; the statistics take the dtype of the weight;
+            - ``"torch"``: back to the class the layer had before, ``nn.BatchNorm1d/2d/3d`` for layers of this library,
+              ``nn.SyncBatchNorm`` for those with ``sync=True``. A float momentum or None is kept, a rule becomes 0.1;
+              the statistics take the dtype of the weight;
             - a callable, which is given each layer and returns its replacement.
         where: ``where(name, module)`` says whether to convert a layer; one with several names is converted if it says
             so for any of them.
-        **layer_kwargs: `momentum` (running and precise) and `gradient` (running) for the converted layers. A layer that
-            is of the target kind already takes these, too.
+        **layer_kwargs: `momentum`, `sync`, `process_group` (running and precise) and `gradient` (running) for the
+            converted layers. A layer that is of the target kind already takes these, too.
 
     Returns:
         The model; its replacement where a callable replaces the model itself.
@@ -126,6 +133,7 @@ def _check_options(to: Target, options: dict[str, Any]) -> None:
         check_momentum(options["momentum"])
     if "gradient" in options:
         check_gradient(options["gradient"])
+    check_synchronisation(options.get("sync", False), options.get("process_group"))
 
 
 def _batch_norms(model: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
@@ -154,8 +162,6 @@ def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
     has_statistics = layer.running_mean is not None and layer.running_var is not None and layer.track_running_stats
     if not has_statistics and not removes_own:
         return "it keeps no running statistics"
-    if isinstance(layer, nn.SyncBatchNorm):
-        return "it synchronises between processes"
     if "forward" in vars(layer) or not (_has_known_forward(type(layer)) or _is_norm_act(type(layer))):
         return f"{type(layer).__name__} has a forward of its own"
     if isinstance(layer, RunningBatchNorm) and to != "running" and _torch_type(layer) is None:
@@ -170,8 +176,10 @@ def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
 
 def _has_known_forward(cls: type[nn.Module]) -> bool:
     if issubclass(cls, PooledStatistics):
-        return cls.forward in (RunningBatchNorm.forward, PreciseBatchNorm1d.forward, _NormAct.forward)
-    return cls.forward is _BatchNorm.forward and issubclass(cls, tuple(_PRECISE))
+        return cls.forward in (RunningBatchNorm.forward, PreciseBatchNorm.forward, NormAct.forward)
+    if issubclass(cls, nn.SyncBatchNorm):
+        return cls.forward is nn.SyncBatchNorm.forward
+    return cls.forward is _BatchNorm.forward and issubclass(cls, tuple(PRECISE))
 
 
 def _is_norm_act(cls: type[nn.Module]) -> bool:
@@ -180,58 +188,47 @@ def _is_norm_act(cls: type[nn.Module]) -> bool:
     return origin is not None and issubclass(cls, nn.BatchNorm2d) and cls.forward is origin.__dict__.get("forward")
 
 
-class _NormAct(nn.Module):
-    """timm's BatchNormAct2d around another normalisation: y = act(drop(norm(x)))."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        y: Tensor = self.act(self.drop(super().forward(input)))
-        return y
-
-
-class RunningBatchNormAct2d(_NormAct, RunningBatchNorm):
-    """What `batchnormify` makes of timm's ``BatchNormAct2d``; not meant to be constructed."""
-
-
-class PreciseBatchNormAct2d(_NormAct, PreciseBatchNorm2d):
-    """What `batchnormify` makes of timm's ``BatchNormAct2d``; not meant to be constructed."""
-
-
 def _torch_type(layer: nn.Module) -> type[nn.Module] | None:
     """The class to return to: what the layer was, or the ``nn.BatchNorm`` for inputs such as it has seen."""
     if not isinstance(layer, PooledStatistics):
         return type(layer)
     if layer.converted_from is not None:
         return layer.converted_from
+    if layer.sync:
+        return nn.SyncBatchNorm
     if isinstance(layer, RunningBatchNorm):
         return {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(layer.input_dim or 0)
-    return next(plain for plain, precise in _PRECISE.items() if isinstance(layer, precise))
+    return next(plain for plain, precise in PRECISE.items() if isinstance(layer, precise))
 
 
 def _to_running(layer: Any, **options: Any) -> None:
     if not isinstance(layer, RunningBatchNorm):
         _become(layer, RunningBatchNormAct2d if _is_norm_act(type(layer)) else RunningBatchNorm)
         layer.momentum, layer.gradient = Horizon(), "running"
-    for name, value in options.items():
-        setattr(layer, name, value)
+    _set_options(layer, options)
 
 
 def _to_precise(layer: Any, **options: Any) -> None:
-    if not isinstance(layer, tuple(_PRECISE.values())):
+    if not isinstance(layer, PreciseBatchNorm):
         origin = _torch_type(layer)
         assert origin is not None
-        precise = next(precise for plain, precise in _PRECISE.items() if issubclass(origin, plain))
+        precise = next(precise for plain, precise in PRECISE.items() if issubclass(origin, plain))
         _become(layer, PreciseBatchNormAct2d if _is_norm_act(origin) else precise)
         layer.__dict__.pop("gradient", None)
+    _set_options(layer, options)
+
+
+def _set_options(layer: PooledStatistics, options: dict[str, Any]) -> None:
     for name, value in options.items():
         setattr(layer, name, value)
+    if options.get("sync") is False:
+        layer.process_group = None
 
 
 def _become(layer: Any, cls: type[PooledStatistics]) -> None:
     """Give a layer of torch or of this library another class of this library, and the buffers that go with it."""
     origin, had_state = _torch_type(layer), isinstance(layer, PooledStatistics)
+    assert origin is not None
     layer.__class__ = cls
     layer.converted_from = origin
     if had_state:
@@ -239,6 +236,8 @@ def _become(layer: Any, cls: type[PooledStatistics]) -> None:
     else:
         layer.install_state()
         layer.seed()
+        if issubclass(origin, nn.SyncBatchNorm):
+            layer.sync, layer.process_group = True, layer.__dict__.pop("process_group", None)
 
 
 def _to_torch(layer: Any) -> None:
@@ -254,9 +253,12 @@ def _to_torch(layer: Any) -> None:
             buffer = layer._buffers[name]
             if buffer is not None:
                 layer._buffers[name] = buffer.to(layer.weight.dtype)
-    for name in ("gradient", "converted_from", "input_dim"):
+    group = layer.process_group
+    for name in ("gradient", "converted_from", "input_dim", "sync", "_group"):
         layer.__dict__.pop(name, None)
     layer.__class__ = origin  # type: ignore[assignment]
+    if issubclass(origin, nn.SyncBatchNorm):
+        layer.process_group = group
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

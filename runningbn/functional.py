@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function
 
 from . import kernels
+from .distributed import RankGroup, pool, pool_gradients
 from .momentum import Momentum, batch_weight, weighs_whole_batches
-from .statistics import Sums
+from .statistics import Sums, moments
 from .update import Coefficients, GradientState, State, absorb_gradient, absorb_precise, absorb_running
 
 
@@ -25,30 +26,68 @@ class Step(NamedTuple):
     Attributes:
         fixed: what to normalise by.
         scratch: (p, x − p) as the statistics left it, for the output to be made in, once; None where there is none.
+        ranks: the ranks that the batch was pooled over, and its gradients have to be; None where it was not.
+        n: elements per channel of the pooled batch.
+        witness: see `distributed.all_gather`.
     """
 
     fixed: Coefficients
     scratch: tuple[Tensor, Tensor] | None = None
+    ranks: RankGroup | None = None
+    n: Tensor | None = None
+    witness: Tensor | None = None
 
 
-def running_step(x: Tensor, state: State, momentum: Momentum) -> Step:
+def running_step(x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None = None) -> Step:
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`."""
-    return _step(absorb_running, x, state, momentum)
+    return _step(absorb_running, x, state, momentum, ranks)
 
 
-def precise_step(x: Tensor, state: State, momentum: Momentum) -> Step:
+def precise_step(x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None = None) -> Step:
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    return _step(absorb_precise, x, state, momentum)
+    return _step(absorb_precise, x, state, momentum, ranks)
 
 
 @torch.no_grad()
 def _step(
-    absorb: Callable[[State, Sums, Tensor, int, bool], Coefficients], x: Tensor, state: State, momentum: Momentum
-) -> Step:
-    batch, centred = kernels.batch_sums(x, state.shift.dtype)
-    weight = batch_weight(momentum, len(x), state.samples, state.steps)
-    fixed = absorb(state, batch, weight, len(x), weighs_whole_batches(momentum))
-    return Step(fixed, None if centred is None else (batch.shift, centred))
+    absorb: Callable[[State, Sums, Tensor, int | Tensor, bool], Coefficients],
+    x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None,
+) -> Step:  # fmt: skip
+    batch, scratch = _batch_sums(x, state.shift.dtype)
+    samples: int | Tensor = len(x)
+    if ranks is not None:
+        batch, samples = pool(batch, len(x) if x.numel() > 0 else 0, ranks, state.last_keep)
+    weight = batch_weight(momentum, samples, state.samples, state.steps)
+    fixed = absorb(state, batch, weight, samples, weighs_whole_batches(momentum))
+    if ranks is None:
+        return Step(fixed, scratch)
+    return Step(_with_pooled_kappa(fixed, batch), scratch, ranks, batch.count, state.last_keep)
+
+
+@torch.no_grad()
+def batch_step(x: Tensor, dtype: torch.dtype, ranks: RankGroup) -> Step:
+    """Normalise by the statistics of the batch over all ranks, in `dtype`, and keep none."""
+    batch, scratch = _batch_sums(x, dtype)
+    batch, _ = pool(batch, 0, ranks, None)
+    return Step(_with_pooled_kappa(Coefficients(*moments(batch)), batch), scratch, ranks, batch.count)
+
+
+def _batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, tuple[Tensor, Tensor] | None]:
+    """Sums of this rank's batch, which with other ranks to pool with may be empty; and the scratch of a `Step`."""
+    if x.numel() == 0:
+        return Sums(*torch.zeros((4, x.shape[1]), dtype=dtype, device=x.device).unbind()), None
+    batch, centred = kernels.batch_sums(x, dtype)
+    # About the pivot of this rank, which pooling leaves behind.
+    return batch, None if centred is None else (batch.shift, centred)
+
+
+def _with_pooled_kappa(fixed: Coefficients, batch: Sums) -> Coefficients:
+    """κ = 1/n of the pooled batch where x is normalised by its own statistics, which x does not tell."""
+    if fixed.kappa_mean is not None:
+        return fixed
+    kappa = batch.count.reciprocal()
+    # A copy, as torch.compile takes no tensor twice.
+    return fixed._replace(kappa_mean=kappa, kappa_var=kappa.clone())
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: Step, eps: float) -> Tensor:
@@ -59,12 +98,16 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: Step,
         dbias = Σdy    dweight = Σdy·z    dx = weight·rstd·[dy − κ·(Σdy + z·Σdy·z)]
 
     κ = gain/count; κ = 1/n is BatchNorm. The z term drops where the variance is held at its floor. Keeps x and C-sized
-    vectors for backward. Differentiable twice.
+    vectors for backward. Differentiable twice, but for a pooled batch, whose second derivative raises RuntimeError.
+
+    In a batch pooled over ranks the sums in dx run over all of them: it is the gradient of the ranks' total loss.
+    dweight and dbias are those of this rank.
     """
-    fixed, scratch = step
+    fixed = step.fixed
     y: Tensor = _NormalizeExact.apply(
-        x, weight, bias, eps, scratch, fixed.mean, fixed.var, fixed.kappa_mean, fixed.kappa_var
-    )
+        x, weight, bias, eps, step.scratch, step.ranks,
+        fixed.mean, fixed.var, fixed.kappa_mean, fixed.kappa_var, step.witness,
+    )  # fmt: skip
     return y
 
 
@@ -76,15 +119,17 @@ def normalize_running(
         dbias = Σdy    dweight = Σdy·z    dx = weight·rstd·[dy − G0 − z·G1]
 
     with G0, G1 the running means of dy and dy·z, this batch included, that `update.absorb_gradient` keeps in `gradient`
-    with this forward's keep and gain. Not the derivative of a function: a second derivative raises RuntimeError.
+    with this forward's keep and gain; those of a pooled batch are over all ranks, but for dweight and dbias. Not the
+    derivative of a function: a second derivative raises RuntimeError.
 
     The nearest published relative is MABN: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation
     of Batch Normalization", ICLR 2020.
     """
-    fixed, scratch = step
+    fixed = step.fixed
     y: Tensor = _NormalizeRunning.apply(
-        x, weight, bias, eps, scratch, fixed.mean, fixed.var, fixed.keep, fixed.gain, *gradient
-    )
+        x, weight, bias, eps, step.scratch, step.ranks,
+        fixed.mean, fixed.var, fixed.keep, fixed.gain, step.n, *gradient,
+    )  # fmt: skip
     return y
 
 
@@ -92,62 +137,110 @@ class _NormalizeExact(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        scratch: tuple[Tensor, Tensor] | None,
-        mean: Tensor, var: Tensor, kappa_mean: Tensor | None, kappa_var: Tensor | None,
+        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None,
+        mean: Tensor, var: Tensor, kappa_mean: Tensor | None, kappa_var: Tensor | None, witness: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), kappa_mean, kappa_var)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
+        ctx.ranks, ctx.witness = ranks, witness
+        return _normalized(x, mean, var, weight, bias, eps, scratch)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_differentiable_gradients(ctx, dy), *[None] * 6)
-        dx = None
-        if kappa_mean is None and ctx.needs_input_grad[0]:
-            dx, sum_dy, sum_dy_xhat = kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            gradients = _exact_gradients(ctx, dy)
+        elif ctx.ranks is None:
+            gradients = _differentiable_gradients(ctx, dy)
         else:
-            sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, mean, rstd)
-        if dx is None and ctx.needs_input_grad[0]:
-            m0, m1 = _times(kappa_mean, sum_dy), _times(kappa_var, sum_dy_xhat)
-            dx = kernels.input_gradient(dy, x, mean, rstd, weight, m0, m1)
-        dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
-        dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
-        return (dx, dweight, dbias, *[None] * 6)
+            with torch.no_grad():
+                gradients = _exact_gradients(ctx, dy)
+            gradients = _RefuseSecondDerivative.apply(_POOLED_TWICE, dy, ctx.saved_tensors[0], *gradients)
+        return (*gradients, *[None] * 8)
 
 
 class _NormalizeRunning(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        scratch: tuple[Tensor, Tensor] | None, mean: Tensor, var: Tensor, keep: Tensor, gain: Tensor, *gradient: Tensor,
+        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None,
+        mean: Tensor, var: Tensor, keep: Tensor, gain: Tensor, n: Tensor | None, *gradient: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), keep, gain)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), keep, gain, n)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.ranks = ranks
         # Not saved for backward: these buffers are meant to change between forward and backward.
         ctx.gradient = GradientState(*gradient)
-        return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
+        return _normalized(x, mean, var, weight, bias, eps, scratch)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, rstd, keep, gain = ctx.saved_tensors
+        x, weight, mean, rstd, keep, gain, n = ctx.saved_tensors
         with torch.no_grad():
-            sum_dy, sum_dy_xhat = kernels.gradient_sums(dy, x, mean, rstd)
-            n = x.numel() // x.shape[1]
-            mean_dy, mean_dy_xhat = absorb_gradient(ctx.gradient, sum_dy, sum_dy_xhat, keep, gain, n)
+            sum_dy, sum_dy_xhat = _gradient_sums(dy, x, mean, rstd)
+            pooled = sum_dy, sum_dy_xhat
+            if ctx.ranks is not None:
+                pooled = pool_gradients(sum_dy, sum_dy_xhat, ctx.ranks, ctx.gradient.count_dy)
+            n = x.numel() // x.shape[1] if n is None else n
+            mean_dy, mean_dy_xhat = absorb_gradient(ctx.gradient, *pooled, keep, gain, n)
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = kernels.input_gradient(dy, x, mean, rstd, weight, mean_dy, mean_dy_xhat)
-            dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
-            dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
-            gradients = (dx, dweight, dbias)
+                dx = _input_gradient(dy, x, mean, rstd, weight, mean_dy, mean_dy_xhat)
+            gradients = (dx, *_affine_gradients(ctx, weight, sum_dy, sum_dy_xhat))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _RefuseSecondDerivative.apply(dy, *gradients)
-        return (*gradients, *[None] * 9)
+            gradients = _RefuseSecondDerivative.apply(_RUNNING_TWICE, dy, x, *gradients)
+        return (*gradients, *[None] * 11)
 
 
-def _differentiable_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+def _exact_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias."""
+    x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
+    if kappa_mean is None and ctx.needs_input_grad[0]:
+        of_batch, sum_dy, sum_dy_xhat = kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
+        return (of_batch, *_affine_gradients(ctx, weight, sum_dy, sum_dy_xhat))
+    sum_dy, sum_dy_xhat = _gradient_sums(dy, x, mean, rstd)
+    pooled = sum_dy, sum_dy_xhat
+    if ctx.ranks is not None:
+        # Also where this rank needs no dx: another one may, and waits.
+        pooled = pool_gradients(sum_dy, sum_dy_xhat, ctx.ranks, ctx.witness)
+    dx: Tensor | None = None
+    if ctx.needs_input_grad[0]:
+        m0, m1 = _times(kappa_mean, pooled[0]), _times(kappa_var, pooled[1])
+        dx = _input_gradient(dy, x, mean, rstd, weight, m0, m1)
+    return (dx, *_affine_gradients(ctx, weight, sum_dy, sum_dy_xhat))
+
+
+def _affine_gradients(
+    ctx: Any, weight: Tensor | None, sum_dy: Tensor, sum_dy_xhat: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
+    return dweight, None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
+
+
+def _normalized(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    scratch: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """`kernels.normalize`, but also for the empty input of a rank among others; so are the next two."""
+    if x.numel() > 0:
+        return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
+    return torch.empty_like(x)
+
+
+def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() > 0:
+        return kernels.gradient_sums(dy, x, mean, rstd)
+    return torch.zeros_like(mean), torch.zeros_like(mean)
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
+) -> Tensor:
+    if x.numel() > 0:
+        return kernels.input_gradient(dy, x, mean, rstd, weight, m0, m1)
+    return torch.empty_like(x)
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias as differentiable functions of x, weight and dy, for a double backward.
 
     The statistics are written as their saved values plus what they change by when x does, which is zero here and now:
@@ -176,7 +269,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     inputs = [t for t in wanted if t is not None]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())
     dbias = None if ctx.bias_dtype is None else dy.sum(all_but_channels, dtype=mean.dtype).to(ctx.bias_dtype)
-    return [*(None if t is None else next(found) for t in wanted), dbias]
+    return (*(None if t is None else next(found) for t in wanted), dbias)
 
 
 def _times(kappa: Tensor, total: Tensor) -> Tensor:
@@ -184,16 +277,24 @@ def _times(kappa: Tensor, total: Tensor) -> Tensor:
     return torch.where(kappa == 0, 0, kappa * total)
 
 
+_RUNNING_TWICE = (
+    "RunningBatchNorm(gradient='running') cannot be differentiated twice: its backward uses running averages, "
+    "which no function has as its derivative. Use gradient='exact' for a double backward."
+)
+_POOLED_TWICE = (
+    "a layer with sync=True cannot be differentiated twice while it pools over several processes. "
+    "Use sync=False for a double backward."
+)
+
+
 class _RefuseSecondDerivative(Function):
-    """Passes gradients on, and explains itself to whoever differentiates them."""
+    """Passes gradients on, and explains itself to whoever differentiates them, by dy or by x."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, dy: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, message: str, dy: Tensor, x: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.message = message
         return tuple(None if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *second: Tensor) -> None:  # type: ignore[override]
-        raise RuntimeError(
-            "RunningBatchNorm(gradient='running') cannot be differentiated twice: its backward uses running averages, "
-            "which no function has as its derivative. Use gradient='exact' for a double backward."
-        )
+    def backward(ctx: Any, *second: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(ctx.message)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .buffers import PooledStatistics, is_narrow
+from .distributed import RankGroup, ranks_of
 from .momentum import Horizon, Momentum
 from .update import GradientState
 
@@ -34,13 +35,23 @@ class _Layer(PooledStatistics):
         if self.training and self.eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, got eps={self.eps}")
 
-    def _absorbs(self, x: Tensor) -> bool:
-        return self.training and self.track_running_stats and self.running_mean is not None and x.numel() > 0
+    def _ranks(self) -> RankGroup | None:
+        """The ranks to pool this forward over."""
+        return ranks_of(self.process_group) if self.sync and self.training and self.num_features > 0 else None
 
-    def _normalize_only(self, x: Tensor) -> Tensor:
+    def _absorbs(self, x: Tensor, ranks: RankGroup | None) -> bool:
+        if not (self.training and self.track_running_stats and self.running_mean is not None):
+            return False
+        # With others to wait for it, a rank takes part whatever it has.
+        return x.numel() > 0 or ranks is not None
+
+    def _normalize_only(self, x: Tensor, ranks: RankGroup | None) -> Tensor:
         """Normalise by the running statistics, or by the batch where ``nn.BatchNorm`` would, and update nothing."""
         mean, var = self.running_mean, self.running_var
         if mean is None or (self.training and not self.track_running_stats):
+            if ranks is not None:
+                step = functional.batch_step(x, torch.float32 if is_narrow(x) else x.dtype, ranks)
+                return functional.normalize(x, self.weight, self.bias, step, self.eps)
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
         weight = None if self.weight is None else self.weight.to(mean.dtype)
@@ -79,10 +90,13 @@ class RunningBatchNorm(_Layer):
             the cumulative average.
         affine: whether to learn γ (`weight`) and β (`bias`).
         track_running_stats: if False, no statistics are kept and each batch is normalised by its own, in evaluation
-            too, as ``nn.BatchNorm`` does.
+            too, as ``nn.BatchNorm`` does; with `sync`, that of all ranks in training, for which torch.compile breaks
+            the graph.
         device, dtype: of parameters and statistics; the latter are at least float32.
         bias: if False, no β.
         gradient: ``"running"`` or ``"exact"``.
+        sync: whether to pool over the processes of a group in training, see below.
+        process_group: which ones; None for all. Needs ``sync=True``.
 
     Shape:
         - Input: (N, C, *), any number of trailing dimensions, also none; float16 and bfloat16 inputs may meet float32
@@ -90,9 +104,19 @@ class RunningBatchNorm(_Layer):
         - Output: as the input, in its dtype and, if it is dense and torch has a name for that, its memory format.
 
     Raises:
-        ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], or
-            eps ≤ 0 in training.
-        RuntimeError: for a wrong number of channels or a dtype that does not go with the parameters.
+        ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], eps ≤ 0
+            in training, or a `process_group` without `sync`.
+        TypeError: for a `sync` that is no bool or a `process_group` that is none.
+        RuntimeError: for a wrong number of channels, a dtype that does not go with the parameters, or a second
+            derivative with ``gradient="running"`` or over several processes.
+
+    With ``sync=True`` and several processes, a training step is that of one process on the batches of all ranks
+    together, with the sum of their losses: m, v, N in `momentum`, G0, G1 and the sums in dx run over all ranks, and all
+    ranks hold the same statistics, bit for bit. What flows to γ and β is from the rank's own batch, for DDP to average.
+    It takes one all_gather in forward and one in backward, on any backend. So all ranks have to run the same forwards
+    and backwards in the same order, on an empty batch, too; one without a backward leaves the others waiting, as where
+    nothing requires grad. A NaN on one rank makes that channel not finite on all. A pickled layer pools over all
+    processes when it is loaded; `copy.deepcopy` keeps the group.
 
     While a backward pass is running, as in a recomputation under activation checkpointing, nothing is absorbed: the
     recomputation takes the statistics of the last forward. So each checkpointed forward of the layer has to be followed
@@ -113,6 +137,7 @@ class RunningBatchNorm(_Layer):
 
     gradient: Gradient
     gradient_buffers = GradientState._fields
+    corrects_variance = False
     # Dimensions of the inputs, which say what nn.BatchNorm the layer stands for.
     input_dim: int | None = None
 
@@ -128,8 +153,13 @@ class RunningBatchNorm(_Layer):
         *,
         bias: bool = True,
         gradient: Gradient = "running",
+        sync: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, sync=sync, process_group=process_group,
+        )  # fmt: skip
         self.gradient = check_gradient(gradient)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -137,9 +167,10 @@ class RunningBatchNorm(_Layer):
         self._check_input(input)
         if self.input_dim != input.dim() and not torch.compiler.is_compiling():
             self.input_dim = input.dim()
-        if not self._absorbs(input):
-            return self._normalize_only(input)
-        step = functional.running_step(input, self._state, self.momentum)
+        ranks = self._ranks()
+        if not self._absorbs(input, ranks):
+            return self._normalize_only(input, ranks)
+        step = functional.running_step(input, self._state, self.momentum, ranks)
         if self.gradient == "exact":
             return functional.normalize(input, self.weight, self.bias, step, self.eps)
         return functional.normalize_running(input, self.weight, self.bias, step, self.eps, self._gradient_state)
@@ -153,21 +184,23 @@ class RunningBatchNorm(_Layer):
         return f"{super().extra_repr()}, gradient={self.gradient!r}"
 
 
-class _PreciseBatchNorm(_Layer):
+class PreciseBatchNorm(_Layer):
     """What the three layers below share; only their input shapes differ."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, *): in training by the batch, which is absorbed, in evaluation by the pooled statistics."""
         self._check_input(input)
-        if not self._absorbs(input):
-            return self._normalize_only(input)
-        if input.numel() == input.shape[1]:
+        ranks = self._ranks()
+        if not self._absorbs(input, ranks):
+            return self._normalize_only(input, ranks)
+        # Of the other ranks' values nothing is known here without waiting for them on the host.
+        if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        step = functional.precise_step(input, self._state, self.momentum)
+        step = functional.precise_step(input, self._state, self.momentum, ranks)
         return functional.normalize(input, self.weight, self.bias, step, self.eps)
 
 
-class PreciseBatchNorm1d(_PreciseBatchNorm, nn.BatchNorm1d):
+class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):
     r"""Batch normalisation that trains as ``nn.BatchNorm1d`` does and evaluates with exact pooled statistics.
 
     .. math::
@@ -197,15 +230,19 @@ class PreciseBatchNorm1d(_PreciseBatchNorm, nn.BatchNorm1d):
         track_running_stats: if False, no statistics are kept and each batch is normalised by its own.
         device, dtype: of parameters and statistics; the latter are at least float32.
         bias: if False, no β.
+        sync, process_group: as in `RunningBatchNorm`. Outputs and gradients are then those of ``nn.SyncBatchNorm``.
 
     Shape:
         - Input: (N, C) or (N, C, L); float16 and bfloat16 inputs may meet float32 parameters.
         - Output: as the input, in its dtype and memory format.
 
     Raises:
-        ValueError: for a wrong number of dimensions, one value per channel or eps ≤ 0 in training, or a momentum
-            outside [0, 1].
-        RuntimeError: for a wrong number of channels or a dtype that does not go with the parameters.
+        ValueError: for a wrong number of dimensions, one value per channel or eps ≤ 0 in training, a momentum outside
+            [0, 1], or a `process_group` without `sync`. Over several processes one value per channel is let pass, since
+            only waiting for the others would tell whether it is the only one.
+        TypeError: for a `sync` that is no bool or a `process_group` that is none.
+        RuntimeError: for a wrong number of channels, a dtype that does not go with the parameters, or a second
+            derivative over several processes.
 
     Source: Ioffe and Szegedy, "Batch Normalization", ICML 2015; Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
     arXiv:2105.07576, for exact population statistics.
@@ -221,7 +258,7 @@ class PreciseBatchNorm1d(_PreciseBatchNorm, nn.BatchNorm1d):
     """
 
 
-class PreciseBatchNorm2d(_PreciseBatchNorm, nn.BatchNorm2d):
+class PreciseBatchNorm2d(PreciseBatchNorm, nn.BatchNorm2d):
     """As `PreciseBatchNorm1d`, for ``nn.BatchNorm2d``.
 
     Shape:
@@ -239,7 +276,7 @@ class PreciseBatchNorm2d(_PreciseBatchNorm, nn.BatchNorm2d):
     """
 
 
-class PreciseBatchNorm3d(_PreciseBatchNorm, nn.BatchNorm3d):
+class PreciseBatchNorm3d(PreciseBatchNorm, nn.BatchNorm3d):
     """As `PreciseBatchNorm1d`, for ``nn.BatchNorm3d``.
 
     Shape:

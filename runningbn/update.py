@@ -87,7 +87,9 @@ class Coefficients(NamedTuple):
     gain: Tensor | None = None
 
 
-def absorb_running(state: State, batch: Sums, weight: Tensor, samples: int, whole_batches: bool) -> Coefficients:
+def absorb_running(
+    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool
+) -> Coefficients:
     """Absorb a batch; normalise by the state, this batch included.
 
     mean = shift + sums/count, var = sqrs/count − (sums/count)², but at least 0.01 while fewer than 20 samples have
@@ -97,30 +99,32 @@ def absorb_running(state: State, batch: Sums, weight: Tensor, samples: int, whol
         state: updated in place.
         batch: the sums of the batch.
         weight: a, the weight of the batch.
-        samples: N, samples in the batch.
+        samples: N, samples in the batch; a tensor, (), where it was pooled over ranks, and 0 where all were empty.
         whole_batches: whether the batch as a whole weighs a (gain = a·(count/debias)/n), or each of its elements
             (gain = a).
     """
-    return Coefficients(*_call("absorb_running", *state, *batch, weight, samples, whole_batches))
+    return Coefficients(*_call("absorb_running", samples, *state, *batch, weight, samples, whole_batches))
 
 
-def absorb_precise(state: State, batch: Sums, weight: Tensor, samples: int, whole_batches: bool) -> Coefficients:
+def absorb_precise(
+    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool
+) -> Coefficients:
     """Absorb a batch; normalise by its own statistics.
 
     `running_mean` and `running_var` become the pooled mean and unbiased variance. The arguments are those of
     `absorb_running`.
     """
-    return Coefficients(*_call("absorb_precise", *state, *batch, weight, samples, whole_batches))
+    return Coefficients(*_call("absorb_precise", samples, *state, *batch, weight, samples, whole_batches))
 
 
 def absorb_gradient(
-    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, keep: Tensor, gain: Tensor, n: int
+    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, keep: Tensor, gain: Tensor, n: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Absorb the sums of a backward pass; return their running means G0 = sum_dy/count_dy, G1 = sum_dy_xhat/count_dy.
 
     A channel whose sums are not finite (a GradScaler's overflow) leaves its state as it was.
     """
-    mean_dy, mean_dy_xhat = _call("absorb_gradient", *state, sum_dy, sum_dy_xhat, keep, gain, n)
+    mean_dy, mean_dy_xhat = _call("absorb_gradient", n, *state, sum_dy, sum_dy_xhat, keep, gain, n)
     return mean_dy, mean_dy_xhat
 
 
@@ -157,7 +161,10 @@ def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     keep, gain = keep.masked_fill(ignored, 1), gain.masked_fill(ignored, 0)
     state.sum_dy.mul_(keep).addcmul_(gain, sum_dy.masked_fill(ignored, 0))
     state.sum_dy_xhat.mul_(keep).addcmul_(gain, sum_dy_xhat.masked_fill(ignored, 0))
-    state.count_dy.mul_(keep).add_(gain, alpha=n)
+    if isinstance(n, Tensor):
+        state.count_dy.mul_(keep).addcmul_(gain, n)
+    else:
+        state.count_dy.mul_(keep).add_(gain, alpha=n)
     count = state.count_dy.clamp_min(torch.finfo(gain.dtype).tiny)
     return state.sum_dy / count, state.sum_dy_xhat / count
 
@@ -169,7 +176,7 @@ def _is_recomputation() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _absorb(state: State, batch: Sums, weight: Tensor, batch_samples: int, whole_batches: bool) -> Tensor:
+def _absorb(state: State, batch: Sums, weight: Tensor, batch_samples: int | Tensor, whole_batches: bool) -> Tensor:
     """Lerp a batch into the linear state; return which channels were ignored.
 
     Those keep their state bit for bit: keep = 1 and gain = 0. Every operation on so few numbers costs more in its call
@@ -198,9 +205,12 @@ def _absorb(state: State, batch: Sums, weight: Tensor, batch_samples: int, whole
     debias = torch.addcmul(weight, keep, state.debias)
     for buffer, value in zip(state, (*new, count_sqrs, debias)):
         buffer.copy_(value)
-    state.samples.add_(finite, alpha=batch_samples)
+    if isinstance(batch_samples, Tensor):
+        state.samples.addcmul_(finite.to(batch_samples.dtype), batch_samples)
+    else:
+        state.samples.add_(finite, alpha=batch_samples)
     state.steps.add_(finite)
-    state.num_batches_tracked.add_(1)
+    state.num_batches_tracked.add_(batch_samples > 0)
     state.last_keep.copy_(keep)
     state.last_gain.copy_(gain)
     return ignored
@@ -210,15 +220,16 @@ def _set_unless(ignored: Tensor, buffer: Tensor, value: Tensor) -> None:
     buffer.copy_(torch.where(ignored, buffer, value))
 
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[State, Sums, Tensor, int, bool]:
+def _unpack(arguments: tuple[Any, ...]) -> tuple[State, Sums, Tensor, int | Tensor, bool]:
     state, batch = len(State._fields), len(Sums._fields)
     weight, batch_samples, whole_batches = arguments[state + batch :]
     return State(*arguments[:state]), Sums(*arguments[state : state + batch]), weight, batch_samples, whole_batches
 
 
-def _call(name: str, *arguments: Any) -> Any:
+def _call(name: str, number: int | Tensor, *arguments: Any) -> Any:
+    """An update whose `number` of samples or elements is known to the host or, pooled over ranks, a tensor."""
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.runningbn, name)(*arguments)
+        return getattr(torch.ops.runningbn, f"{name}_pooled" if isinstance(number, Tensor) else name)(*arguments)
     return _UPDATES[name](*arguments)
 
 
@@ -233,9 +244,9 @@ def _per_channel(outputs: int) -> Callable[..., Any]:
 
 _BATCH = (
     ", ".join(f"Tensor batch_{name}" for name in Sums._fields)
-    + ", Tensor weight, SymInt batch_samples, bool whole_batches"
+    + ", Tensor weight, NUMBER batch_samples, bool whole_batches"
 )
-_GRADIENT = "Tensor batch_sum_dy, Tensor batch_sum_dy_xhat, Tensor keep, Tensor gain, SymInt n"
+_GRADIENT = "Tensor batch_sum_dy, Tensor batch_sum_dy_xhat, Tensor keep, Tensor gain, NUMBER n"
 _UPDATES: dict[str, Callable[..., Any]] = {
     "absorb_running": _absorb_running,
     "absorb_precise": _absorb_precise,
@@ -247,6 +258,8 @@ for _name, _arguments, _outputs in (
     ("absorb_precise", f"{_mutated(State._fields)}, {_BATCH}", 2),
     ("absorb_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
 ):
-    _LIBRARY.define(f"{_name}({_arguments}) -> ({', '.join(['Tensor'] * _outputs)})")
-    _LIBRARY.impl(_name, _UPDATES[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"runningbn::{_name}", _per_channel(_outputs))
+    for _operator, _number in ((_name, "SymInt"), (f"{_name}_pooled", "Tensor")):
+        _schema = f"{_operator}({_arguments}) -> ({', '.join(['Tensor'] * _outputs)})"
+        _LIBRARY.define(_schema.replace("NUMBER", _number))
+        _LIBRARY.impl(_operator, _UPDATES[_name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"runningbn::{_operator}", _per_channel(_outputs))

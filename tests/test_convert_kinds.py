@@ -228,7 +228,10 @@ LEFT_ALONE = {
     "lazy": (lambda: nn.LazyBatchNorm2d(), "it is lazy and not initialised"),
     "without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), "it keeps no running statistics"),
     "parametrised": (parametrised, "it is parametrised"),
-    "synchronised": (lambda: nn.SyncBatchNorm(3), "it synchronises between processes"),
+    "synchronised, without statistics": (
+        lambda: nn.SyncBatchNorm(3, track_running_stats=False),
+        "it keeps no running statistics",
+    ),
     "scripted": (lambda: torch.jit.script(nn.BatchNorm2d(3)), "it is scripted"),
     "forward of its own": (lambda: Doubling(3), "Doubling has a forward of its own"),
     "forward of the instance": (doubled_by_hand, "forward of its own"),

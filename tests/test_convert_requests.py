@@ -180,7 +180,11 @@ BAD_REQUESTS = {
     "no target": ({"to": None}, ValueError, "'running', 'precise', 'torch'.*None"),
     "target that cannot be hashed": ({"to": ["running"]}, ValueError, "'running', 'precise', 'torch'"),
     "unknown option": ({"moment": 0.1}, TypeError, "gradient, momentum.*moment"),
-    "option of another target": ({"to": "precise", "gradient": "exact"}, TypeError, "takes momentum, got gradient"),
+    "option of another target": (
+        {"to": "precise", "gradient": "exact"},
+        TypeError,
+        "takes momentum.*, sync, got gradient",
+    ),
     "option for torch": ({"to": "torch", "momentum": 0.1}, TypeError, "takes no options, got momentum"),
     "option for a callable": ({"to": group_norm, "momentum": 0.1}, TypeError, "takes no options, got momentum"),
     "momentum out of range": ({"momentum": 1.5}, ValueError, "1.5"),
