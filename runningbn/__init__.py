@@ -1,8 +1,11 @@
-"""Batch normalisation whose statistics are right: running, precise, and put into existing models."""
+"""Batch normalisation whose statistics are right: running, precise, put into existing models, recomputed from data."""
 
 from .convert import batchnormify
 from .modules import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm
 from .momentum import Horizon, SquareRoot
+from .recalibrate import get_bn_modules, precise_bn, update_bn_stats
+from .report import StatsReport
+from .summary import bn_summary
 
 __version__ = "0.1.0"
 
@@ -13,5 +16,10 @@ __all__ = [
     "PreciseBatchNorm3d",
     "RunningBatchNorm",
     "SquareRoot",
+    "StatsReport",
     "batchnormify",
+    "bn_summary",
+    "get_bn_modules",
+    "precise_bn",
+    "update_bn_stats",
 ]

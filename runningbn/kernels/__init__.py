@@ -9,8 +9,9 @@ trailing dimensions, n = elements per channel; per-channel vectors are (C,) in t
     gradient_sums(dy, x, mean, rstd)                  -> Σdy, Σdy·z    with z = (x − mean)·rstd
     input_gradient(dy, x, mean, rstd, weight, m0, m1) -> dx       weight·rstd·(dy − m0 − z·m1)
     batch_norm_gradients(dy, x, mean, rstd, weight)   -> dx, Σdy, Σdy·z    both at once where m0 = Σdy/n, m1 = Σdy·z/n
+    batch_norm(x, weight, bias, eps, dtype)           -> y, mean, var    the first two at once, for n > 1, no gradients
 """
 
-from .aten import batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
+from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 
-__all__ = ["batch_norm_gradients", "batch_sums", "gradient_sums", "input_gradient", "normalize"]
+__all__ = ["batch_norm", "batch_norm_gradients", "batch_sums", "gradient_sums", "input_gradient", "normalize"]

@@ -11,11 +11,18 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ..statistics import Sums
+from ..statistics import Sums, moments
 
 # Up to this size of a plane, torch's batch-norm reduction may add up its elements one by one per vector lane in
 # float32: some 1e-6 of rounding. For larger planes, and for rows, torch's plain sums take over, which add pairwise.
 _LARGEST_PLANE = 2**16
+
+# From this number of elements on, two sweeps by torch's vectorised kernels beat its own scalar batch norm.
+_LARGE = 2**20
+# Where torch's batch norm adds up in float32, one by one, this is how far its mean may be off, in std, to be taken.
+_TOLERATED_ERROR = 1e-4
+# Sums of fewer are always taken: at mean/std = 1e4 their mean is off by some 1e-3 std, little more than its own digits.
+_FEW = 2**10
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
@@ -62,6 +69,35 @@ def normalize(
     if centred is not None and pivot is not None:
         return _affine_map(centred, mean - pivot, var, weight, bias, eps, out=centred)
     return _affine_map(x, mean, var, weight, bias, eps, out=_empty_like(x))
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the dtype of x, mean and biased variance, (C,) in `dtype`, of a batch with n > 1; without gradients."""
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    planes = x.dim() > 2 and not _is_rows(x)
+    if not (x.device.type == "cpu" and planes and x.dtype == dtype and x.numel() >= _LARGE):
+        n = x.numel() // x.shape[1]
+        # Not empty: torch adds (1 - momentum) times what is there, and 0 times NaN is NaN.
+        mean, unbiased_var = torch.zeros((2, x.shape[1]), dtype=dtype, device=x.device)
+        y, _, _ = torch.native_batch_norm(x, weight, bias, mean, unbiased_var, True, 1.0, eps)
+        var = unbiased_var * ((n - 1) / n)
+        # Everywhere else, torch adds up pairwise, by Welford's algorithm or in float64.
+        naive = x.device.type == "cpu" and dtype == torch.float32 and not (planes and x.dtype == dtype)
+        if not naive or n <= _FEW or _error_of_plain_sums(mean, var, eps, n) <= _TOLERATED_ERROR:
+            return y, mean, var
+    sums, centred = batch_sums(x, dtype)
+    mean, var = moments(sums)
+    return normalize(x, mean, var, weight, bias, eps, sums.shift, centred), mean, var
+
+
+def _error_of_plain_sums(mean: Tensor, var: Tensor, eps: float, n: int) -> float:
+    """How far float32 sums of n elements, added up one by one, leave the mean off, in units of the std; about."""
+    ratio = float((mean.abs() * (var + eps).rsqrt()).max())
+    # Rounding errors of random sign grow like √n. One that is not finite is no reason to add up again.
+    return n**0.5 * torch.finfo(torch.float32).eps / 2 * ratio if ratio < float("inf") else 0.0
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,227 @@
+"""What a recalibration found: as numbers, as a table, as a plot, and taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .summary import table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How the statistics of one layer moved. C channels; the tensors are (C,), float64, on the CPU.
+
+    Attributes:
+        name: of the layer in the model.
+        mean, var: the new statistics, as `running_mean` and `running_var` hold them.
+        old_mean, old_var: those before.
+        mean_error, var_error: standard errors of the new ones; NaN where they come from a single batch.
+        eps: of the layer.
+        batches, samples, elements: how much data the layer saw: batches, the sum of N, and elements per channel.
+        residual: with ``normalize="population"``, how far the moments that evaluation shows are from `mean` and `var`,
+            the largest of |difference of means|/std and |difference of variances|/var; NaN otherwise.
+        feeds_itself: whether it was called more than once in a forward pass.
+    """
+
+    name: str
+    mean: Tensor
+    var: Tensor
+    old_mean: Tensor
+    old_var: Tensor
+    mean_error: Tensor
+    var_error: Tensor
+    eps: float
+    batches: int
+    samples: int
+    elements: int
+    residual: float = float("nan")
+    feeds_itself: bool = False
+
+    @property
+    def std(self) -> Tensor:
+        """(var + eps)^½, what the layer divides by: the unit of the numbers below."""
+        return (self.var + self.eps).sqrt()
+
+    @property
+    def mean_shift(self) -> float:
+        """|mean − old_mean| in std, root mean square over channels."""
+        return _rms((self.mean - self.old_mean) / self.std)
+
+    @property
+    def std_shift(self) -> float:
+        """|log(std/old std)|, about the relative change of the std, root mean square over channels."""
+        return _rms(torch.log(self.std.square() / (self.old_var + self.eps)) / 2)
+
+    @property
+    def var_ratio(self) -> float:
+        """var/old_var, each with eps, geometric mean over channels."""
+        return float(torch.log(self.std.square() / (self.old_var + self.eps)).mean().exp())
+
+    @property
+    def mean_standard_error(self) -> float:
+        """Standard error of the mean in std, root mean square over channels."""
+        return _rms(self.mean_error / self.std)
+
+    @property
+    def std_standard_error(self) -> float:
+        """Standard error of the std, relative to it, root mean square over channels: that of var divided by 2·var."""
+        return _rms(self.var_error / (2 * self.std.square()))
+
+    @property
+    def standard_error(self) -> float:
+        """The larger of the two standard errors."""
+        mean, std = self.mean_standard_error, self.std_standard_error
+        return mean if mean != mean or mean > std else std
+
+    @property
+    def moved(self) -> float:
+        """How far the layer moved: √(mean_shift² + std_shift²), in std."""
+        return float((self.mean_shift**2 + self.std_shift**2) ** 0.5)
+
+
+@dataclass
+class StatsReport:
+    """What `update_bn_stats` did. Prints as a table; `layers` has the numbers; `undo()` takes it back.
+
+    As a context manager it undoes itself on leaving, to evaluate with other statistics and go back::
+
+        with update_bn_stats(model, loader):
+            evaluate(model)
+
+    Attributes:
+        layers: one `LayerReport` each, in the order of the model.
+        unused: names of layers that no batch reached; they keep their statistics.
+        batches: batches used, of all processes.
+        not_finite: batches left out since something in them was not finite.
+        passes: forward passes over the data; more than 1 for ``normalize="population"``.
+    """
+
+    layers: list[LayerReport]
+    unused: list[str] = field(default_factory=list)
+    batches: int = 0
+    not_finite: int = 0
+    passes: int = 1
+    _before: list[tuple[_BatchNorm, dict[str, Tensor]]] = field(default_factory=list, repr=False)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put back, bit for bit, the statistics from before. Doing so again changes nothing more.
+
+        Raises:
+            RuntimeError: if a layer no longer has the buffers that it had, as after a conversion.
+        """
+        for layer, buffers in self._before:
+            if any(layer._buffers.get(name) is None for name in buffers):
+                raise RuntimeError(f"cannot undo: {type(layer).__name__} no longer has all of {', '.join(buffers)}")
+        for layer, buffers in self._before:
+            restore(layer, buffers)
+
+    def __enter__(self) -> StatsReport:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The report of the layer of this name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        """A table, the layers that moved farthest first."""
+        header = ("layer", "batches", "elements", "mean moved/std", "var new/old", "std. error/std")
+        rows = [
+            (
+                layer.name,
+                f"{layer.batches:,}",
+                f"{layer.elements:,}",
+                f"{layer.mean_shift:.3f}",
+                f"{layer.var_ratio:.3f}",
+                f"{layer.standard_error:.4f}",
+            )
+            for layer in sorted(self.layers, key=lambda layer: layer.moved, reverse=True)
+        ]
+        lines = [table(header, rows)] if rows else []
+        passes = f" in {self.passes} passes" if self.passes > 1 else ""
+        lines.append(f"{_counted(len(self.layers), 'layer')} updated from {_counted(self.batches, 'batch')}{passes}")
+        measured = [layer for layer in self.layers if layer.residual == layer.residual]
+        settled = [layer.residual for layer in measured if not layer.feeds_itself]
+        if settled:
+            lines.append(
+                f"evaluation shows these statistics to within {max(settled):.1e} (of the std, of the variance)"
+            )
+        for layer in measured:
+            if layer.feeds_itself:
+                lines.append(f"{layer.name} is called repeatedly and feeds itself: to within {layer.residual:.1e} only")
+        if self.not_finite:
+            lines.append(f"{_counted(self.not_finite, 'batch')} left out: not finite")
+        if self.unused:
+            lines.append(f"unused, statistics kept: {', '.join(self.unused)}")
+        return "\n".join(lines)
+
+    def plot(self, path: Any = None) -> Any:
+        """How far each layer moved, in the order of the model, with error bars of two standard errors.
+
+        Args:
+            path: where to save the figure, if anywhere.
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+
+        Raises:
+            ImportError: without matplotlib, which comes with ``pip install 'runningbn[plot]'``.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("StatsReport.plot needs matplotlib: pip install 'runningbn[plot]'") from error
+        figure = Figure(figsize=(7.5, 1.6 + 0.24 * max(len(self.layers), 4)), layout="constrained")
+        axes = figure.add_subplot()
+        places = torch.arange(len(self.layers), dtype=torch.float64)
+        series = (
+            ("mean, in std", "#0072b2", "o", [(r.mean_shift, r.mean_standard_error) for r in self.layers], -0.13),
+            ("std, relative", "#d55e00", "s", [(r.std_shift, r.std_standard_error) for r in self.layers], 0.13),
+        )
+        for label, colour, marker, values, offset in series:
+            moved = [value for value, _ in values]
+            axes.barh((places + offset).tolist(), moved, height=0.22, color=colour, alpha=0.25)
+            bars = [2 * error if error == error else 0.0 for _, error in values]
+            axes.errorbar(
+                moved, (places + offset).tolist(), xerr=bars, fmt=marker, color=colour, label=label, markersize=4,
+                capsize=2,
+            )  # fmt: skip
+        axes.set_yticks(places.tolist(), [layer.name for layer in self.layers], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_xlabel("how far the statistics moved (root mean square over channels; bars: ± 2 standard errors)")
+        axes.set_title(f"Recalibrated from {_counted(self.batches, 'batch')}: first layer on top", fontsize=10)
+        axes.legend(loc="best", fontsize=8)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def restore(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Write buffers back, in place."""
+    for name, value in buffers.items():
+        buffer = layer._buffers[name]
+        assert buffer is not None
+        buffer.copy_(value)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _counted(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"

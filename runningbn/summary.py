@@ -1,0 +1,127 @@
+"""bn_summary: the statistics of every BatchNorm layer at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """The statistics of one layer in six numbers: mean and std over its channels.
+
+    Attributes:
+        name: of the layer in the model.
+        channels: C.
+        mean_mean, mean_std: of `running_mean`.
+        var_mean, var_std: of `running_var`.
+        batches: `num_batches_tracked`, None where there is none.
+    """
+
+    name: str
+    channels: int
+    mean_mean: float
+    mean_std: float
+    var_mean: float
+    var_std: float
+    batches: int | None
+
+
+class Summary(Sequence[LayerSummary]):
+    """A list of `LayerSummary` that prints as a table."""
+
+    def __init__(self, layers: Iterable[LayerSummary]) -> None:
+        self._layers = list(layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The summary of a layer by its place."""
+        return self._layers[index]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __str__(self) -> str:
+        """A table, in the order of the model."""
+        header = ("layer", "channels", "running_mean", "running_var", "batches tracked")
+        rows = [
+            (
+                row.name,
+                str(row.channels),
+                f"{row.mean_mean:.4g} ± {row.mean_std:.3g}",
+                f"{row.var_mean:.4g} ± {row.var_std:.3g}",
+                "-" if row.batches is None else f"{row.batches:,}",
+            )
+            for row in self._layers
+        ]
+        return table(header, rows)
+
+    __repr__ = __str__
+
+
+def bn_summary(model_or_state_dict: nn.Module | Mapping[str, Any]) -> Summary:
+    """Mean and standard deviation, over the channels, of `running_mean` and `running_var` of every BatchNorm layer.
+
+    `running_mean` is the mean of a layer's input per channel and `running_var` its variance; both are what evaluation
+    normalises by. Of a model, layers of ``nn.BatchNorm`` and its subclasses are listed; of a state dict, whatever has a
+    `running_mean` and a `running_var`.
+
+    Args:
+        model_or_state_dict: a model, or what its ``state_dict()`` gave.
+
+    Returns:
+        A sequence of `LayerSummary` that prints as a table.
+
+    Raises:
+        TypeError: for anything else.
+
+    Example:
+        >>> from torch import nn
+        >>> from runningbn import bn_summary
+        >>> print(bn_summary(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))))
+        layer  channels  running_mean  running_var  batches tracked
+        1             8         0 ± 0        1 ± 0                0
+    """
+    if isinstance(model_or_state_dict, nn.Module):
+        found = _of_model(model_or_state_dict)
+    elif isinstance(model_or_state_dict, Mapping):
+        found = _of_state_dict(model_or_state_dict)
+    else:
+        raise TypeError(f"bn_summary: expected a module or a state dict, got {type(model_or_state_dict).__name__}")
+    return Summary(_summary(*row) for row in found)
+
+
+def _of_model(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            yield name, module.running_mean, module.running_var, module.num_batches_tracked
+
+
+def _of_state_dict(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
+    for key, mean in state.items():
+        if key.rpartition(".")[2] == "running_mean":
+            prefix = key.removesuffix("running_mean")
+            if prefix + "running_var" in state:
+                tracked = state.get(prefix + "num_batches_tracked")
+                yield prefix.removesuffix("."), mean, state[prefix + "running_var"], tracked
+
+
+def _summary(name: str, mean: Tensor, var: Tensor, tracked: Any) -> LayerSummary:
+    means, variances = (values.detach().to("cpu", torch.float64) for values in (mean, var))
+    return LayerSummary(
+        name, len(mean), float(means.mean()), float(means.std(correction=0)),
+        float(variances.mean()), float(variances.std(correction=0)), None if tracked is None else int(tracked),
+    )  # fmt: skip
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns side by side, the first to the left and the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in (header, *rows)
+    )
