@@ -196,6 +196,13 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
         TypeError: for something that is not a module.
 
     Source: fvcore's function of this name, which leaves out everything in evaluation mode.
+
+    Example:
+        >>> from torch import nn
+        >>> from runningbn import get_bn_modules
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.InstanceNorm2d(8))
+        >>> get_bn_modules(model) == [model[1]]
+        True
     """
     return list(updatable(model).values())
 

@@ -100,6 +100,18 @@ class StatsReport:
         batches: batches used, of all processes.
         not_finite: batches left out since something in them was not finite.
         passes: forward passes over the data; more than 1 for ``normalize="population"``.
+
+    Raises:
+        KeyError: ``report[name]`` for a layer that was not updated.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from runningbn import update_bn_stats
+        >>> print(update_bn_stats(nn.Sequential(nn.BatchNorm1d(1)), torch.tensor([[[1.0], [3.0]], [[3.0], [5.0]]])))
+        layer  batches  elements  mean moved/std  var new/old  std. error/std
+        0            2         4           1.837        2.667          0.6124
+        1 layer updated from 2 batches
     """
 
     layers: list[LayerReport]

@@ -20,10 +20,22 @@ ORDER = [
     "momentum",
     "kernels",
     "update",
+    "distributed",
     "functional",
     "buffers",
     "modules",
+    "converted",
     "convert",
+    "accumulate",
+    "observe",
+    "batches",
+    "ranks",
+    "selection",
+    "summary",
+    "report",
+    "passes",
+    "recalibrate",
+    "integrations",
     "demo_experiment",
     "demo",
     "__main__",
@@ -69,7 +81,7 @@ def test_every_file_has_its_place_in_the_order():
     assert {room(path) for path in FILES} == set(ORDER)
 
 
-@pytest.mark.parametrize("heavy", ["matplotlib", "rich", "sklearn", "triton", "tqdm", "hypothesis"])
+@pytest.mark.parametrize("heavy", ["matplotlib", "rich", "sklearn", "triton", "tqdm", "hypothesis", "lightning"])
 def test_import_stays_light(heavy):
     # What torch itself brings along is not ours to count.
     code = f"import sys, torch; had = {heavy!r} in sys.modules; import runningbn; print(had, {heavy!r} in sys.modules)"
