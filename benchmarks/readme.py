@@ -1,9 +1,9 @@
-"""Write the README's tables and figure from the committed results.
+"""Write the tables and figures of the README and of docs/ from the committed results.
 
     python -m benchmarks.readme
 
-A table stands between ``<!-- NAME table: ... -->`` and ``<!-- end -->``. The results come from
-``python -m runningbn demo --json benchmarks/results/demo.json`` and ``python -m benchmarks.training_step --write``.
+A table stands between ``<!-- NAME table: ... -->`` and ``<!-- end -->``. Each file in benchmarks/results names the
+command that made it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
 from runningbn.demo import results_figure, scores, training_notes
@@ -60,11 +62,16 @@ def speed() -> tuple[list[dict[str, Any]], list[str], str]:
     contents = json.loads((RESULTS / "training_step.json").read_text())
     cases: list[dict[str, Any]] = contents["cases"]
     layers = [name for name in cases[0]["ratio"] if name != "nn.BatchNorm2d"]
+    return cases, layers, machine(contents)
+
+
+def machine(contents: dict[str, Any]) -> str:
+    """What results were measured on."""
     machine = contents["machine"]
     allocator = machine["allocator"]
     pages = "default allocator" if allocator == "default" else " ".join(f"{k}={v}" for k, v in allocator.items())
     where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {pages}"
-    return cases, layers, f"{where}, {machine['date']}"
+    return f"{where}, {machine['date']}"
 
 
 def speed_summary() -> str:
@@ -102,26 +109,86 @@ def speed_page() -> str:
     )
 
 
-TABLES = {"demo": demo_table, "speed": speed_summary}
+def recalibration_speed() -> str:
+    """Seconds of the forward passes alone, and everybody's time relative to them."""
+    contents = json.loads((RESULTS / "recalibration.json").read_text())
+    systems = [name for name in contents["cases"][0]["ratio"] if name != "forward passes alone"]
+    rows = [
+        [
+            case["model"], case["images"].replace(" x ", "×"), case["layout"],
+            f"{case['seconds']['forward passes alone']:.2f} s", *[f"{case['ratio'][name]:.2f}" for name in systems],
+        ]
+        for case in contents["cases"]
+    ]  # fmt: skip
+    header = ["model", "images", "layout", "forward passes alone", *systems]
+    return f"{markdown(header, rows)}\n\n({machine(contents)})"
 
 
-def with_tables(readme: str) -> str:
-    """The README's text with its tables made anew."""
-    for name, make in TABLES.items():
+def population_candidates() -> str:
+    """The ways to statistics that are exact for evaluation."""
+    contents = json.loads((RESULTS / "population.json").read_text())
+    columns = {"passes": "g", "seconds": ".1f", "MB": ".0f", "error": ".0e"}
+    rows = [
+        [case["candidate"], *(f"{case[column]:{form}}" for column, form in columns.items())]
+        for case in contents["cases"]
+    ]
+    header = ["", "passes over the data", "seconds", "memory, MB", "off by"]
+    return f"{markdown(header, rows)}\n\n({machine(contents)})"
+
+
+def error_bars() -> str:
+    """How often the truth is within two standard errors, over all layers."""
+    contents = json.loads((RESULTS / "error_bars.json").read_text())
+    rows = []
+    for batches in dict.fromkeys(case["batches"] for case in contents["cases"]):
+        cases = [case for case in contents["cases"] if case["batches"] == batches]
+        rows.append([str(batches), *(_range([case[which] for case in cases]) for which in ("mean", "var"))])
+    return markdown(["batches", "mean within two standard errors", "variance within two"], rows)
+
+
+def _range(parts: list[float]) -> str:
+    return f"{fmean(parts):.1%} ({min(parts):.1%} to {max(parts):.1%} over the layers)"
+
+
+def example_table(name: str) -> str:
+    """What an example in docs/examples measured: mean ± standard deviation over the seeds, in percent."""
+    contents = json.loads((RESULTS / "examples.json").read_text())[name]
+    results: dict[str, dict[str, list[float]]] = contents["results"]
+    rows = [
+        [row, *(f"{100 * fmean(values):.1f} ± {100 * stdev(values):.1f}" for values in cells.values())]
+        for row, cells in results.items()
+    ]
+    return markdown([f"{contents['title']} in %", *next(iter(results.values()))], rows)
+
+
+EXAMPLES = ("pruning", "weight_averaging", "domain_shift")
+
+# By page, the tables on it.
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": demo_table, "speed": speed_summary, "recalibration speed": recalibration_speed},
+    "docs/recalibration.md": {"population": population_candidates, "error bars": error_bars}
+    | {name: partial(example_table, name) for name in EXAMPLES},
+}
+
+
+def with_tables(page: str, text: str) -> str:
+    """The text of a page with its tables made anew."""
+    for name, make in TABLES[page].items():
         begin, table = rf"<!-- {name} table: [^>]*-->", make()
         pattern = re.compile(rf"({begin})\n.*?(<!-- end -->)", re.DOTALL)
-        readme, found = pattern.subn(lambda match, table=table: f"{match[1]}\n{table}\n{match[2]}", readme)  # type: ignore[misc]
+        text, found = pattern.subn(lambda match, table=table: f"{match[1]}\n{table}\n{match[2]}", text)  # type: ignore[misc]
         if found != 1:
-            raise ValueError(f"README.md: expected one {name} table, found {found}")
-    return readme
+            raise ValueError(f"{page}: expected one {name} table, found {found}")
+    return text
 
 
 def main() -> None:
-    """Rewrite README.md, docs/demo.png and docs/speed.md."""
+    """Rewrite the tables of all pages, docs/demo.png and docs/speed.md."""
     (ROOT / "docs" / "speed.md").write_text(speed_page(), encoding="utf-8")
     results_figure(*demo_runs()).savefig(ROOT / "docs" / "demo.png")
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

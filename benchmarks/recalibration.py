@@ -80,8 +80,8 @@ def check(model: nn.Module, batches: list[Tensor]) -> None:
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double().transpose(0, 1).flatten(1)))
     with runningbn.update_bn_stats(model, batches, layers=[name]):
         elements = torch.cat(seen, 1)
-        torch.testing.assert_close(layer.running_mean.double(), elements.mean(1), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(layer.running_var.double(), elements.var(1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(layer.running_mean.double(), elements.mean(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.running_var.double(), elements.var(1), rtol=1e-4, atol=0)
     hook.remove()
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"store the numbers in {RESULTS.name}")
     arguments = parser.parse_args()
     cases = [("ResNet-18", 224, 16), ("ResNet-50", 224, 8), ("ResNet-50", 224, 2)]
-    rounds = 5
+    rounds = 4
     if arguments.quick:
         cases, rounds = [("ResNet-18", 64, 16)], 3
     rows = [measure(*case, layout, rounds) for case in cases for layout in ("NCHW", "channels_last")]

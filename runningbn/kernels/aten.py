@@ -23,6 +23,8 @@ _LARGE = 2**20
 _TOLERATED_ERROR = 1e-4
 # Sums of fewer are always taken: at mean/std = 1e4 their mean is off by some 1e-3 std, little more than its own digits.
 _FEW = 2**10
+# Sums of more never are: their variance may be off by more than 1e-4, wherever the mean is.
+_MANY = 2**19
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
@@ -86,7 +88,7 @@ def batch_norm(
         var = unbiased_var * ((n - 1) / n)
         # Everywhere else, torch adds up pairwise, by Welford's algorithm or in float64.
         naive = x.device.type == "cpu" and dtype == torch.float32 and not (planes and x.dtype == dtype)
-        if not naive or n <= _FEW or _error_of_plain_sums(mean, var, eps, n) <= _TOLERATED_ERROR:
+        if not naive or n <= _FEW or (n <= _MANY and _error_of_plain_sums(mean, var, eps, n) <= _TOLERATED_ERROR):
             return y, mean, var
     sums, centred = batch_sums(x, dtype)
     mean, var = moments(sums)
