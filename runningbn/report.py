@@ -218,7 +218,7 @@ class StatsReport:
         axes.set_title(f"Recalibrated from {_counted(self.batches, 'batch')}: first layer on top", fontsize=10)
         axes.legend(loc="best", fontsize=8)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=150, bbox_inches="tight")
         return figure
 
 
