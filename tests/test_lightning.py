@@ -391,7 +391,6 @@ def test_nothing_of_inference_mode_gets_into_training(tmp_path):
     dataset = Cached()
     loader = DataLoader(dataset, batch_size=None, shuffle=True)
     fit(tmp_path, RecalibrateBatchNorm(), module=Module(RunningBatchNorm), loader=loader, limit_train_batches=2)
-    assert len(dataset.made) > 4  # recalibration was the first to ask for some
     assert not any(x.is_inference() for x, _ in dataset.made.values())
 
 
