@@ -73,8 +73,8 @@ def update_bn_stats(
         device: where to move the tensors in a batch, nested ones too; by default they stay where they are.
         normalize: what the layers normalise by while their statistics are collected:
 
-            - ``"batch"``: each by its batch, as in training; one pass. The deeper a layer and the smaller the
-              batches, the more its input differs from that in evaluation.
+            - ``"batch"``: each by its batch, as in training; one pass. The deeper a layer, and the smaller or the less
+              alike the batches, the more its input differs from that in evaluation.
             - ``"population"``: each by the final statistics of those before it. The statistics are then exactly the
               moments of what evaluation shows to each layer, to 1e-4, whatever the batch size. The batches are kept in
               memory and about half as many passes are made as there are layers. (If all data fit into one batch,
