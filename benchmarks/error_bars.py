@@ -11,9 +11,7 @@ is within two of its estimated errors a little less often (94.0 % for 20 batches
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -23,9 +21,9 @@ from torch import Tensor, nn
 import runningbn
 from runningbn.demo_experiment import CONTENDERS, SITUATIONS, build_model, build_optimizer, load_data, schedule, train
 
-from .training_step import machine
+from .results_file import FOLDER, store
 
-RESULTS = Path(__file__).parent / "results" / "error_bars.json"
+RESULTS = FOLDER / "error_bars.json"
 BATCH = 16
 REPETITIONS, TRUTH = 100, 10_000
 QUICK_REPETITIONS, QUICK_TRUTH = 30, 2_000
@@ -79,8 +77,7 @@ def main() -> None:
         shown.add_row(str(row["batches"]), row["layer"], f"{row['mean']:.1%}", f"{row['var']:.1%}")
     Console().print(shown)
     if arguments.write:
-        contents = {"command": "python -m benchmarks.error_bars --write", "machine": machine(), "cases": rows}
-        RESULTS.write_text(json.dumps(contents, indent=1) + "\n")
+        store(RESULTS, "python -m benchmarks.error_bars --write", rows)
 
 
 if __name__ == "__main__":

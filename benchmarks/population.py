@@ -29,7 +29,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -38,9 +37,9 @@ from torch import Tensor, nn
 
 import runningbn
 
-from .training_step import machine
+from .results_file import FOLDER, store
 
-RESULTS = Path(__file__).parent / "results" / "population.json"
+RESULTS = FOLDER / "population.json"
 DEPTH, CHANNELS, BATCH = 20, 16, 32
 BATCHES, QUICK_BATCHES = 32, 8
 STILL = 1e-5
@@ -123,7 +122,7 @@ def distance(some: Statistics, others: Statistics) -> float:
     return worst
 
 
-def store(net: nn.Sequential, statistics: Statistics) -> None:
+def write(net: nn.Sequential, statistics: Statistics) -> None:
     """Into the buffers."""
     for number, layer in enumerate(norms(net)):
         layer.running_mean.copy_(statistics[number][0])
@@ -142,7 +141,7 @@ def until_still(net: nn.Sequential, batches: list[Tensor]) -> float:
     while passes < MOST_SWEEPS and (not before or distance(before, statistics) > STILL):
         before, statistics = statistics, pooled(sweep(net, batches, statistics))
         passes += 1
-    store(net, statistics)
+    write(net, statistics)
     return float(passes)
 
 
@@ -158,7 +157,7 @@ def sliding(net: nn.Sequential, batches: list[Tensor]) -> float:
             totals = [total + b - a for total, a, b in zip(totals, parts[place], new, strict=True)]
             parts[place] = new
         passes += 1
-    store(net, pooled(parts))
+    write(net, pooled(parts))
     return float(passes)
 
 
@@ -167,7 +166,7 @@ def layer_by_layer(net: nn.Sequential, batches: list[Tensor]) -> float:
     fixed: Statistics = {}
     for number in range(DEPTH):
         fixed[number] = pooled(sweep(net, batches, fixed))[number]
-    store(net, fixed)
+    write(net, fixed)
     return float(DEPTH)
 
 
@@ -203,7 +202,7 @@ def lock_step(net: nn.Sequential, batches: list[Tensor]) -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    store(net, found)
+    write(net, found)
     return 1.0
 
 
@@ -275,8 +274,7 @@ def main() -> None:
         rows.append(json.loads(done.stdout))
     Console().print(table(rows))
     if arguments.write:
-        contents = {"command": "python -m benchmarks.population --write", "machine": machine(), "cases": rows}
-        RESULTS.write_text(json.dumps(contents, indent=1) + "\n")
+        store(RESULTS, "python -m benchmarks.population --write", rows)
 
 
 if __name__ == "__main__":

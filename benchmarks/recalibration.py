@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from fvcore.nn.precise_bn import update_bn_stats as fvcore_update_bn_stats
@@ -28,9 +26,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import runningbn
 
-from .training_step import machine
+from .results_file import FOLDER, store
 
-RESULTS = Path(__file__).parent / "results" / "recalibration.json"
+RESULTS = FOLDER / "recalibration.json"
 RESNETS = {
     "ResNet-18": ResNetConfig(
         embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic"
@@ -141,8 +139,7 @@ def main() -> None:
     rows = [measure(*case, layout, rounds) for case in cases for layout in ("NCHW", "channels_last")]
     Console().print(table(rows))
     if arguments.write:
-        contents = {"command": "python -m benchmarks.recalibration --write", "machine": machine(), "cases": rows}
-        RESULTS.write_text(json.dumps(contents, indent=1) + "\n")
+        store(RESULTS, "python -m benchmarks.recalibration --write", rows)
 
 
 if __name__ == "__main__":

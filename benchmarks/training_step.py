@@ -14,15 +14,10 @@ is stored with the numbers, and so are the faults per step.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -31,8 +26,9 @@ from torch import Tensor, nn
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm
 
-RESULTS = Path(__file__).parent / "results" / "training_step.json"
-ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+from .results_file import FOLDER, store
+
+RESULTS = FOLDER / "training_step.json"
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "nn.BatchNorm2d": nn.BatchNorm2d,
@@ -107,23 +103,6 @@ def measure(shape: tuple[int, ...], layout: str, dtype: str, seconds: float) -> 
     }
 
 
-def machine() -> dict[str, object]:
-    """What the numbers were taken on."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = models[0] if models else processor
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ} or "default",
-    }
-
-
 def table(rows: list[dict[str, object]]) -> Table:
     """Ratios to nn.BatchNorm2d; a loss is red."""
     shown = Table(title="Training step, time relative to nn.BatchNorm2d (below 1 is faster)", title_justify="left")
@@ -150,8 +129,7 @@ def main() -> None:
     rows = [measure(shape, layout, dtype, seconds) for dtype in DTYPES for layout in LAYOUTS for shape in shapes]
     Console().print(table(rows))
     if arguments.write:
-        contents = {"command": "python -m benchmarks.training_step --write", "machine": machine(), "cases": rows}
-        RESULTS.write_text(json.dumps(contents, indent=1) + "\n")
+        store(RESULTS, "python -m benchmarks.training_step --write", rows)
 
 
 if __name__ == "__main__":
