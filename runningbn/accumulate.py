@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .statistics import nonzero
+
 
 class Estimator:
     """How batches become statistics. All arguments and results are (F,) or stacks of such."""
@@ -54,7 +56,7 @@ class Population(Estimator):
 
     def moments(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """T1/T0 and T2/T0 − (T1/T0)²."""
-        mean, square = totals[1:] / _nonzero(totals[0])
+        mean, square = totals[1:] / nonzero(totals[0])
         return mean, (square - mean * mean).clamp_min(0)
 
     def influence(self, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +65,7 @@ class Population(Estimator):
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         by_mean = torch.stack((-mean, one, zero))
         by_var = torch.stack((mean * mean - var, -2 * mean, one))
-        return by_mean / _nonzero(totals[0]), by_var / _nonzero(totals[0])
+        return by_mean / nonzero(totals[0]), by_var / nonzero(totals[0])
 
 
 class MeanOfBatches(Estimator):
@@ -86,7 +88,7 @@ class MeanOfBatches(Estimator):
 
     def moments(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """T1/T0 and T2/T0."""
-        mean, var = totals[1:] / _nonzero(totals[0])
+        mean, var = totals[1:] / nonzero(totals[0])
         return mean, var
 
     def influence(self, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ class MeanOfBatches(Estimator):
         mean, var = self.moments(totals)
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         by_mean, by_var = torch.stack((-mean, one, zero)), torch.stack((-var, zero, one))
-        return by_mean / _nonzero(totals[0]), by_var / _nonzero(totals[0])
+        return by_mean / nonzero(totals[0]), by_var / nonzero(totals[0])
 
 
 @dataclass
@@ -153,6 +155,11 @@ class Accumulator:
         self.counts = self._zeros(3, width)  # batches, elements, samples
         self.not_finite = self._zeros(width)  # batches that were dropped, where they were not finite
         self.dropped = self._zeros(1)
+        self._repeats = torch.tensor(channels, device=self.device)
+        self._absent = [
+            Call(number, torch.zeros(c, device=self.device), torch.zeros(c, device=self.device), 0, 0)
+            for number, c in enumerate(channels)
+        ]
 
     def add(self, calls: list[Call]) -> Tensor:
         """Add a batch: all calls that its forward made. One that is not finite anywhere is dropped everywhere.
@@ -184,35 +191,28 @@ class Accumulator:
 
     def _rounds(self, calls: list[Call]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """(mean, var, n, samples), each (F,), of the first call of every layer, of the second, and so on."""
-        rounds: list[list[Call | None]] = [[None] * len(self.channels)]
+        rounds = [list(self._absent)]
         seen = [0] * len(self.channels)
         for call in calls:
             if seen[call.layer] == len(rounds):
-                rounds.append([None] * len(self.channels))
+                rounds.append(list(self._absent))
             rounds[seen[call.layer]][call.layer] = call
             seen[call.layer] += 1
         return [self._flat(row) for row in rounds]
 
-    def _flat(self, row: list[Call | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        nothing = [torch.zeros(c, device=self.device) if call is None else None for c, call in zip(self.channels, row)]
-
-        def side_by_side(parts: list[Tensor]) -> Tensor:
-            same = len({(part.device, part.dtype) for part in parts}) == 1
-            return torch.cat(parts if same else [part.to(self.device, torch.float64) for part in parts])
-
-        mean = side_by_side([z if call is None else call.mean for call, z in zip(row, nothing)])  # type: ignore[misc]
-        var = side_by_side([z if call is None else call.var for call, z in zip(row, nothing)])  # type: ignore[misc]
-        sizes = [(0, 0) if call is None else (call.n, call.samples) for call in row]
+    def _flat(self, row: list[Call]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, var = (self._side_by_side(parts) for parts in ([c.mean for c in row], [c.var for c in row]))
         # One small transfer, then repeated on the device.
-        sizes_there = torch.tensor(sizes, dtype=torch.float64).to(self.device, non_blocking=True)
-        repeats = self._repeats()
-        n, samples = (sizes_there[:, i].repeat_interleave(repeats, output_size=sum(self.channels)) for i in (0, 1))
-        return mean.to(self.device, torch.float64), var.to(self.device, torch.float64), n, samples
+        sizes = torch.tensor([(call.n, call.samples) for call in row], dtype=torch.float64)
+        sizes = sizes.to(self.device, non_blocking=True)
+        n, samples = (sizes[:, i].repeat_interleave(self._repeats, output_size=sum(self.channels)) for i in (0, 1))
+        return mean, var, n, samples
 
-    def _repeats(self) -> Tensor:
-        if not hasattr(self, "_channels_there"):
-            self._channels_there = torch.tensor(self.channels, device=self.device)
-        return self._channels_there
+    def _side_by_side(self, parts: list[Tensor]) -> Tensor:
+        """In float64, converted all at once where they are alike."""
+        alike = len({(part.device, part.dtype) for part in parts}) == 1
+        wide = torch.cat(parts if alike else [part.to(self.device, torch.float64) for part in parts])
+        return wide.to(self.device, torch.float64)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -228,7 +228,7 @@ class Accumulator:
         new = Accumulator(self.channels, self.estimator, self.device)
         weight = sum((rank.totals[0] for rank in ranks), torch.zeros_like(self.pivot))
         for rank in ranks:
-            new.pivot += rank.pivot * torch.where(weight > 0, rank.totals[0] / _nonzero(weight), 1 / len(ranks))
+            new.pivot += rank.pivot * torch.where(weight > 0, rank.totals[0] / nonzero(weight), 1 / len(ranks))
         for rank in ranks:
             move = self.estimator.move(new.pivot - rank.pivot)
             new.totals += torch.einsum("ijf,jf->if", move, rank.totals)
@@ -265,8 +265,3 @@ class Accumulator:
 
 def _matrix(*rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return torch.stack([torch.stack(row) for row in rows])
-
-
-def _nonzero(count: Tensor) -> Tensor:
-    """A count to divide by. Where it is 0 so is the dividend, and the quotient then too."""
-    return count.clamp_min(torch.finfo(count.dtype).tiny)

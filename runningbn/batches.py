@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .observe import PARALLEL_WRAPPERS
+
 Forward = Callable[[nn.Module, Any], object]
 Progress = Callable[[Iterable[Any], "int | None"], Iterable[Any]]
 
@@ -20,7 +22,7 @@ def runner(
     Without a device, tensors go where a wrapper for parallel training would have sent them, or stay where they are.
     """
     forward = forward or call
-    if device is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if device is None and isinstance(model, PARALLEL_WRAPPERS):
         there = torch.device(model.device_ids[0]) if model.device_ids else None
     else:
         there = None if device is None else torch.device(device)

@@ -30,6 +30,9 @@ from .accumulate import Call
 
 Moments = tuple[Tensor, Tensor]
 
+# What stands around a model for parallel training, and communicates or copies in its forward.
+PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 # The names of the arguments of the two functions that all of torch's own normalisation goes through.
 _ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -197,7 +200,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
         stack.callback(_restore_flags, flags)
         for module, _ in flags:
             module.training = False
-            if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            if isinstance(module, PARALLEL_WRAPPERS):
                 _replace_forward(stack, module, module.module.__call__)
         for number, layer in enumerate(observer.layers):
             _replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
@@ -218,7 +221,7 @@ def head_skipped(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[No
     wanted = set(layers)
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
-        module = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+        module = model.module if isinstance(model, PARALLEL_WRAPPERS) else model
         while type(module) is nn.Sequential and "forward" not in vars(module) and not _has_hooks(module):
             parts = list(module)
             last = max((i for i, part in enumerate(parts) if wanted.intersection(part.modules())), default=None)

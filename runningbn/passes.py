@@ -19,7 +19,7 @@ from .batches import Progress
 from .buffers import PooledStatistics
 from .observe import EnoughSeen, Moments, Observer
 from .ranks import Ranks, interrupts_deferred
-from .report import LayerReport, StatsReport, restore
+from .report import LayerReport, StatsReport
 from .selection import Layers, chosen
 
 logger = logging.getLogger("runningbn")
@@ -186,12 +186,12 @@ class Recalibration:
 
     def finish(self) -> StatsReport:
         """Write the statistics and report; the layers are as before if that is interrupted."""
-        before = [(layer, self._statistics_of(layer)) for layer in self.layers]
+        before = [(self.layers[number], self._statistics_of(self.layers[number])) for number in sorted(self._found)]
         report = StatsReport(
             [self._report(number, found) for number, found in sorted(self._found.items())],
             [name for number, name in enumerate(self.names) if number not in self._found],
             self._seen - self._dropped, self._dropped, self._passes,
-            [before[number] for number in sorted(self._found)],
+            before,
         )  # fmt: skip
         if self._dropped:
             logger.warning("batches left out, not finite: %d, first in %s", self._dropped, self._first_not_finite())
@@ -199,9 +199,7 @@ class Recalibration:
             for number, found in self._found.items():
                 _write(self.layers[number], *found.stored)
         except BaseException:
-            with torch.no_grad():
-                for layer, buffers in before:
-                    restore(layer, buffers)
+            report.undo()
             raise
         self.report = report
         return report

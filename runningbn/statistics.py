@@ -48,7 +48,7 @@ def moments(state: Sums) -> tuple[Tensor, Tensor]:
 
     A channel that holds nothing (count = 0) has its pivot as mean and no variance.
     """
-    count = _nonzero(state.count)
+    count = nonzero(state.count)
     offset = state.sums / count
     # Rounding may leave a tiny negative difference for a constant channel.
     var = torch.addcmul(state.sqrs / count, offset, offset, value=-1).clamp_min(0)
@@ -74,7 +74,7 @@ def common_pivot(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Tensor:
     weight of the other.
     """
     weight = gain * new.count
-    portion = weight / _nonzero(torch.addcmul(weight, keep, old.count))
+    portion = weight / nonzero(torch.addcmul(weight, keep, old.count))
     return torch.lerp(old.shift, new.shift, portion)
 
 
@@ -90,7 +90,7 @@ def combine(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Sums:
     return Sums(pivot, *(torch.addcmul(keep * a, gain, b) for a, b in zip(old[1:], new[1:])))
 
 
-def _nonzero(count: Tensor) -> Tensor:
+def nonzero(count: Tensor) -> Tensor:
     """A count to divide by. Where it is 0 so is the dividend, and the quotient then too."""
     return count.clamp_min(torch.finfo(count.dtype).tiny)
 
@@ -102,5 +102,5 @@ def unbiased(var: Tensor, count: Tensor, count_sqrs: Tensor) -> Tensor:
     familiar n/(n − 1). A state taken over from elsewhere has Σw² = 0: it counts as a population and is not corrected.
     """
     # torch refuses a single element, which has no variance to correct; here that stays finite.
-    uncorrected = (1 - count_sqrs / _nonzero(count.square())).clamp_min(torch.finfo(var.dtype).eps)
+    uncorrected = (1 - count_sqrs / nonzero(count.square())).clamp_min(torch.finfo(var.dtype).eps)
     return var / uncorrected

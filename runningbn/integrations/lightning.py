@@ -145,7 +145,7 @@ class RecalibrateBatchNorm(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a checkpoint was loaded, give training its own statistics back."""
-        self._layers = {name: m for name, m in pl_module.named_modules() if isinstance(m, _BatchNorm)}
+        self._layers = _batch_norms(pl_module)
         with torch.no_grad():
             for name, buffers in self._resumed.items():
                 if name in self._layers:
@@ -154,7 +154,7 @@ class RecalibrateBatchNorm(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the layers again: other callbacks may have changed the model."""
-        self._layers = {name: m for name, m in pl_module.named_modules() if isinstance(m, _BatchNorm)}
+        self._layers = _batch_norms(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -373,6 +373,10 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
     else:
         generator.set_state(state)
+
+
+def _batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def _copies(layer: nn.Module) -> Buffers:
