@@ -14,11 +14,14 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import fmean, geometric_mean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from runningbn.demo import results_figure, scores, training_notes
 from runningbn.demo_experiment import TEST_IMAGES, Run, Situation
+
+from .cases import COPY, FASTAI, OURS, PEER
+from .layers_report import Row, disturbed, figure, losses, losses_title, of_grid, page_faults, summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -57,14 +60,6 @@ def demo_table() -> str:
     return markdown([f"accuracy on {TEST_IMAGES} test images, {seeds} seeds", *contenders], rows)
 
 
-def speed() -> tuple[list[dict[str, Any]], list[str], str]:
-    """The measured cases, our layers in them, and what they were measured on."""
-    contents = json.loads((RESULTS / "training_step.json").read_text())
-    cases: list[dict[str, Any]] = contents["cases"]
-    layers = [name for name in cases[0]["ratio"] if name != "nn.BatchNorm2d"]
-    return cases, layers, machine(contents)
-
-
 def machine(contents: dict[str, Any]) -> str:
     """What results were measured on."""
     machine = contents["machine"]
@@ -74,39 +69,93 @@ def machine(contents: dict[str, Any]) -> str:
     return f"{where}, {machine['date']}"
 
 
+def layers(device: str = "cpu") -> tuple[list[Row], str]:
+    """The rows of the layers' benchmark, and what they were measured on; no rows where there was no such device."""
+    path = RESULTS / {"cpu": "layers.json", "cuda": "layers_cuda.json"}[device]
+    if not path.exists():
+        return [], ""
+    contents = json.loads(path.read_text())
+    rows: list[Row] = contents["cases"]
+    on = contents["machine"]
+    where = f"{on['processor']}, {on['threads']} threads"
+    if device == "cuda":
+        where = f"{rows[0]['device']}, cuDNN {rows[0]['cudnn']}"
+    return rows, f"{where}, torch {on['torch']}, {on['date']}"
+
+
 def speed_summary() -> str:
-    """Per layout and dtype, the geometric mean of the ratios over the shapes, and the best and the worst."""
-    cases, layers, where = speed()
-    rows = []
-    for kind in dict.fromkeys((case["layout"], case["dtype"]) for case in cases):
-        ratios = [case["ratio"] for case in cases if (case["layout"], case["dtype"]) == kind]
+    """Geometric means over the shapes, the best and the worst, for each device that was measured."""
+    tables = []
+    for device in ("cpu", "cuda"):
+        rows, where = layers(device)
+        if rows:
+            tables.append(f"{summary_markdown(rows)}\n\n({where}; each case in [docs/speed.md](docs/speed.md))")
+    return "\n\n".join(tables)
+
+
+def summary_markdown(rows: list[Row], by_kind: bool = False) -> str:
+    """A line per kind of case."""
+    header = ["geometric mean (best to worst)", "cases", *OURS]
+    lines = [
+        [line.label, str(len(line.rows)), *(line.cell(layer) for layer in OURS)] for line in summary(rows, by_kind)
+    ]
+    return markdown(header, lines)
+
+
+def case_markdown(rows: list[Row]) -> str:
+    """The cases of a grid; a loss is bold."""
+    named = [name for name in (*OURS, FASTAI, COPY) if any(name in row["ratio"] | row["wrong"] for row in rows)]
+    table = []
+    for row in rows:
         cells = []
-        for layer in layers:
-            values = [ratio[layer] for ratio in ratios]
-            cells.append(f"{geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        rows.append([", ".join(kind), *cells])
-    header = [f"geometric mean over {len(cases) // len(rows)} shapes (best to worst)", *layers]
-    return f"{markdown(header, rows)}\n\n({where}; each case in [docs/speed.md](docs/speed.md))"
+        for name in named:
+            cell = f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "wrong result"
+            cells.append(f"**{cell}**" if name in OURS and row["ratio"][name] > 1 else cell)
+        described = [row["shape"].replace("x", "×"), row["family"], row["layout"], row["dtype"]]
+        saved = [f"{row['saved bytes'][PEER] / 2**20:.2f}"] if row["saved bytes"] else ["–"]
+        host = [f"{row['host milliseconds'][PEER]:.2f}", row["backend"]] if "host milliseconds" in row else []
+        table.append([*described, f"{row['milliseconds'][PEER]:.2f}", *host, *cells, page_faults(row), *saved])
+    host_header = ["of the host", "torch's kernels"] if "host milliseconds" in rows[0] else []
+    header = [
+        "shape", "", "layout", "dtype", f"{PEER}, ms", *host_header, *named, "page faults", "kept for backward, MiB",
+    ]  # fmt: skip
+    return markdown(header, table)
+
+
+SPEED_INTRO = f"""# The layers beside nn.BatchNorm, case by case
+
+![Time of a training step relative to nn.BatchNorm](speed.png)
+
+Times are relative to {PEER}1d/2d/3d in the same rounds of one process; above 1 is slower, and bold. Before timing, the
+output and the gradients of everybody were checked against float64. Made by `python -m benchmarks.readme` from what
+`python -m benchmarks.layers --write` measured.
+
+- *training step*: forward and backward, in eager mode. *forward*: in training, with gradients wanted. *evaluation*:
+  without. *compiled*: everybody through `torch.compile`, and relative to the compiled {PEER}.
+- *NCHW* stands for contiguous in any number of dimensions. *half the channels*: x is one chunk of a larger tensor;
+  *cropped*: its border is cut off; *dy channels_last*: the gradient comes in another memory format than x.
+- The allocator keeps its pages (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000`), but in *default allocator*.
+  Page faults are per call, of {PEER} and of {", ".join(OURS)}.
+- *{FASTAI}* is the class of the fastai course; where it says "wrong result", its outcome did not pass the check.
+- *{COPY}* is `y.copy_(x)`, a read and a write of memory. Where nothing stays in the cache, a training step reads or
+  writes eight times, which is four copies.
+- *kept for backward* is what {PEER} keeps, the input included.
+"""
 
 
 def speed_page() -> str:
-    """Every case."""
-    cases, layers, where = speed()
-    rows = [
-        [
-            case["shape"], case["layout"], case["dtype"], f"{case['milliseconds']['nn.BatchNorm2d']:.2f}",
-            *[f"{case['ratio'][name]:.2f}" for name in layers],
-            " / ".join(str(case["page faults"][name]) for name in ("nn.BatchNorm2d", *layers)),
-        ]
-        for case in cases
-    ]  # fmt: skip
-    header = ["shape", "layout", "dtype", "nn.BatchNorm2d, ms", *layers, "page faults per step, in this order"]
-    return (
-        "# A training step, case by case\n\n"
-        "Forward and backward in eager mode; the time of each layer relative to nn.BatchNorm2d in the same rounds of\n"
-        "one process; above 1 is slower. Made by `python -m benchmarks.readme` from what\n"
-        f"`python -m benchmarks.training_step --write` measured: {where}.\n\n{markdown(header, rows)}\n"
-    )
+    """Summary, losses and every case, for each device that was measured."""
+    parts = [SPEED_INTRO]
+    for device, title in {"cpu": "CPU", "cuda": "GPU"}.items():
+        rows, where = layers(device)
+        if not rows:
+            continue
+        parts.append(f"## {title}\n\n{where}; {disturbed(rows)}.\n\n{summary_markdown(rows, by_kind=True)}\n")
+        lost = "\n".join(f"- {line}" for line in losses(rows))
+        parts.append(f"### {title}: losses\n\n{losses_title(rows).capitalize()}.\n\n{lost}\n")
+        for grid in dict.fromkeys(row["grid"] for row in rows):
+            parts.append(f"### {title}: {grid}\n\n{case_markdown(of_grid(rows, grid))}\n")
+    return "\n".join(parts)
 
 
 def recalibration_speed() -> str:
@@ -183,8 +232,9 @@ def with_tables(page: str, text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the tables of all pages, docs/demo.png and docs/speed.md."""
+    """Rewrite the tables of all pages, docs/speed.md, docs/speed.png and docs/demo.png."""
     (ROOT / "docs" / "speed.md").write_text(speed_page(), encoding="utf-8")
+    figure(*layers()).savefig(ROOT / "docs" / "speed.png")
     results_figure(*demo_runs()).savefig(ROOT / "docs" / "demo.png")
     for page in TABLES:
         path = ROOT / page

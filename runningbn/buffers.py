@@ -1,6 +1,6 @@
 """The statistics as buffers of a module: registering, seeding, checkpoints, dtypes.
 
-What the layers share and what has nothing to do with normalising. See `update.State` for the buffers.
+What the layers share and what has nothing to do with normalising. See `statistics.State` for the buffers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed import GroupReference, check_synchronisation
 from .momentum import Momentum, check_momentum
-from .update import GradientState, State
+from .statistics import GradientState, State
 
 # Samples that statistics taken over from elsewhere count for: more than any horizon needs to be at full length. Finite,
 # since weight averaging takes differences of buffers.

@@ -1,5 +1,8 @@
 """One training step, forward and backward: sweep the batch, absorb its sums, normalise by the outcome.
 
+Where a backend fuses all that, a step is one call of it forward and one backward. Otherwise, as in compiled code and
+where ranks have to be asked in between, it is put together from sweeps and updates.
+
 Shapes: N batch, C channels, any trailing dimensions; n = elements per channel. Per-channel vectors are (C,) in the
 dtype of the statistics (float32 or float64).
 """
@@ -14,10 +17,47 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import kernels
-from .distributed import RankGroup, pool, pool_gradients
+from .distributed import RankGroup, pool
+from .gradients import (
+    POOLED_TWICE,
+    RUNNING_TWICE,
+    Gradients,
+    differentiable_gradients,
+    exact_gradients,
+    refuse_second_derivative,
+    running_gradients,
+)
 from .momentum import Momentum, batch_weight, weighs_whole_batches
-from .statistics import Sums, moments
-from .update import Coefficients, GradientState, State, absorb_gradient, absorb_precise, absorb_running
+from .statistics import GradientState, State, Sums, moments
+from .update import Coefficients, absorb_precise, absorb_running, is_recomputation
+
+
+def running(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    state: State, gradient: GradientState | None, momentum: Momentum, ranks: RankGroup | None,
+) -> Tensor:  # fmt: skip
+    """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`.
+
+    Where `gradient` is given, the sums in backward are running averages, too: see `normalize_running`.
+    """
+    if ranks is None and (backend := kernels.fused(x, state)) is not None:
+        y: Tensor = _Fused.apply(x, weight, bias, eps, backend, state, gradient, momentum, True)
+        return y
+    step = _step(absorb_running, x, state, momentum, ranks)
+    if gradient is None:
+        return normalize(x, weight, bias, step, eps)
+    return normalize_running(x, weight, bias, step, eps, gradient)
+
+
+def precise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    state: State, momentum: Momentum, ranks: RankGroup | None,
+) -> Tensor:  # fmt: skip
+    """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
+    if ranks is None and (backend := kernels.fused(x, state)) is not None:
+        y: Tensor = _Fused.apply(x, weight, bias, eps, backend, state, None, momentum, False)
+        return y
+    return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks), eps)
 
 
 class Step(NamedTuple):
@@ -36,16 +76,6 @@ class Step(NamedTuple):
     ranks: RankGroup | None = None
     n: Tensor | None = None
     witness: Tensor | None = None
-
-
-def running_step(x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None = None) -> Step:
-    """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`."""
-    return _step(absorb_running, x, state, momentum, ranks)
-
-
-def precise_step(x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None = None) -> Step:
-    """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    return _step(absorb_precise, x, state, momentum, ranks)
 
 
 @torch.no_grad()
@@ -133,6 +163,56 @@ def normalize_running(
     return y
 
 
+class _Fused(Function):
+    """One call of a backend forward and one backward; see `normalize` and `normalize_running` for what they compute."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+        backend: kernels.Backend, state: State, gradient: GradientState | None, momentum: Momentum, running: bool,
+    ) -> Tensor:  # fmt: skip
+        absorbs = not is_recomputation()
+        y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs)
+        ctx.save_for_backward(x, weight, fixed)
+        # Not saved for backward: these buffers are meant to change between forward and backward.
+        ctx.backend, ctx.gradient = backend, gradient
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, fixed = ctx.saved_tensors
+        backend, gradient, needs_dx = ctx.backend, ctx.gradient, ctx.needs_input_grad[0]
+        if torch.is_grad_enabled() and gradient is None and not torch.compiler.is_compiling():
+            found = differentiable_gradients(
+                dy, x, weight, *_moments_and_kappas(fixed), ctx.needs_input_grad, ctx.bias_dtype
+            )
+            return (*found, *[None] * 6)
+        with torch.no_grad():
+            if kernels.can(backend, dy, x, fixed.dtype):
+                gradients = backend.training_backward(dy, x, weight, fixed, gradient, needs_dx)
+            else:
+                gradients = _composed_gradients(dy, x, weight, fixed, gradient, needs_dx)
+            found = _affine_gradients(ctx, weight, gradients)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
+        return (*found, *[None] * 6)
+
+
+def _composed_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: GradientState | None, needs_dx: bool
+) -> Gradients:
+    """`training_backward` of what the backend cannot take, as in a compiled backward of an eager forward."""
+    if gradient is not None:
+        return running_gradients(dy, x, weight, fixed[0], fixed[1], fixed[4], fixed[5], gradient, needs_dx)
+    return exact_gradients(dy, x, weight, *_moments_and_kappas(fixed), needs_dx)
+
+
+def _moments_and_kappas(fixed: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    mean, rstd, *others = fixed.unbind()
+    return (mean, rstd, others[0], others[1]) if others else (mean, rstd, None, None)
+
+
 class _NormalizeExact(Function):
     @staticmethod
     def forward(
@@ -147,15 +227,19 @@ class _NormalizeExact(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            gradients = _exact_gradients(ctx, dy)
-        elif ctx.ranks is None:
-            gradients = _differentiable_gradients(ctx, dy)
-        else:
-            with torch.no_grad():
-                gradients = _exact_gradients(ctx, dy)
-            gradients = _RefuseSecondDerivative.apply(_POOLED_TWICE, dy, ctx.saved_tensors[0], *gradients)
-        return (*gradients, *[None] * 8)
+        x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
+        needs_dx, ranks = ctx.needs_input_grad[0], ctx.ranks
+        if torch.is_grad_enabled() and ranks is None and not torch.compiler.is_compiling():
+            found = differentiable_gradients(
+                dy, x, weight, mean, rstd, kappa_mean, kappa_var, ctx.needs_input_grad, ctx.bias_dtype
+            )
+            return (*found, *[None] * 8)
+        with torch.no_grad():
+            gradients = exact_gradients(dy, x, weight, mean, rstd, kappa_mean, kappa_var, needs_dx, ranks, ctx.witness)
+            found = _affine_gradients(ctx, weight, gradients)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = refuse_second_derivative(POOLED_TWICE, dy, x, found)
+        return (*found, *[None] * 8)
 
 
 class _NormalizeRunning(Function):
@@ -175,126 +259,27 @@ class _NormalizeRunning(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, rstd, keep, gain, n = ctx.saved_tensors
+        needs_dx = ctx.needs_input_grad[0]
         with torch.no_grad():
-            sum_dy, sum_dy_xhat = _gradient_sums(dy, x, mean, rstd)
-            pooled = sum_dy, sum_dy_xhat
-            if ctx.ranks is not None:
-                pooled = pool_gradients(sum_dy, sum_dy_xhat, ctx.ranks, ctx.gradient.count_dy)
-            n = x.numel() // x.shape[1] if n is None else n
-            mean_dy, mean_dy_xhat = absorb_gradient(ctx.gradient, *pooled, keep, gain, n)
-            dx = None
-            if ctx.needs_input_grad[0]:
-                dx = _input_gradient(dy, x, mean, rstd, weight, mean_dy, mean_dy_xhat)
-            gradients = (dx, *_affine_gradients(ctx, weight, sum_dy, sum_dy_xhat))
+            gradients = running_gradients(dy, x, weight, mean, rstd, keep, gain, ctx.gradient, needs_dx, ctx.ranks, n)
+            found = _affine_gradients(ctx, weight, gradients)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _RefuseSecondDerivative.apply(_RUNNING_TWICE, dy, x, *gradients)
-        return (*gradients, *[None] * 11)
+            found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
+        return (*found, *[None] * 11)
 
 
-def _exact_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight and bias."""
-    x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
-    if kappa_mean is None and ctx.needs_input_grad[0]:
-        of_batch, sum_dy, sum_dy_xhat = kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
-        return (of_batch, *_affine_gradients(ctx, weight, sum_dy, sum_dy_xhat))
-    sum_dy, sum_dy_xhat = _gradient_sums(dy, x, mean, rstd)
-    pooled = sum_dy, sum_dy_xhat
-    if ctx.ranks is not None:
-        # Also where this rank needs no dx: another one may, and waits.
-        pooled = pool_gradients(sum_dy, sum_dy_xhat, ctx.ranks, ctx.witness)
-    dx: Tensor | None = None
-    if ctx.needs_input_grad[0]:
-        m0, m1 = _times(kappa_mean, pooled[0]), _times(kappa_var, pooled[1])
-        dx = _input_gradient(dy, x, mean, rstd, weight, m0, m1)
-    return (dx, *_affine_gradients(ctx, weight, sum_dy, sum_dy_xhat))
-
-
-def _affine_gradients(
-    ctx: Any, weight: Tensor | None, sum_dy: Tensor, sum_dy_xhat: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias, in the dtypes of these."""
+    dx, sum_dy, sum_dy_xhat = gradients
     dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
-    return dweight, None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
+    return dx, dweight, None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
 
 
 def _normalized(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     scratch: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """`kernels.normalize`, but also for the empty input of a rank among others; so are the next two."""
+    """`kernels.normalize`, but also for the empty input of a rank among others."""
     if x.numel() > 0:
         return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
     return torch.empty_like(x)
-
-
-def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    if x.numel() > 0:
-        return kernels.gradient_sums(dy, x, mean, rstd)
-    return torch.zeros_like(mean), torch.zeros_like(mean)
-
-
-def _input_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
-) -> Tensor:
-    if x.numel() > 0:
-        return kernels.input_gradient(dy, x, mean, rstd, weight, m0, m1)
-    return torch.empty_like(x)
-
-
-def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight and bias as differentiable functions of x, weight and dy, for a double backward.
-
-    The statistics are written as their saved values plus what they change by when x does, which is zero here and now:
-    from the saved values alone the second derivative would be wrong, and from x alone the state before this batch
-    would be needed.
-    """
-    x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
-    if kappa_mean is None:
-        kappa_mean = kappa_var = torch.full_like(mean, x.shape[1] / x.numel())
-    all_but_channels = [d for d in range(x.dim()) if d != 1]
-
-    def spread(vector: Tensor) -> Tensor:
-        return vector.view(-1, *[1] * (x.dim() - 2))
-
-    def change(total: Tensor) -> Tensor:
-        return total - total.detach()
-
-    centred = x.to(mean.dtype) - spread(mean)
-    mean_change = _times(kappa_mean, change(centred.sum(all_but_channels)))
-    # var = Σx²/n − mean²: the square of the change of the mean is zero up to its second derivative.
-    var_change = _times(kappa_var, change(centred.square().sum(all_but_channels)))
-    var_change = var_change - torch.where(kappa_var == 0, 0, mean_change.square())
-    z = (centred - spread(mean_change)) * spread((rstd.pow(-2) + var_change).rsqrt())
-    y = (z if weight is None else z * spread(weight.to(z.dtype))).to(x.dtype)
-    wanted = [t if needed else None for t, needed in zip((x, weight), ctx.needs_input_grad)]
-    inputs = [t for t in wanted if t is not None]
-    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())
-    dbias = None if ctx.bias_dtype is None else dy.sum(all_but_channels, dtype=mean.dtype).to(ctx.bias_dtype)
-    return (*(None if t is None else next(found) for t in wanted), dbias)
-
-
-def _times(kappa: Tensor, total: Tensor) -> Tensor:
-    """kappa·total, and 0 where kappa is: a channel that was not finite has totals that are not either."""
-    return torch.where(kappa == 0, 0, kappa * total)
-
-
-_RUNNING_TWICE = (
-    "RunningBatchNorm(gradient='running') cannot be differentiated twice: its backward uses running averages, "
-    "which no function has as its derivative. Use gradient='exact' for a double backward."
-)
-_POOLED_TWICE = (
-    "a layer with sync=True cannot be differentiated twice while it pools over several processes. "
-    "Use sync=False for a double backward."
-)
-
-
-class _RefuseSecondDerivative(Function):
-    """Passes gradients on, and explains itself to whoever differentiates them, by dy or by x."""
-
-    @staticmethod
-    def forward(ctx: Any, message: str, dy: Tensor, x: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.message = message
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *second: Tensor) -> None:  # type: ignore[override]
-        raise RuntimeError(ctx.message)

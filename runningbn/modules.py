@@ -15,7 +15,7 @@ from . import functional
 from .buffers import PooledStatistics, is_narrow
 from .distributed import RankGroup, ranks_of
 from .momentum import Horizon, Momentum
-from .update import GradientState
+from .statistics import GradientState
 
 Gradient = Literal["running", "exact"]
 
@@ -170,10 +170,8 @@ class RunningBatchNorm(_Layer):
         ranks = self._ranks()
         if not self._absorbs(input, ranks):
             return self._normalize_only(input, ranks)
-        step = functional.running_step(input, self._state, self.momentum, ranks)
-        if self.gradient == "exact":
-            return functional.normalize(input, self.weight, self.bias, step, self.eps)
-        return functional.normalize_running(input, self.weight, self.bias, step, self.eps, self._gradient_state)
+        gradient = None if self.gradient == "exact" else self._gradient_state
+        return functional.running(input, self.weight, self.bias, self.eps, self._state, gradient, self.momentum, ranks)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -196,8 +194,7 @@ class PreciseBatchNorm(_Layer):
         # Of the other ranks' values nothing is known here without waiting for them on the host.
         if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        step = functional.precise_step(input, self._state, self.momentum, ranks)
-        return functional.normalize(input, self.weight, self.bias, step, self.eps)
+        return functional.precise(input, self.weight, self.bias, self.eps, self._state, self.momentum, ranks)
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):

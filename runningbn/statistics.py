@@ -1,4 +1,4 @@
-"""The linear state of a normalisation layer: weighted sums about a pivot, as pure functions on tensors.
+"""The linear state of a normalisation layer: weighted sums about a pivot, the buffers that hold them, pure functions.
 
 Shapes: C channels; every tensor here is (C,) and float32 or float64. Per channel, over all elements x seen so far,
 each with its weight w::
@@ -41,6 +41,49 @@ class Sums(NamedTuple):
     sums: Tensor
     sqrs: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of sums
+
+
+class State(NamedTuple):
+    """The statistics of a layer: its buffers, updated in place.
+
+    Attributes:
+        shift, sums, sqrs, count: the linear state, see `Sums`.
+        count_sqrs: sum of w², for the effective count; 0 in a state that was taken over from elsewhere.
+        debias: sum of the batch weights a, decayed alike: 0 in an empty state, then towards 1.
+        samples: samples seen.
+        steps: batches absorbed, the t of a = 1/t.
+        running_mean, running_var: what evaluation normalises by.
+        num_batches_tracked: (), int64, training forwards.
+        last_keep, last_gain: what the last batch was absorbed with, for the recomputation of its forward.
+    """
+
+    shift: Tensor
+    sums: Tensor
+    sqrs: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of sums
+    count_sqrs: Tensor
+    debias: Tensor
+    samples: Tensor
+    steps: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    last_keep: Tensor
+    last_gain: Tensor
+
+
+class GradientState(NamedTuple):
+    """The running sums of the backward pass, updated in place, in backward only.
+
+    Attributes:
+        sum_dy: weighted sum of dy.
+        sum_dy_xhat: weighted sum of dy·z, z = (x − mean)·rstd.
+        count_dy: sum of the weights.
+    """
+
+    sum_dy: Tensor
+    sum_dy_xhat: Tensor
+    count_dy: Tensor
 
 
 def moments(state: Sums) -> tuple[Tensor, Tensor]:

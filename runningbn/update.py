@@ -17,54 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .statistics import Sums, combine, moments, unbiased
+from . import kernels
+from .statistics import GradientState, State, Sums, combine, moments, unbiased
 
 # fastai's guard: while fewer samples than this have been seen, a variance below the floor is not trusted.
 WARMUP_SAMPLES = 20
 VARIANCE_FLOOR = 0.01
-
-
-class State(NamedTuple):
-    """The statistics of a layer: its buffers, updated in place.
-
-    Attributes:
-        shift, sums, sqrs, count: the linear state, see `statistics.Sums`.
-        count_sqrs: sum of w², for the effective count; 0 in a state that was taken over from elsewhere.
-        debias: sum of the batch weights a, decayed alike: 0 in an empty state, then towards 1.
-        samples: samples seen.
-        steps: batches absorbed, the t of a = 1/t.
-        running_mean, running_var: what evaluation normalises by.
-        num_batches_tracked: (), int64, training forwards.
-        last_keep, last_gain: what the last batch was absorbed with, for the recomputation of its forward.
-    """
-
-    shift: Tensor
-    sums: Tensor
-    sqrs: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of sums
-    count_sqrs: Tensor
-    debias: Tensor
-    samples: Tensor
-    steps: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    last_keep: Tensor
-    last_gain: Tensor
-
-
-class GradientState(NamedTuple):
-    """The running sums of the backward pass, updated in place, in backward only.
-
-    Attributes:
-        sum_dy: weighted sum of dy.
-        sum_dy_xhat: weighted sum of dy·z, z = (x − mean)·rstd.
-        count_dy: sum of the weights.
-    """
-
-    sum_dy: Tensor
-    sum_dy_xhat: Tensor
-    count_dy: Tensor
 
 
 class Coefficients(NamedTuple):
@@ -130,7 +88,9 @@ def absorb_gradient(
 
 def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    if not _is_recomputation():
+    if not is_recomputation():
+        if (backend := kernels.updating(state)) is not None:
+            return tuple(backend.absorb(state, batch, weight, batch_samples, whole_batches, True))
         ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
         mean, var = moments(Sums(*state[:4]))
         floored = (var < VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
@@ -146,7 +106,9 @@ def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    if not _is_recomputation():
+    if not is_recomputation():
+        if (backend := kernels.updating(state)) is not None:
+            return tuple(backend.absorb(state, batch, weight, batch_samples, whole_batches, False))
         ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
         mean, var = moments(Sums(*state[:4]))
         _set_unless(ignored, state.running_mean, mean)
@@ -156,6 +118,8 @@ def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     state, (sum_dy, sum_dy_xhat, keep, gain, n) = GradientState(*arguments[:3]), arguments[3:]
+    if (backend := kernels.updating(state)) is not None:
+        return tuple(backend.absorb_gradient(state, sum_dy, sum_dy_xhat, keep, gain, n))
     # Infinity and NaN times 0 are NaN, which equals nothing.
     ignored = (sum_dy + sum_dy_xhat) * 0 != 0
     keep, gain = keep.masked_fill(ignored, 1), gain.masked_fill(ignored, 0)
@@ -169,7 +133,7 @@ def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     return state.sum_dy / count, state.sum_dy_xhat / count
 
 
-def _is_recomputation() -> bool:
+def is_recomputation() -> bool:
     """Whether this thread is inside a backward pass, where a forward is one that activation checkpointing repeats."""
     # There is no public sign of it; torch.utils.checkpoint itself asks the same function. Asked here, inside the
     # operators, it holds for compiled code, too.

@@ -21,6 +21,7 @@ ORDER = [
     "kernels",
     "update",
     "distributed",
+    "gradients",
     "functional",
     "buffers",
     "modules",

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
-from runningbn.update import GradientState, State
+from runningbn.statistics import GradientState, State
 
 LAYERS = {
     "running": lambda: RunningBatchNorm(4),

@@ -1,7 +1,13 @@
-"""The sweeps over the data: everything that touches all N·C·S elements, and nothing else does.
+"""All that touches the N·C·S elements of a batch, in one contract with several backends.
 
-A backend is a module with these functions; `aten` is the definition of correctness. Shapes: N batch, C channels, any
-trailing dimensions, n = elements per channel; per-channel vectors are (C,) in the dtype of the statistics.
+Shapes: N batch, C channels, any trailing dimensions, n = elements per channel; per-channel vectors are (C,) in the
+dtype of the statistics (float32 or float64). A backend is a module with
+
+    unavailable()                          -> why it cannot serve on this machine, None if it can
+    version()                              -> what it was made with
+    serves(x, dtype)                       -> whether it can take this input, with statistics in `dtype`
+
+and with sweeps, which leave the state of the layer to others:
 
     batch_sums(x, dtype)                              -> Sums, x − p   p, Σ(x − p), Σ(x − p)², n; pivot p near the mean;
                                                                   x − p, or None, is memory for `normalize`
@@ -10,8 +16,171 @@ trailing dimensions, n = elements per channel; per-channel vectors are (C,) in t
     input_gradient(dy, x, mean, rstd, weight, m0, m1) -> dx       weight·rstd·(dy − m0 − z·m1)
     batch_norm_gradients(dy, x, mean, rstd, weight)   -> dx, Σdy, Σdy·z    both at once where m0 = Σdy/n, m1 = Σdy·z/n
     batch_norm(x, weight, bias, eps, dtype)           -> y, mean, var    the first two at once, for n > 1, no gradients
+
+`aten` is the definition of correctness, runs everywhere, and is what compilers trace. The others are fused: they can
+also do a whole training step of one process, the update of the state included, while the data are in cache,
+
+    training_forward(x, weight, bias, eps, state, momentum, running, absorbs) -> y, fixed
+    training_backward(dy, x, weight, fixed, gradient, needs_dx)               -> dx or None, Σdy, Σdy·z
+
+and the update alone, for sums that came from elsewhere,
+
+    absorb(state, batch, weight, samples, whole_batches, running) -> the vectors of `update.Coefficients`
+
+    absorb_gradient(state, sum_dy, sum_dy_xhat, keep, gain, n)                -> G0, G1
+
+`fixed` is (2, C), mean and rstd, where x is normalised by itself, and (6, C) where it is by the running statistics:
+mean, rstd, kappa_mean, kappa_var, keep, gain. See `update` for what these mean.
+
+The first of `BACKENDS` that serves an input takes it, unless `use_backend` or the environment variable
+RUNNINGBN_BACKEND names one.
 """
 
-from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
+from __future__ import annotations
 
-__all__ = ["batch_norm", "batch_norm_gradients", "batch_sums", "gradient_sums", "input_gradient", "normalize"]
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..statistics import Sums
+from . import aten, cpu
+
+Backend = Any  # a module with the functions above
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "aten": aten}
+
+_FUSED = [backend for backend in BACKENDS.values() if hasattr(backend, "training_forward")]
+_forced: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let one backend take every input of eager mode, in all threads, until the block is left.
+
+    Args:
+        name: ``"cpu"`` (C, on the CPU) or ``"aten"`` (plain torch, anywhere).
+
+    Raises:
+        ValueError: for a name that is none of these.
+        RuntimeError: if the backend cannot serve on this machine; within the block, if it cannot take an input.
+
+    Example:
+        >>> import torch
+        >>> from runningbn import RunningBatchNorm
+        >>> from runningbn.kernels import use_backend
+        >>> with use_backend("aten"):
+        ...     RunningBatchNorm(16)(torch.randn(2, 16)).shape
+        torch.Size([2, 16])
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:
+    """What takes the input x, with statistics in `dtype`.
+
+    Raises:
+        RuntimeError: if a backend is forced that cannot take it.
+    """
+    if torch.compiler.is_compiling():
+        return aten
+    if _forced is not None:
+        backend = BACKENDS[_forced]
+        if not backend.serves(x, dtype):
+            raise RuntimeError(
+                f"the backend {_forced!r} is forced and cannot take {type(x).__name__} of {x.dtype} on {x.device}"
+            )
+        return backend
+    for backend in _FUSED:
+        if backend.serves(x, dtype):
+            return backend
+    return aten
+
+
+def fused(x: Tensor, state: tuple[Tensor, ...]) -> Backend | None:
+    """A backend that can do a whole training step on this input and these buffers, if any."""
+    backend = backend_for(x, state[0].dtype)
+    return backend if backend is not aten and x.numel() > 0 and _are_vectors(state, x.device) else None
+
+
+def updating(state: tuple[Tensor, ...]) -> Backend | None:
+    """A backend that can update these buffers by sums that came from elsewhere, if any."""
+    return fused(state[0], state)
+
+
+def can(backend: Backend, dy: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the backend of a forward can also do its backward, which may be another kind of tensor."""
+    return not torch.compiler.is_compiling() and backend.serves(dy, dtype) and backend.serves(x, dtype)
+
+
+def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
+    """Sums about a pivot near the mean, and x − p where that is at hand."""
+    sums: tuple[Sums, Tensor | None] = backend_for(x, dtype).batch_sums(x, dtype)
+    return sums
+
+
+def normalize(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    pivot: Tensor | None = None, centred: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x; overwrites `centred` = x − pivot."""
+    y: Tensor = backend_for(x, mean.dtype).normalize(x, mean, var, weight, bias, eps, pivot, centred)
+    return y
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y in the dtype of x, mean and biased variance, (C,) in `dtype`, of a batch with n > 1; without gradients."""
+    results: tuple[Tensor, Tensor, Tensor] = backend_for(x, dtype).batch_norm(x, weight, bias, eps, dtype)
+    return results
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Σdy and Σdy·z per channel, z = (x − mean)·rstd, in the dtype of mean."""
+    sums: tuple[Tensor, Tensor] = backend_for(x, mean.dtype).gradient_sums(dy, x, mean, rstd)
+    return sums
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
+) -> Tensor:
+    """dx = weight·rstd·(dy − m0 − z·m1) with z = (x − mean)·rstd, in the dtype and layout of x."""
+    dx: Tensor = backend_for(x, mean.dtype).input_gradient(dy, x, mean, rstd, weight, m0, m1)
+    return dx
+
+
+def batch_norm_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, Σdy, Σdy·z) of batch normalisation proper: `input_gradient` with m0 = Σdy/n, m1 = Σdy·z/n."""
+    results: tuple[Tensor, Tensor, Tensor] = backend_for(x, mean.dtype).batch_norm_gradients(dy, x, mean, rstd, weight)
+    return results
+
+
+def _are_vectors(buffers: tuple[Tensor, ...], device: torch.device) -> bool:
+    """Whether they are memory as a kernel expects it."""
+    dtype = buffers[0].dtype
+    return all(
+        t.is_contiguous() and (t.dtype is dtype or t.dtype is torch.int64) and t.device == device for t in buffers
+    )
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    reason = BACKENDS[name].unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{source}: {name!r} cannot serve here: {reason}")
+    return name
+
+
+if "RUNNINGBN_BACKEND" in os.environ:
+    _forced = _checked(os.environ["RUNNINGBN_BACKEND"], "RUNNINGBN_BACKEND")

@@ -8,10 +8,11 @@ vectorised, and its evaluation-mode batch norm is the fastest affine map per cha
 from __future__ import annotations
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from ..statistics import Sums, moments
+from .layout import dense, empty_like, is_rows
 
 # Up to this size of a plane, torch's batch-norm reduction may add up its elements one by one per vector lane in
 # float32: some 1e-6 of rounding. For larger planes, and for rows, torch's plain sums take over, which add pairwise.
@@ -25,6 +26,21 @@ _TOLERATED_ERROR = 1e-4
 _FEW = 2**10
 # Sums of more never are: their variance may be off by more than 1e-4, wherever the mean is.
 _MANY = 2**19
+
+
+def unavailable() -> str | None:
+    """None: plain torch serves everywhere."""
+    return None
+
+
+def version() -> str:
+    """That of torch."""
+    return f"torch {torch.__version__}"
+
+
+def serves(x: Tensor, dtype: torch.dtype) -> bool:
+    """True: any device, dtype and kind of tensor."""
+    return True
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
@@ -43,8 +59,8 @@ def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
         deviation = x - _spread(pivot, x)
         sums, sqrs = (reduce(t, "n c ... -> c", "sum") for t in (deviation, deviation * deviation))
         return Sums(pivot, sums, sqrs, torch.full_like(pivot, n)), None
-    centred = _empty_like(x, dtype)
-    data, deviations = (t if t.dim() == 2 else t.flatten(2) for t in (_dense(x), _dense(centred, like=x)))
+    centred = empty_like(x, dtype)
+    data, deviations = (t if t.dim() == 2 else t.flatten(2) for t in (dense(x), dense(centred, like=x)))
     part = data[: _eighth(x) * (len(data) // len(x))].to(dtype)
     pivot = _total(part) / (part.numel() // x.shape[1])
     # About a pivot that is not finite, or that comes from elements whose squares are not, `normalize` could not tell
@@ -70,7 +86,7 @@ def normalize(
     bias = None if bias is None else bias.to(mean.dtype)
     if centred is not None and pivot is not None:
         return _affine_map(centred, mean - pivot, var, weight, bias, eps, out=centred)
-    return _affine_map(x, mean, var, weight, bias, eps, out=_empty_like(x))
+    return _affine_map(x, mean, var, weight, bias, eps, out=empty_like(x))
 
 
 def batch_norm(
@@ -79,7 +95,7 @@ def batch_norm(
     """y in the dtype of x, mean and biased variance, (C,) in `dtype`, of a batch with n > 1; without gradients."""
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    planes = x.dim() > 2 and not _is_rows(x)
+    planes = x.dim() > 2 and not is_rows(x)
     if not (x.device.type == "cpu" and planes and x.dtype == dtype and x.numel() >= _LARGE):
         n = x.numel() // x.shape[1]
         # Not empty: torch adds (1 - momentum) times what is there, and 0 times NaN is NaN.
@@ -111,7 +127,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Te
     # The reduction of torch's own backward, asked for the gradients of weight and bias only.
     only_weight_and_bias = [False, True, True]
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        _dense(dy, like=x), _dense(x), torch.ones_like(mean), None, None, mean, rstd, True, 0.0, only_weight_and_bias
+        dense(dy, like=x), dense(x), torch.ones_like(mean), None, None, mean, rstd, True, 0.0, only_weight_and_bias
     )
     return sum_dy, sum_dy_xhat
 
@@ -127,7 +143,7 @@ def input_gradient(
     # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more sweep is left for dy.
     wide = x.to(mean.dtype)
     one = torch.ones_like(mean)
-    dx = _affine_map(wide, mean, one, -scale * rstd * m1, -scale * m0, 0.0, out=_empty_like(wide))
+    dx = _affine_map(wide, mean, one, -scale * rstd * m1, -scale * m0, 0.0, out=empty_like(wide))
     return dx.addcmul_(dy.to(mean.dtype), _spread(scale, x)).to(x.dtype)
 
 
@@ -141,9 +157,9 @@ def batch_norm_gradients(
         return input_gradient(dy, x, mean, rstd, weight, sum_dy / n, sum_dy_xhat / n), sum_dy, sum_dy_xhat
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     dx, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        _dense(dy, like=x), _dense(x), weight, None, None, mean, rstd, True, 0.0, [True, True, True]
+        dense(dy, like=x), dense(x), weight, None, None, mean, rstd, True, 0.0, [True, True, True]
     )
-    if _is_rows(x) and x.dim() > 2:
+    if is_rows(x) and x.dim() > 2:
         return dx.view(len(x), *x.shape[2:], -1).movedim(-1, 1), sum_dy, sum_dy_xhat
     return dx.view(x.shape), sum_dy, sum_dy_xhat
 
@@ -154,36 +170,15 @@ def _affine_map(
     """(x − mean)·(var + eps)^−½·weight + bias by torch's evaluation-mode batch norm; `out` may be x itself."""
     unused = mean.new_empty(0), mean.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
-        _dense(x), weight, bias, mean, var, False, 0.0, eps,
-        out=_dense(out, like=x), save_mean=unused[0], save_invstd=unused[1],
+        dense(x), weight, bias, mean, var, False, 0.0, eps,
+        out=dense(out, like=x), save_mean=unused[0], save_invstd=unused[1],
     )  # fmt: skip
     return out
-
-
-def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor in the layout of x that is nobody's view: autograd refuses work in place on views."""
-    if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
-        return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
-    return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
 def _spread(vector: Tensor, like: Tensor) -> Tensor:
     """A per-channel vector, (C,), shaped to broadcast over (N, C, ...)."""
     return vector.view(-1, *[1] * (like.dim() - 2))
-
-
-def _is_rows(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side: (N, C) and channels_last inputs."""
-    if x.dim() == 2 or x.shape[2:].numel() == 1:
-        return x.shape[1] > 1
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x as torch's kernels take it fastest: contiguous rows (n·s, C) or planes (n, C, ...), as `like` has it."""
-    if _is_rows(x if like is None else like):
-        return x.contiguous() if x.dim() == 2 else rearrange(x, "n c ... -> (n ...) c").contiguous()
-    return x.contiguous()
 
 
 def _eighth(x: Tensor) -> int:

@@ -1,0 +1,304 @@
+/* Fused kernels for CPUs: the sums of a batch, the update of the state and the map over the batch while it is in cache.
+
+   Plain C without headers of torch or Python, called through ctypes, so it is tied to no version of either; on torch's
+   own threads, by torch's C function for that, which is handed over once. For a given number of threads all results
+   are the same bit for bit: how the work is cut depends on nothing else.
+
+   Where every thread gets about as many channels, planes are done channel by channel, from sums to map, as many at a
+   time as fit into a core's cache. Otherwise, and for rows, the threads take parts of the batch: all sum, then the
+   channels are finished, then all map. */
+
+#include "cpu.h"
+
+#define GROUP 64               /* channels at a time, at most */
+#define GROUP_BYTES (1 << 18)  /* of data in them: half of a small core's cache, with as much for what comes out */
+#define ROWS 16                /* of a block of `rows_sums` */
+#define LARGE (1 << 15)        /* elements that are worth a thread */
+#define NARROW 64              /* rows with fewer columns are widened */
+
+#define JOIN_(a, b, c) a##_##b##_##c
+#define JOIN(a, b, c) JOIN_(a, b, c)
+#define NAME(name) JOIN(name, ISA, DTYPE)
+#define STATE_NAME(name) JOIN(name, ISA, REAL)
+
+static inline float from_bfloat16(uint16_t value) {
+    const uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+/* To the nearest, ties to even; any NaN becomes torch's. */
+static inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0 : rounded);
+}
+
+#define ISA baseline
+#define TARGET
+#define LANES 2
+#include "cpu_dtypes.h"
+
+#if defined(__x86_64__)
+#define ISA avx2
+#define TARGET __attribute__((target("avx2,fma,bmi,bmi2")))
+#define LANES 4
+#include "cpu_dtypes.h"
+
+#define ISA avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
+#define LANES 8
+#include "cpu_dtypes.h"
+#endif
+
+typedef void (*Task)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Task task, void *context);
+
+static ParallelFor parallel_for;
+static const Loops *const *loops = loops_baseline_all;
+static const char *instruction_set = "baseline";
+
+/* Told once: torch's parallel_for, and the most that may be used of the processor: "avx512", "avx2" or "baseline".
+   Returns what is used. */
+const char *runningbn_initialize(ParallelFor function, const char *most) {
+    parallel_for = function;
+    loops = loops_baseline_all, instruction_set = "baseline";
+#if defined(__x86_64__)
+    if (strcmp(most, "baseline") == 0) return instruction_set;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        loops = loops_avx2_all, instruction_set = "avx2";
+    if (strcmp(most, "avx2") == 0) return instruction_set;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        loops = loops_avx512_all, instruction_set = "avx512";
+#else
+    (void)most;
+#endif
+    return instruction_set;
+}
+
+/* What cpu.py compares with its own, so that it never calls a library that was built from other sources. */
+const int64_t runningbn_version = 1, runningbn_forward_size = sizeof(Forward), runningbn_backward_size = sizeof(Backward);
+
+/* One call, forward or backward, as the driver below sees it. */
+typedef struct {
+    const Forward *forward;
+    const Backward *backward; /* one of the two is NULL */
+    const Loops *loops;
+    Scratch scratch;
+    int64_t stages, rows, outer, channels, inner, threads, group;
+    const void *dy, *x;
+    void *out;
+} Job;
+
+static void run(int64_t count, Task task, Job *job) {
+    if (count > 1)
+        parallel_for(0, count, 1, task, job);
+    else
+        task(0, 1, job);
+}
+
+static void finish(const Job *job, int64_t begin, int64_t end) {
+    if (job->forward)
+        job->loops->finish_forward(job->forward, &job->scratch, begin, end);
+    else
+        job->loops->finish_backward(job->backward, &job->scratch, begin, end);
+}
+
+static void sums_of_group(const Job *job, int64_t begin, int64_t end) {
+    const Scratch *s = &job->scratch;
+    job->loops->planes_sums(job->dy, job->x, s->pivot, job->channels, job->inner, 0, job->outer, begin, end, 0,
+                            job->inner, s->first, s->second);
+}
+
+/* The double data of some channels once more, about their means now: no pivot is near enough for doubles. */
+static void move_pivots(const Job *job, int64_t begin, int64_t end) {
+    const double n = (double)(job->outer * job->inner);
+    const int64_t channels = job->channels;
+    double *pivot = job->scratch.pivot;
+    for (int64_t c = begin; c < end; c++) {
+        const double mean = pivot[c] + job->scratch.first[c] / n;
+        for (int64_t i = 0; i < job->scratch.repeats; i++) pivot[i * channels + c] = mean;
+    }
+}
+
+static int sums_twice(const Job *job) { return job->forward && job->forward->dtype == DOUBLE; }
+
+/* Channels of a thread, from sums to map. */
+static void by_channels(int64_t begin, int64_t end, void *context) {
+    const Job *job = context;
+    for (int64_t t = begin; t < end; t++) {
+        const int64_t stop = job->channels * (t + 1) / job->threads;
+        for (int64_t c = job->channels * t / job->threads; c < stop; c += job->group) {
+            const int64_t next = c + job->group < stop ? c + job->group : stop;
+            if (job->stages & SUMS) {
+                sums_of_group(job, c, next);
+                if (sums_twice(job)) {
+                    move_pivots(job, c, next);
+                    sums_of_group(job, c, next);
+                }
+            }
+            finish(job, c, next);
+            if (job->stages & APPLY)
+                job->loops->planes_map(job->dy, job->x, job->out, &job->scratch, job->channels, job->inner, 0,
+                                       job->outer, c, next, 0, job->inner);
+        }
+    }
+}
+
+/* Part t of a batch: wide rows, or samples, or where those are few, elements of each plane. */
+typedef struct {
+    int64_t begin, end, inner_begin, inner_end;
+} Part;
+
+static Part part_of(const Job *job, int64_t t) {
+    const int64_t parts = job->threads;
+    if (job->rows) {
+        const int64_t rows = job->outer / job->scratch.repeats;
+        return (Part){rows * t / parts, rows * (t + 1) / parts, 0, 1};
+    }
+    if (job->outer >= 4 * parts || job->outer % parts == 0)
+        return (Part){job->outer * t / parts, job->outer * (t + 1) / parts, 0, job->inner};
+    return (Part){0, job->outer, job->inner * t / parts, job->inner * (t + 1) / parts};
+}
+
+static void sums_of_parts(int64_t begin, int64_t end, void *context) {
+    const Job *job = context;
+    const Scratch *s = &job->scratch;
+    for (int64_t t = begin; t < end; t++) {
+        const Part part = part_of(job, t);
+        double *first = s->first + t * s->columns, *second = s->second + t * s->columns;
+        if (job->rows) {
+            job->loops->rows_sums(job->dy, job->x, s->pivot, s->columns, part.begin, part.end, first, second);
+        } else {
+            for (int64_t c = 0; c < job->channels; c += GROUP)
+                job->loops->planes_sums(job->dy, job->x, s->pivot, job->channels, job->inner, part.begin, part.end, c,
+                                        c + GROUP < job->channels ? c + GROUP : job->channels, part.inner_begin,
+                                        part.inner_end, first, second);
+        }
+    }
+}
+
+static void map_of_parts(int64_t begin, int64_t end, void *context) {
+    const Job *job = context;
+    const Scratch *s = &job->scratch;
+    for (int64_t t = begin; t < end; t++) {
+        const Part part = part_of(job, t);
+        if (job->rows)
+            job->loops->rows_map(job->dy, job->x, job->out, s, s->columns, part.begin, part.end);
+        else
+            job->loops->planes_map(job->dy, job->x, job->out, s, job->channels, job->inner, part.begin, part.end, 0,
+                                   job->channels, part.inner_begin, part.inner_end);
+    }
+}
+
+/* The elements from `offset` on, for the rows that fill no wide one. */
+static const void *advance(const Job *job, const void *data, int64_t offset) {
+    return data ? (const char *)data + offset * job->loops->element_size : NULL;
+}
+
+static void sums_by_parts(Job *job) {
+    const Scratch *s = &job->scratch;
+    const int64_t channels = job->channels, whole = job->outer - job->outer % s->repeats;
+    run(job->threads, sums_of_parts, job);
+    for (int64_t t = 0; t < job->threads; t++)
+        for (int64_t i = t == 0; i < s->repeats; i++)
+            for (int64_t c = 0; c < channels; c++) {
+                s->first[c] += s->first[t * s->columns + i * channels + c];
+                s->second[c] += s->second[t * s->columns + i * channels + c];
+            }
+    if (job->rows && whole < job->outer) {
+        double *first = s->first + s->columns * job->threads, *second = s->second + s->columns * job->threads;
+        job->loops->rows_sums(advance(job, job->dy, whole * channels), advance(job, job->x, whole * channels),
+                              s->pivot, channels, 0, job->outer - whole, first, second);
+        for (int64_t c = 0; c < channels; c++) s->first[c] += first[c], s->second[c] += second[c];
+    }
+}
+
+static void by_parts(Job *job) {
+    const Scratch *s = &job->scratch;
+    const int64_t whole = job->outer - job->outer % s->repeats, channels = job->channels;
+    if (job->stages & SUMS) {
+        sums_by_parts(job);
+        if (sums_twice(job)) {
+            move_pivots(job, 0, channels);
+            sums_by_parts(job);
+        }
+    }
+    finish(job, 0, channels);
+    if (!(job->stages & APPLY)) return;
+    run(job->threads, map_of_parts, job);
+    if (job->rows && whole < job->outer)
+        job->loops->rows_map(advance(job, job->dy, whole * channels), advance(job, job->x, whole * channels),
+                             (void *)advance(job, job->out, whole * channels), s, channels, 0, job->outer - whole);
+}
+
+/* As many rows side by side as make whole vector strips of them, where one alone would leave lanes idle. */
+static int64_t widening(const Job *job) {
+    if (!job->rows || job->channels >= NARROW) return 1;
+    int64_t a = job->channels, b = 32;
+    while (b) {
+        const int64_t rest = a % b;
+        a = b, b = rest;
+    }
+    const int64_t repeats = 32 / a * (job->channels < 8 ? 4 : 1);
+    return job->outer >= 4 * repeats ? repeats : 1;
+}
+
+static int execute(Job *job, int64_t dtype, int64_t threads) {
+    Scratch *s = &job->scratch;
+    job->loops = loops[dtype];
+    const int64_t elements = job->outer * job->channels * job->inner;
+    const int64_t worth = job->stages & (SUMS | APPLY) ? (elements + LARGE - 1) / LARGE : 1;
+    job->threads = threads < worth ? threads : worth;
+    s->repeats = widening(job);
+    s->columns = s->repeats * job->channels;
+    const int64_t share = (job->channels + job->threads - 1) / job->threads;
+    const int balanced = share * job->threads * 5 <= job->channels * 6;
+    const int64_t bytes = job->outer * job->inner * job->loops->element_size * (job->dy ? 2 : 1);
+    job->group = bytes * GROUP <= GROUP_BYTES ? GROUP : bytes >= GROUP_BYTES ? 1 : GROUP_BYTES / bytes;
+    /* Doubles: pivot, weight, 2 sums a thread and 2 for left-over rows; and four vectors for the map. */
+    const int64_t columns = (s->columns + 7) / 8 * 8;
+    const int64_t sums = s->columns * (job->threads + 1);
+    double *memory = malloc(sizeof(double) * (size_t)(6 * columns + 2 * sums));
+    if (!memory) return 1;
+    s->pivot = memory;
+    s->weight = memory + columns;
+    s->centre = memory + 2 * columns, s->scale = memory + 3 * columns;
+    s->slope = memory + 4 * columns, s->base = memory + 5 * columns;
+    s->first = memory + 6 * columns, s->second = s->first + sums;
+    if (job->stages & SUMS) {
+        if (job->forward) {
+            job->loops->pivots(job->x, job->channels, job->rows ? 1 : job->inner, s->pivot);
+        } else if (dtype == DOUBLE) {
+            memcpy(s->pivot, job->backward->mean, sizeof(double) * (size_t)job->channels);
+        } else {
+            for (int64_t c = 0; c < job->channels; c++) s->pivot[c] = ((const float *)job->backward->mean)[c];
+        }
+        for (int64_t i = 1; i < s->repeats; i++)
+            memcpy(s->pivot + i * job->channels, s->pivot, sizeof(double) * (size_t)job->channels);
+    }
+    if (!(job->stages & (SUMS | APPLY)))
+        finish(job, 0, job->channels);
+    else if (!job->rows && balanced)
+        run(job->threads, by_channels, job);
+    else
+        by_parts(job);
+    free(memory);
+    return 0;
+}
+
+/* The stages of `f`, in order. Returns 0, or 1 if there was no memory, and then nothing has changed. */
+int runningbn_forward(const Forward *f) {
+    Job job = {.forward = f, .stages = f->stages, .rows = f->rows, .outer = f->outer, .channels = f->channels,
+               .inner = f->inner, .x = f->x, .out = f->y};
+    return execute(&job, f->dtype, f->threads);
+}
+
+int runningbn_backward(const Backward *b) {
+    Job job = {.backward = b, .stages = b->stages, .rows = b->rows, .outer = b->outer, .channels = b->channels,
+               .inner = b->inner, .dy = b->dy, .x = b->x, .out = b->dx};
+    return execute(&job, b->dtype, b->threads);
+}

@@ -1,0 +1,193 @@
+/* The loops over the data. Included once for every instruction set and dtype, with
+
+       NAME(name)  the function's name there
+       TARGET      the function attribute that selects the instruction set
+       LANES       doubles per vector register
+       ELEMENT, REAL, LOAD(p), STORE(p, value), LOAD_VECTOR(p)
+
+   Sums are taken in double, about a pivot: no run of additions is long enough, and no mean far enough, to matter.
+   Several accumulators hide the latency of an addition. */
+
+typedef double NAME(vector) __attribute__((vector_size(8 * LANES), aligned(8)));
+#define VECTOR NAME(vector)
+
+/* Channels by themselves, each of them some rows of `inner` consecutive elements. For every outer index the channels
+   begin to end are consecutive in memory, so that is the order; each channel has its accumulators in `first` and
+   `second` afterwards. At most GROUP channels at a time. */
+TARGET static void NAME(planes_sums)(const void *dy_, const void *x_, const double *pivot, int64_t channels,
+                                     int64_t inner, int64_t outer_begin, int64_t outer_end, int64_t begin, int64_t end,
+                                     int64_t inner_begin, int64_t inner_end, double *first, double *second) {
+    const ELEMENT *dy = dy_, *x = x_;
+    VECTOR partial_first[GROUP], partial_second[GROUP];
+    memset(partial_first, 0, sizeof(VECTOR) * (size_t)(end - begin));
+    memset(partial_second, 0, sizeof(VECTOR) * (size_t)(end - begin));
+    for (int64_t c = begin; c < end; c++) first[c] = second[c] = 0;
+    for (int64_t n = outer_begin; n < outer_end; n++)
+        for (int64_t c = begin; c < end; c++) {
+            const int64_t row = (n * channels + c) * inner, count = inner_end - inner_begin;
+            const ELEMENT *restrict xs = x + row + inner_begin;
+            const double p = pivot[c];
+            VECTOR s0 = partial_first[c - begin], q0 = partial_second[c - begin];
+            VECTOR s1 = {0}, s2 = {0}, s3 = {0}, q1 = {0}, q2 = {0}, q3 = {0};
+            double s = 0, q = 0;
+            int64_t i = 0;
+            if (dy) {
+                const ELEMENT *restrict gs = dy + row + inner_begin;
+#define TERM(k)                                                                          \
+    {                                                                                    \
+        const VECTOR g = LOAD_VECTOR(gs + i + k * LANES);                                \
+        s##k += g;                                                                       \
+        q##k += g * (LOAD_VECTOR(xs + i + k * LANES) - p);                               \
+    }
+                for (; i + 4 * LANES <= count; i += 4 * LANES) { TERM(0) TERM(1) TERM(2) TERM(3) }
+                for (; i + LANES <= count; i += LANES) TERM(0)
+#undef TERM
+                for (; i < count; i++) {
+                    const double g = (double)LOAD(gs + i);
+                    s += g;
+                    q += g * ((double)LOAD(xs + i) - p);
+                }
+            } else {
+#define TERM(k)                                                    \
+    {                                                              \
+        const VECTOR d = LOAD_VECTOR(xs + i + k * LANES) - p;      \
+        s##k += d;                                                 \
+        q##k += d * d;                                             \
+    }
+                for (; i + 4 * LANES <= count; i += 4 * LANES) { TERM(0) TERM(1) TERM(2) TERM(3) }
+                for (; i + LANES <= count; i += LANES) TERM(0)
+#undef TERM
+                for (; i < count; i++) {
+                    const double d = (double)LOAD(xs + i) - p;
+                    s += d;
+                    q += d * d;
+                }
+            }
+            partial_first[c - begin] = (s0 + s1) + (s2 + s3);
+            partial_second[c - begin] = (q0 + q1) + (q2 + q3);
+            first[c] += s;
+            second[c] += q;
+        }
+    for (int64_t c = begin; c < end; c++)
+        for (int k = 0; k < LANES; k++) {
+            first[c] += partial_first[c - begin][k];
+            second[c] += partial_second[c - begin][k];
+        }
+}
+
+/* Columns side by side. A block of rows is read strip by strip, so that the accumulators of a strip stay in registers
+   over the block while memory is still read along ROWS streams. */
+TARGET static void NAME(rows_sums)(const void *dy_, const void *x_, const double *pivot, int64_t columns,
+                                   int64_t begin, int64_t end, double *first, double *second) {
+    const ELEMENT *dy = dy_, *x = x_;
+    for (int64_t c = 0; c < columns; c++) first[c] = second[c] = 0;
+    for (int64_t top = begin; top < end; top += ROWS) {
+        const int64_t bottom = top + ROWS < end ? top + ROWS : end;
+        int64_t c = 0;
+        for (; c + 4 * LANES <= columns; c += 4 * LANES) {
+            VECTOR *s = (VECTOR *)(first + c), *q = (VECTOR *)(second + c);
+            const VECTOR *p = (const VECTOR *)(pivot + c);
+            VECTOR s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3];
+            if (dy) {
+                for (int64_t r = top; r < bottom; r++) {
+                    const ELEMENT *xs = x + r * columns + c, *gs = dy + r * columns + c;
+#define TERM(k)                                                \
+    {                                                          \
+        const VECTOR g = LOAD_VECTOR(gs + k * LANES);          \
+        s##k += g;                                             \
+        q##k += g * (LOAD_VECTOR(xs + k * LANES) - p[k]);      \
+    }
+                    TERM(0) TERM(1) TERM(2) TERM(3)
+#undef TERM
+                }
+            } else {
+                for (int64_t r = top; r < bottom; r++) {
+                    const ELEMENT *xs = x + r * columns + c;
+#define TERM(k)                                                \
+    {                                                          \
+        const VECTOR d = LOAD_VECTOR(xs + k * LANES) - p[k];   \
+        s##k += d;                                             \
+        q##k += d * d;                                         \
+    }
+                    TERM(0) TERM(1) TERM(2) TERM(3)
+#undef TERM
+                }
+            }
+            s[0] = s0, s[1] = s1, s[2] = s2, s[3] = s3, q[0] = q0, q[1] = q1, q[2] = q2, q[3] = q3;
+        }
+        for (; c + LANES <= columns; c += LANES) {
+            VECTOR *s = (VECTOR *)(first + c), *q = (VECTOR *)(second + c);
+            const VECTOR p = *(const VECTOR *)(pivot + c);
+            for (int64_t r = top; r < bottom; r++) {
+                const VECTOR d = LOAD_VECTOR(x + r * columns + c) - p;
+                const VECTOR g = dy ? LOAD_VECTOR(dy + r * columns + c) : d;
+                *s += g;
+                *q += g * d;
+            }
+        }
+        for (; c < columns; c++)
+            for (int64_t r = top; r < bottom; r++) {
+                const double d = (double)LOAD(x + r * columns + c) - pivot[c];
+                const double g = dy ? (double)LOAD(dy + r * columns + c) : d;
+                first[c] += g;
+                second[c] += g * d;
+            }
+    }
+}
+
+/* out = (x − centre)·slope + base, and with dy, + dy·scale. */
+TARGET static void NAME(planes_map)(const void *dy_, const void *x_, void *out_, const Scratch *scratch,
+                                    int64_t channels, int64_t inner, int64_t outer_begin, int64_t outer_end,
+                                    int64_t begin, int64_t end, int64_t inner_begin, int64_t inner_end) {
+    const ELEMENT *dy = dy_, *x = x_;
+    ELEMENT *out = out_;
+    for (int64_t n = outer_begin; n < outer_end; n++)
+        for (int64_t c = begin; c < end; c++) {
+            const int64_t row = (n * channels + c) * inner + inner_begin, count = inner_end - inner_begin;
+            const ELEMENT *restrict xs = x + row;
+            ELEMENT *restrict outs = out + row;
+            const REAL centre = ((const REAL *)scratch->centre)[c], slope = ((const REAL *)scratch->slope)[c];
+            const REAL base = ((const REAL *)scratch->base)[c];
+            if (dy) {
+                const ELEMENT *restrict gs = dy + row;
+                const REAL scale = ((const REAL *)scratch->scale)[c];
+#pragma omp simd
+                for (int64_t i = 0; i < count; i++)
+                    STORE(outs + i, LOAD(gs + i) * scale + ((LOAD(xs + i) - centre) * slope + base));
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < count; i++) STORE(outs + i, (LOAD(xs + i) - centre) * slope + base);
+            }
+        }
+}
+
+TARGET static void NAME(rows_map)(const void *dy_, const void *x_, void *out_, const Scratch *scratch, int64_t columns,
+                                  int64_t begin, int64_t end) {
+    const REAL *restrict centre = scratch->centre, *restrict slope = scratch->slope, *restrict base = scratch->base;
+    const REAL *restrict scale = scratch->scale;
+    /* Backwards: what the sums have read last is still in cache. */
+    for (int64_t r = end - 1; r >= begin; r--) {
+        const ELEMENT *restrict xs = (const ELEMENT *)x_ + r * columns;
+        ELEMENT *restrict outs = (ELEMENT *)out_ + r * columns;
+        if (dy_) {
+            const ELEMENT *restrict gs = (const ELEMENT *)dy_ + r * columns;
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++)
+                STORE(outs + c, LOAD(gs + c) * scale[c] + ((LOAD(xs + c) - centre[c]) * slope[c] + base[c]));
+        } else {
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) STORE(outs + c, (LOAD(xs + c) - centre[c]) * slope[c] + base[c]);
+        }
+    }
+}
+
+/* The first element of each channel. */
+TARGET static void NAME(pivots)(const void *x, int64_t channels, int64_t stride, double *pivot) {
+    for (int64_t c = 0; c < channels; c++) pivot[c] = (double)LOAD((const ELEMENT *)x + c * stride);
+}
+
+static const Loops NAME(loops) = {
+    NAME(planes_sums), NAME(rows_sums), NAME(planes_map), NAME(rows_map), NAME(pivots),
+    STATE_NAME(finish_forward), STATE_NAME(finish_backward), sizeof(ELEMENT),
+};
+#undef VECTOR

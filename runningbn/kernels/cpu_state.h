@@ -1,0 +1,205 @@
+/* Between the sums of a batch and the map over it: absorb the sums into the state, and say what to normalise by.
+   Included once for every instruction set and dtype of the statistics, REAL, with MAXIMUM and TINY of that dtype.
+
+   This is update.py in C: the same equations, in double, rounded where they are stored. */
+
+#define AT(pointer) (((REAL *)(pointer))[c])
+#define SET(pointer, value)                            \
+    {                                                  \
+        if (pointer) AT(pointer) = (REAL)(value);      \
+    }
+
+#ifndef RUNNINGBN_STATE
+#define RUNNINGBN_STATE
+static const double VARIANCE_FLOOR = 0.01, WARMUP_SAMPLES = 20;
+
+static double largest(double a, double b) { return a > b ? a : b; }
+#endif
+
+/* a per channel, see momentum.py. Channels mostly agree, and so one value serves many. */
+TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, int64_t begin, int64_t end) {
+    const double n = f->samples_of_batch, *given = f->rule_arguments;
+    double samples = -1, steps = -1, a = 0;
+    for (int64_t c = begin; c < end; c++) {
+        if (f->rule == GIVEN) {
+            weight[c] = (double)AT(f->batch_weight);
+            continue;
+        }
+        if ((double)AT(f->samples) != samples || (double)AT(f->steps) != steps) {
+            samples = (double)AT(f->samples), steps = (double)AT(f->steps);
+            if (f->rule == CONSTANT) a = given[0];
+            if (f->rule == CUMULATIVE) a = 1 / (steps + 1);
+            if (f->rule == SQUARE_ROOT) a = 1 - (1 - given[0]) / sqrt(largest(n - 1, 1));
+            if (f->rule == HORIZON) {
+                /* samples, start, fraction */
+                const double horizon = largest(given[2] * samples, given[1]);
+                a = -expm1(-n / (horizon < given[0] ? horizon : given[0]));
+            }
+        }
+        weight[c] = a;
+    }
+}
+
+TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t end) {
+    const int64_t repeats = scratch->repeats, channels = f->channels;
+    const double elements = (double)(f->outer * f->inner);
+    if (f->stages & ABSORB && f->absorbs) STATE_NAME(batch_weights)(f, scratch->weight, begin, end);
+    for (int64_t c = begin; c < end; c++) {
+        double mean, var, residual = 0;
+        if (f->stages & (SUMS | ABSORB)) {
+            /* The batch, about its own mean: n, mean, squares. */
+            double n = elements, squares;
+            if (f->stages & SUMS) {
+                const double offset = scratch->first[c] / n;
+                mean = scratch->pivot[c] + offset;
+                squares = scratch->second[c] - scratch->first[c] * offset;
+            } else if (f->batch_count) {
+                n = (double)AT(f->batch_count);
+                const double offset = n > 0 ? (double)AT(f->batch_sums) / n : 0;
+                mean = (double)AT(f->batch_shift) + offset;
+                squares = (double)AT(f->batch_sqrs) - (double)AT(f->batch_sums) * offset;
+            } else {
+                mean = squares = 0; /* only the running statistics are asked for */
+            }
+            /* Rounding may leave a tiny negative difference for a constant channel; NaN stays. */
+            if (squares < 0) squares = 0;
+            var = n > 0 ? squares / n : 0;
+            if (f->stages & SUMS && f->batch_shift) {
+                const REAL shift = (REAL)mean;
+                const double rest = mean - (double)shift;
+                AT(f->batch_shift) = shift;
+                AT(f->batch_sums) = (REAL)(n * rest);
+                AT(f->batch_sqrs) = (REAL)(squares + n * rest * rest);
+                AT(f->batch_count) = (REAL)n;
+            }
+            if (f->stages & ABSORB) {
+                if (f->absorbs) {
+                    /* Nothing may enter that is not finite, nor so far away that its square is not. */
+                    const double distance = mean - (double)AT(f->shift);
+                    const int finite = squares + n * distance * distance < MAXIMUM;
+                    const double weight = finite ? scratch->weight[c] : 0, keep = 1 - weight;
+                    double gain = 0;
+                    if (weight != 0) {
+                        /* Elements per unit of weight: those of the batch where none were counted yet. */
+                        const double count = (double)AT(f->count), count_sqrs = (double)AT(f->count_sqrs);
+                        const double unit = largest(count, TINY) / largest((double)AT(f->debias), TINY);
+                        const double new_unit = count_sqrs == 0 ? n : unit;
+                        const double kept = keep * (new_unit / unit);
+                        gain = f->whole_batches ? weight * new_unit / n : weight;
+                        /* Both about the mean of their pivots. */
+                        const double total = kept * count + gain * n, shift = (double)AT(f->shift);
+                        const REAL pivot = (REAL)(shift + (mean - shift) * (gain * n / largest(total, TINY)));
+                        const double d = (double)pivot - shift, e = (double)pivot - mean;
+                        const double sums = (double)AT(f->sums), moved = sums - count * d;
+                        AT(f->sqrs) = (REAL)(kept * ((double)AT(f->sqrs) - d * (sums + moved)) +
+                                             gain * (squares + n * e * e));
+                        AT(f->sums) = (REAL)(kept * moved - gain * n * e);
+                        AT(f->shift) = pivot;
+                        AT(f->count) = (REAL)total;
+                        AT(f->count_sqrs) = (REAL)(kept * kept * count_sqrs + gain * gain * n);
+                        AT(f->debias) = (REAL)(weight + keep * (double)AT(f->debias));
+                    }
+                    if (finite) {
+                        AT(f->samples) = (REAL)((double)AT(f->samples) + f->samples_of_batch);
+                        AT(f->steps) = (REAL)((double)AT(f->steps) + 1);
+                    }
+                    AT(f->last_keep) = (REAL)keep;
+                    AT(f->last_gain) = (REAL)gain;
+                    if (weight != 0) {
+                        const double count = largest((double)AT(f->count), TINY);
+                        const double offset = (double)AT(f->sums) / count;
+                        double of_state = (double)AT(f->sqrs) / count - offset * offset;
+                        if (of_state < 0) of_state = 0;
+                        if (f->running) {
+                            if (of_state < VARIANCE_FLOOR && (double)AT(f->samples) < WARMUP_SAMPLES)
+                                of_state = VARIANCE_FLOOR;
+                        } else {
+                            /* Bessel's correction for weighted elements, see statistics.unbiased. */
+                            const double uncorrected = 1 - (double)AT(f->count_sqrs) / (count * count);
+                            of_state /= largest(uncorrected, EPSILON);
+                        }
+                        AT(f->running_mean) = (REAL)((double)AT(f->shift) + offset);
+                        AT(f->running_var) = (REAL)of_state;
+                    }
+                }
+                if (f->running) {
+                    /* By what evaluation takes, also in a channel that keeps its state. */
+                    mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
+                    const double kappa = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);
+                    const int floored = var <= (double)(REAL)VARIANCE_FLOOR && (double)AT(f->samples) < WARMUP_SAMPLES;
+                    SET(f->kappa_mean, kappa)
+                    SET(f->kappa_var, floored ? 0 : kappa)
+                    SET(f->keep, AT(f->last_keep))
+                    SET(f->gain, AT(f->last_gain))
+                }
+            }
+            residual = mean - (double)(REAL)mean;
+            SET(f->mean, mean)
+            SET(f->var, var)
+            if (f->rstd) AT(f->rstd) = (REAL)(1 / sqrt((double)(REAL)var + f->eps));
+        } else {
+            mean = (double)AT(f->mean), var = (double)AT(f->var);
+        }
+        if (f->stages & APPLY) {
+            const double rstd = 1 / sqrt((double)(REAL)var + f->eps);
+            const double slope = f->weight ? rstd * (double)AT(f->weight) : rstd;
+            const double base = (f->bias ? (double)AT(f->bias) : 0) - residual * slope;
+            for (int64_t i = 0; i < repeats; i++) {
+                ((REAL *)scratch->centre)[i * channels + c] = (REAL)mean;
+                ((REAL *)scratch->slope)[i * channels + c] = (REAL)slope;
+                ((REAL *)scratch->base)[i * channels + c] = (REAL)base;
+            }
+        }
+    }
+    if (f->stages & ABSORB && f->absorbs && begin == 0) *f->num_batches_tracked += f->samples_of_batch > 0;
+}
+
+TARGET static void STATE_NAME(finish_backward)(const Backward *b, const Scratch *scratch, int64_t begin, int64_t end) {
+    const int64_t repeats = scratch->repeats, channels = b->channels;
+    const double elements = (double)(b->outer * b->inner);
+    for (int64_t c = begin; c < end; c++) {
+        double sum_dy = 0, sum_dy_xhat = 0, m0, m1;
+        if (b->stages & SUMS) {
+            sum_dy = scratch->first[c];
+            sum_dy_xhat = scratch->second[c] * (double)AT(b->rstd);
+            SET(b->batch_sum_dy, sum_dy)
+            SET(b->batch_sum_dy_xhat, sum_dy_xhat)
+        } else if (b->batch_sum_dy) {
+            sum_dy = (double)AT(b->batch_sum_dy), sum_dy_xhat = (double)AT(b->batch_sum_dy_xhat);
+        }
+        if (b->stages & ABSORB) {
+            const double n = b->pooled_count ? (double)AT(b->pooled_count) : elements;
+            const int finite = fabs(sum_dy) <= MAXIMUM && fabs(sum_dy_xhat) <= MAXIMUM;
+            if (finite) {
+                const double keep = (double)AT(b->keep), gain = (double)AT(b->gain);
+                AT(b->sum_dy) = (REAL)(keep * (double)AT(b->sum_dy) + gain * sum_dy);
+                AT(b->sum_dy_xhat) = (REAL)(keep * (double)AT(b->sum_dy_xhat) + gain * sum_dy_xhat);
+                AT(b->count_dy) = (REAL)(keep * (double)AT(b->count_dy) + gain * n);
+            }
+            const double count = largest((double)AT(b->count_dy), TINY);
+            m0 = (double)AT(b->sum_dy) / count, m1 = (double)AT(b->sum_dy_xhat) / count;
+            SET(b->m0, m0)
+            SET(b->m1, m1)
+        } else if (b->m0) {
+            m0 = (double)AT(b->m0), m1 = (double)AT(b->m1);
+        } else {
+            /* Where kappa is 0, so is the term: a channel that was not finite has sums that are not either. */
+            const double kappa_mean = b->kappa_mean ? (double)AT(b->kappa_mean) : 1 / elements;
+            const double kappa_var = b->kappa_var ? (double)AT(b->kappa_var) : 1 / elements;
+            m0 = kappa_mean == 0 ? 0 : kappa_mean * sum_dy;
+            m1 = kappa_var == 0 ? 0 : kappa_var * sum_dy_xhat;
+        }
+        if (b->stages & APPLY) {
+            const double rstd = (double)AT(b->rstd), scale = b->weight ? rstd * (double)AT(b->weight) : rstd;
+            for (int64_t i = 0; i < repeats; i++) {
+                ((REAL *)scratch->centre)[i * channels + c] = AT(b->mean);
+                ((REAL *)scratch->scale)[i * channels + c] = (REAL)scale;
+                ((REAL *)scratch->slope)[i * channels + c] = (REAL)(-scale * rstd * m1);
+                ((REAL *)scratch->base)[i * channels + c] = (REAL)(-scale * m0);
+            }
+        }
+    }
+}
+
+#undef AT
+#undef SET

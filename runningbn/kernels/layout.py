@@ -1,0 +1,32 @@
+"""How the elements of an input lie in memory, as the kernels see it.
+
+Two layouts are swept at full speed: planes, (N, C, S) contiguous, and rows, (M, C) contiguous with M = N·S, which is
+what (N, C) and channels_last inputs are. Anything else is copied into one of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def is_rows(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side: (N, C) and channels_last inputs."""
+    if x.dim() == 2 or x.shape[2:].numel() == 1:
+        return x.shape[1] > 1
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x as contiguous rows (n·s, C) or planes (n, C, ...), as `like` has it; x itself where it is that already."""
+    if is_rows(x if like is None else like):
+        return x.contiguous() if x.dim() == 2 else rearrange(x, "n c ... -> (n ...) c").contiguous()
+    return x.contiguous()
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor in the layout of x that is nobody's view: autograd refuses work in place on views."""
+    if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
+    return x.new_empty(x.shape, dtype=dtype or x.dtype)

@@ -1,0 +1,577 @@
+"""The kernels behind `triton`, whose Python side says how they are launched.
+
+Shapes: x is (N, C, S) in memory, which are `outer`, `channels` and `inner`; rows, (M, C), are N = M and S = 1. A tile is
+BN × BC × BS of it. Tiles are numbered within a block of BC channels, along S first; a program takes `tiles` of them one
+after the other, its `split`. n = N·S elements per channel.
+
+Sums over x are in the dtype of the statistics. What there is of one value per channel is computed in float64, to be
+rounded where it is stored: it costs nothing beside the sweep, and the update is then as exact as its buffers.
+"""
+
+# mypy: ignore-errors
+# Triton compiles these functions from their source; their arguments are pointers, numbers and tiles, and have no types.
+
+import triton
+import triton.language as tl
+
+# Rules for the weight of a batch, see momentum.py.
+CONSTANT = tl.constexpr(0)
+CUMULATIVE = tl.constexpr(1)
+HORIZON = tl.constexpr(2)
+SQUARE_ROOT = tl.constexpr(3)
+GIVEN = tl.constexpr(4)
+
+# torch.finfo(...).tiny, eps and max of float32 and float64. A tile of constants is float32 unless it cannot be, which
+# all of these then are exactly.
+_TINY32, _EPS32, _MAX32 = (tl.constexpr(2.0**-126), tl.constexpr(2.0**-23), tl.constexpr((2 - 2.0**-23) * 2.0**127))
+_TINY64, _EPS64, _MAX64 = (tl.constexpr(2.0**-1022), tl.constexpr(2.0**-52), tl.constexpr((2 - 2.0**-52) * 2.0**1023))
+
+_SIZES = ["outer", "channels", "inner", "splits", "tiles"]
+_RULE = ["batch_samples", "eps", "rule_a", "rule_b", "rule_c"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_RULE])
+def batch_statistics(
+    x, scratch, counter, weight, bias, fixed, state, given_weight,
+    outer, channels, inner, splits, tiles, batch_samples, eps, rule_a, rule_b, rule_c,
+    RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, ABSORBS: tl.constexpr,
+    ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Sweep a batch; the last program of each block of channels absorbs it and says what to normalise by.
+
+    Args:
+        x: (N, C, S).
+        scratch: (3·splits + 3, C): partial sums, then mean, slope and base of `affine_map`, both written here.
+        counter: (blocks of channels,), int32, zero before and after.
+        weight, bias: (C,) or None.
+        fixed: (2 or 6, C), written: see the package.
+        state: the buffers of a `State`, updated where ABSORBS.
+        given_weight: (C,), a where RULE is GIVEN.
+        eps, rule_a, rule_b, rule_c: float64, as the integers of the same bits: Triton passes numbers as float32.
+    """
+    dtype = scratch.dtype.element_ty
+    channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
+    blocks = tl.cdiv(channels, BC)
+    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    c = block * BC + tl.arange(0, BC)
+    exists = c < channels
+
+    # About the mean of the first tile. With k tiles in a split, it is off by at most √(k − 1) standard deviations of the
+    # elements of the split, however they are ordered: a tile is 1/k of them. No more than log2(k) bits cancel.
+    tile = split * tiles
+    base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
+    values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
+    of_tile = _elements(tile + 1, outer, inner, BN, BS) - _elements(tile, outer, inner, BN, BS)
+    pivot = _per_channel(values) / of_tile.to(dtype)
+    spread = pivot[None, :, None]
+    deviation = tl.where(mask, values - spread, 0)
+    sums, sqrs = deviation, deviation * deviation
+    last = tl.minimum(tile + tiles, _number_of_tiles(outer, inner, BN, BS))
+    for tile in range(split * tiles + 1, last):
+        base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
+        values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
+        deviation = tl.where(mask, values - spread, 0)
+        sums += deviation
+        sqrs += deviation * deviation
+    partial = scratch + split.to(tl.int64) * channels + c
+    step = splits.to(tl.int64) * channels
+    tl.store(partial, pivot, mask=exists)
+    tl.store(partial + step, _per_channel(sums), mask=exists)
+    tl.store(partial + 2 * step, _per_channel(sqrs), mask=exists)
+
+    if _is_last(counter + block, splits):
+        eps = eps.to(tl.int64).to(tl.float64, bitcast=True)
+        mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP)
+        n = (outer.to(tl.int64) * inner).to(tl.float64)
+        if ABSORBS:
+            a = _batch_weight(RULE, given_weight, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
+            of_state = _absorb(mean, squares, n, a, batch_samples.to(tl.float64), state, c, exists, WHOLE_BATCHES, RUNNING)
+            if block == 0:
+                tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
+        if RUNNING:
+            mean, var = of_state[0], of_state[1]
+            _store_rows(fixed, 2, of_state, channels, c, exists)
+        else:
+            var = squares / n
+        rstd = 1 / tl.sqrt(var + eps)
+        tl.store(fixed + c, mean.to(dtype), mask=exists)
+        tl.store(fixed + channels + c, rstd.to(dtype), mask=exists)
+        _store_affine(scratch + 3 * step, mean, rstd, weight, bias, channels, c, exists)
+
+
+@triton.jit(do_not_specialize=["channels", "splits", "eps"])
+def recall(scratch, weight, bias, fixed, state, channels, splits, eps, BC: tl.constexpr):
+    """What `batch_statistics` left to normalise by when it was RUNNING, from the buffers as they are now."""
+    dtype = scratch.dtype.element_ty
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    exists = c < channels
+    mean, var = _float64(state.running_mean, c, exists), _float64(state.running_var, c, exists)
+    keep, gain = _float64(state.last_keep, c, exists), _float64(state.last_gain, c, exists)
+    count, samples = _float64(state.count, c, exists), _float64(state.samples, c, exists)
+    kappa_mean, kappa_var = _kappas(var, gain, count, samples, dtype)
+    rstd = 1 / tl.sqrt(var + eps.to(tl.int64).to(tl.float64, bitcast=True))
+    tl.store(fixed + c, mean.to(dtype), mask=exists)
+    tl.store(fixed + channels + c, rstd.to(dtype), mask=exists)
+    _store_rows(fixed, 2, (mean, var, kappa_mean, kappa_var, keep, gain), channels, c, exists)
+    _store_affine(scratch + 3 * splits.to(tl.int64) * channels, mean, rstd, weight, bias, channels, c, exists)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "splits_of_sums"])
+def affine_map(
+    x, y, scratch, outer, channels, inner, splits, tiles, splits_of_sums,
+    ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """y = (x − mean)·slope + base by the last rows of `scratch`; the end of x first, which the sums have read last."""
+    channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
+    block, split = _from_the_end(channels, splits, BC)
+    c = block * BC + tl.arange(0, BC)
+    exists = c < channels
+    row = scratch + 3 * splits_of_sums.to(tl.int64) * channels + c
+    mean = tl.load(row, mask=exists, other=0)[None, :, None]
+    slope = tl.load(row + channels, mask=exists, other=0)[None, :, None]
+    constant = tl.load(row + 2 * channels, mask=exists, other=0)[None, :, None]
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, _number_of_tiles(outer, inner, BN, BS))):
+        base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
+        values = tl.load(x + base + local, mask=mask, other=0).to(mean.dtype)
+        tl.store(y + base + local, ((values - mean) * slope + constant).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gradient_statistics(
+    dy, x, scratch, counter, weight, fixed, sums, gradient,
+    outer, channels, inner, splits, tiles,
+    BY_STATE: tl.constexpr, ROWS: tl.constexpr, DIVISOR: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Sweep dy and x; the last program of each block of channels absorbs the sums and says what dx is made with.
+
+    Args:
+        dy, x: (N, C, S).
+        scratch: (2·splits + 3, C): partial sums, then the rows of `input_gradient`, both written here.
+        counter: (blocks of channels,), int32, zero before and after.
+        weight: (C,) or None.
+        fixed: (2, C) or, where BY_STATE, (6, C): what the forward left.
+        sums: (2, C), written: Σdy and Σdy·z.
+        gradient: the buffers of a `GradientState`, updated, or None for the exact gradient.
+    """
+    dtype = scratch.dtype.element_ty
+    channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
+    blocks = tl.cdiv(channels, BC)
+    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    c = block * BC + tl.arange(0, BC)
+    exists = c < channels
+    mean = tl.load(fixed + c, mask=exists, other=0)[None, :, None]
+    first = tl.zeros([BN, BC, BS], dtype)
+    second = tl.zeros([BN, BC, BS], dtype)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, _number_of_tiles(outer, inner, BN, BS))):
+        base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
+        slope = tl.load(dy + base + local, mask=mask, other=0).to(dtype)
+        values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
+        first += slope
+        second += tl.where(mask, slope * (values - mean), 0)
+    partial = scratch + split.to(tl.int64) * channels + c
+    step = splits.to(tl.int64) * channels
+    tl.store(partial, _per_channel(first), mask=exists)
+    tl.store(partial + step, _per_channel(second), mask=exists)
+
+    if _is_last(counter + block, splits):
+        sum_dy = tl.zeros([BC], tl.float64)
+        sum_dy_xhat = tl.zeros([BC], tl.float64)
+        for start in range(0, splits, BP):
+            p = (start + tl.arange(0, BP))[:, None]
+            known = (p < splits) & exists[None, :]
+            row = scratch + p.to(tl.int64) * channels + c[None, :]
+            sum_dy += tl.sum(_shared(row, known), 0)
+            sum_dy_xhat += tl.sum(_shared(row + step, known), 0)
+        rstd = _float64(fixed + channels, c, exists)
+        sum_dy_xhat *= rstd
+        tl.store(sums + c, sum_dy.to(dtype), mask=exists)
+        tl.store(sums + channels + c, sum_dy_xhat.to(dtype), mask=exists)
+        n = (outer.to(tl.int64) * inner).to(tl.float64)
+        if gradient is not None:
+            keep, gain = _float64(fixed + 4 * channels, c, exists), _float64(fixed + 5 * channels, c, exists)
+            m0, m1 = _absorb_gradient(gradient, sum_dy, sum_dy_xhat, keep, gain, n, c, exists)
+        elif BY_STATE:
+            kappa_mean, kappa_var = _float64(fixed + 2 * channels, c, exists), _float64(fixed + 3 * channels, c, exists)
+            # A channel that was not finite has sums that are not either, and its κ is 0.
+            m0 = tl.where(kappa_mean == 0, 0, kappa_mean * sum_dy)
+            m1 = tl.where(kappa_var == 0, 0, kappa_var * sum_dy_xhat)
+        else:
+            m0, m1 = sum_dy / n, sum_dy_xhat / n
+        scale = rstd
+        if weight is not None:
+            scale *= _float64(weight, c, exists)
+        row = scratch + 2 * step + c
+        tl.store(row, scale.to(dtype), mask=exists)
+        tl.store(row + channels, (-scale * rstd * m1).to(dtype), mask=exists)
+        tl.store(row + 2 * channels, (-scale * m0).to(dtype), mask=exists)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "splits_of_sums"])
+def input_gradient(
+    dy, x, dx, scratch, fixed, outer, channels, inner, splits, tiles, splits_of_sums,
+    ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """dx = weight·rstd·(dy − m0 − z·m1), by the last rows of `scratch`, from the end as `affine_map` does.
+
+    It is scale·dy + (x − mean)·slope + base with scale = weight·rstd, slope = −scale·rstd·m1, base = −scale·m0.
+    """
+    channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
+    block, split = _from_the_end(channels, splits, BC)
+    c = block * BC + tl.arange(0, BC)
+    exists = c < channels
+    row = scratch + 2 * splits_of_sums.to(tl.int64) * channels + c
+    mean = tl.load(fixed + c, mask=exists, other=0)[None, :, None]
+    scale = tl.load(row, mask=exists, other=0)[None, :, None]
+    slope = tl.load(row + channels, mask=exists, other=0)[None, :, None]
+    constant = tl.load(row + 2 * channels, mask=exists, other=0)[None, :, None]
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, _number_of_tiles(outer, inner, BN, BS))):
+        base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
+        of_y = tl.load(dy + base + local, mask=mask, other=0).to(mean.dtype)
+        values = tl.load(x + base + local, mask=mask, other=0).to(mean.dtype)
+        of_x = scale * of_y + ((values - mean) * slope + constant)
+        tl.store(dx + base + local, of_x.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["channels", "batch_samples"])
+def absorb_sums(
+    batch, given_weight, state, out, batch_samples, channels,
+    WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Absorb sums that came from elsewhere.
+
+    Args:
+        batch: the vectors of `Sums`.
+        given_weight: (C,), a.
+        state: the buffers of a `State`, updated.
+        out: 6 or, unless RUNNING, 2 vectors, written: those of `update.Coefficients`.
+        batch_samples: N, or a pointer to it.
+    """
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    exists = c < channels
+    if batch_samples.dtype.is_ptr():
+        samples = tl.load(batch_samples).to(tl.float64)
+    else:
+        samples = batch_samples.to(tl.float64)
+    n = _float64(batch.count, c, exists)
+    sums = _float64(batch.sums, c, exists)
+    offset = sums / tl.where(n > 0, n, 1)
+    mean = _float64(batch.shift, c, exists) + offset
+    squares = _not_negative(_float64(batch.sqrs, c, exists) - sums * offset)
+    a = _float64(given_weight, c, exists)
+    results = _absorb(mean, squares, n, a, samples, state, c, exists, WHOLE_BATCHES, RUNNING)
+    if tl.program_id(0) == 0:
+        tracked = tl.load(state.num_batches_tracked)
+        tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
+    if not RUNNING:
+        results = (mean, squares / tl.where(n > 0, n, 1))
+    for i in tl.static_range(len(out)):
+        tl.store(out[i] + c, results[i].to(out[i].dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["channels"])
+def absorb_gradient_sums(gradient, sum_dy, sum_dy_xhat, keep, gain, count, m0, m1, channels, BC: tl.constexpr):
+    """Absorb the sums of a backward pass that came from elsewhere, all (C,); writes G0 and G1 to `m0` and `m1`."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    exists = c < channels
+    first, second = _float64(sum_dy, c, exists), _float64(sum_dy_xhat, c, exists)
+    keep, gain = _float64(keep, c, exists), _float64(gain, c, exists)
+    first, second = _absorb_gradient(gradient, first, second, keep, gain, _float64(count, c, exists), c, exists)
+    tl.store(m0 + c, first.to(m0.dtype.element_ty), mask=exists)
+    tl.store(m1 + c, second.to(m1.dtype.element_ty), mask=exists)
+
+
+# ------------------------------------------------------------------------------------------------ elements and tiles
+
+
+@triton.jit
+def _divisible(channels, inner, ROWS: tl.constexpr, DIVISOR: tl.constexpr):
+    """The sizes, the one along which memory runs as a visible multiple of DIVISOR: it allows for vector loads."""
+    if ROWS:
+        return channels // DIVISOR * DIVISOR, inner
+    return channels, inner // DIVISOR * DIVISOR
+
+
+@triton.jit
+def _tile(
+    tile, block, outer, channels, inner,
+    ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Where a tile begins, in elements, its offsets from there, (BN, BC, BS), and which of them exist."""
+    along = tl.cdiv(inner, BS)
+    n0, c0, s0 = tile // along * BN, block * BC, tile % along * BS
+    n = tl.arange(0, BN)[:, None, None]
+    c = tl.arange(0, BC)[None, :, None]
+    s = tl.arange(0, BS)[None, None, :]
+    mask = (n0 + n < outer) & (c0 + c < channels) & (s0 + s < inner)
+    if ROWS:
+        local = n * channels + c + s
+    else:
+        # Where channels · inner is more than an integer holds, BN is 1.
+        local = n * (channels * inner) + c * inner + s
+    return (n0.to(tl.int64) * channels + c0) * inner + s0, local, mask
+
+
+@triton.jit
+def _number_of_tiles(outer, inner, BN: tl.constexpr, BS: tl.constexpr):
+    return tl.cdiv(outer, BN) * tl.cdiv(inner, BS)
+
+
+@triton.jit
+def _elements(tile, outer, inner, BN: tl.constexpr, BS: tl.constexpr):
+    """Elements per channel before a tile, int64; all of them for tiles beyond the last."""
+    along = tl.cdiv(inner, BS)
+    n = tl.minimum(tile // along * BN, outer).to(tl.int64)
+    s = tl.minimum(tile % along * BS, inner).to(tl.int64)
+    return n * inner + tl.minimum(outer - n, BN) * s
+
+
+@triton.jit
+def _from_the_end(channels, splits, BC: tl.constexpr):
+    """The block of channels and the split of this program, in reverse."""
+    blocks = tl.cdiv(channels, BC)
+    program = blocks * splits - 1 - tl.program_id(0)
+    return program % blocks, program // blocks
+
+
+@triton.jit
+def _per_channel(values):
+    return tl.sum(tl.sum(values, 2), 0)
+
+
+@triton.jit
+def _is_last(counter, splits):
+    """Whether all programs that count here have stored their partial sums; leaves the counter at zero."""
+    # All threads of this program have stored before one of them counts. Its release hands that on, and the acquire of
+    # the last program receives it. The order of arrival decides who sums up, not what comes out.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    is_last = arrived == splits - 1
+    if is_last:
+        tl.store(counter, 0)
+    tl.debug_barrier()
+    return is_last
+
+
+@triton.jit
+def _shared(pointer, mask):
+    """What other programs of this launch have stored, float64: from the cache that they share with this one."""
+    return tl.load(pointer, mask=mask, other=0, cache_modifier=".cg").to(tl.float64)
+
+
+@triton.jit
+def _merged(
+    scratch, c, exists, outer, channels, inner, splits, tiles,
+    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Mean and squares about it, Σ(x − mean)², (BC,), from the partial sums of all splits, BP at a time in order.
+
+    Every split is a mean with squares about it, to be merged as Chan, Golub and LeVeque (1983) do: squares + n·d², with
+    d the distances of the means from that of the first.
+    """
+    step = splits.to(tl.int64) * channels
+    of_first = _elements(tiles, outer, inner, BN, BS).to(tl.float64)
+    first = scratch + c
+    reference = _shared(first, exists) + _shared(first + step, exists) / of_first
+    distance = tl.zeros([BC], tl.float64)
+    squares = tl.zeros([BC], tl.float64)
+    for start in range(0, splits, BP):
+        p = start + tl.arange(0, BP)
+        begin = _elements(p * tiles, outer, inner, BN, BS)
+        n = (_elements((p + 1) * tiles, outer, inner, BN, BS) - begin).to(tl.float64)[:, None]
+        n = tl.where(n > 0, n, 1)
+        known = (p < splits)[:, None] & exists[None, :]
+        row = scratch + p[:, None].to(tl.int64) * channels + c[None, :]
+        sums = _shared(row + step, known)
+        offset = sums / n
+        d = tl.where(known, _shared(row, known) + offset - reference[None, :], 0)
+        distance += tl.sum(n * d, 0)
+        squares += tl.sum(_shared(row + 2 * step, known) - sums * offset + n * d * d, 0)
+    shift = distance / (outer.to(tl.int64) * inner).to(tl.float64)
+    return reference + shift, _not_negative(squares - distance * shift)
+
+
+# ------------------------------------------------------------------------------------------------ values per channel
+
+
+@triton.jit
+def _float64(vector, c, exists):
+    return tl.load(vector + c, mask=exists, other=0).to(tl.float64)
+
+
+@triton.jit
+def _at_least(value, bound):
+    """The larger of the two; NaN stays."""
+    return tl.where(value < bound, bound, value)
+
+
+@triton.jit
+def _not_negative(value):
+    """Rounding may leave a tiny negative difference for a constant channel."""
+    return _at_least(value, 0)
+
+
+@triton.jit
+def _rounded(value, dtype: tl.constexpr):
+    """As it will be read again from a buffer of that dtype."""
+    return value.to(dtype).to(tl.float64)
+
+
+@triton.jit
+def _store_rows(matrix, begin: tl.constexpr, rows, channels, c, exists):
+    """Rows from `begin` on to the same rows of a matrix with `channels` columns."""
+    for i in tl.static_range(begin, len(rows)):
+        tl.store(matrix + i * channels + c, rows[i].to(matrix.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _store_affine(row, mean, rstd, weight, bias, channels, c, exists):
+    """(x − mean)·slope + base, with what rounding takes from the mean in the base."""
+    dtype = row.dtype.element_ty
+    slope = rstd
+    if weight is not None:
+        slope *= _float64(weight, c, exists)
+    base = (_rounded(mean, dtype) - mean) * slope
+    if bias is not None:
+        base += _float64(bias, c, exists)
+    tl.store(row + c, mean.to(dtype), mask=exists)
+    tl.store(row + channels + c, slope.to(dtype), mask=exists)
+    tl.store(row + 2 * channels + c, base.to(dtype), mask=exists)
+
+
+@triton.jit
+def _batch_weight(RULE: tl.constexpr, given_weight, a, b, c_, batch_samples, state, c, exists):
+    """a, (BC,), float64, see momentum.py; `a`, `b` and `c_` are the arguments of the rule in bits."""
+    if RULE == GIVEN:
+        return _float64(given_weight, c, exists)
+    a = a.to(tl.int64).to(tl.float64, bitcast=True)
+    b = b.to(tl.int64).to(tl.float64, bitcast=True)
+    c_ = c_.to(tl.int64).to(tl.float64, bitcast=True)
+    batch = batch_samples.to(tl.float64)
+    samples = _float64(state.samples, c, exists)
+    if RULE == CUMULATIVE:
+        return 1 / (_float64(state.steps, c, exists) + 1)
+    if RULE == SQUARE_ROOT:
+        return samples * 0 + (1 - (1 - a) / tl.sqrt(_at_least(batch - 1, 1)))
+    if RULE == HORIZON:
+        # samples, start, fraction
+        horizon = _at_least(c_ * samples, b)
+        return -_expm1(-batch / tl.where(horizon > a, a, horizon))
+    return samples * 0 + a
+
+
+@triton.jit
+def _expm1(u):
+    """exp(u) − 1 to the last bits also near 0, where the difference has none: Kahan's (e − 1)·u / ln(e), e = exp(u)."""
+    e = tl.exp(u)
+    inside = (e != 1) & (e > 0)
+    quotient = (e - 1) * (u / tl.log(tl.where(inside, e, 2)))
+    return tl.where(inside, quotient, tl.where(e == 1, u, -1))
+
+
+@triton.jit
+def _absorb(
+    mean, squares, n, a, batch_samples, state, c, exists, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr
+):  # fmt: skip
+    """`update._absorb` and what sets the running statistics, of a batch with weight a; what to normalise by if RUNNING.
+
+    Args:
+        mean, squares, n: the batch: mean, Σ(x − mean)² and number of elements, float64.
+
+    Returns:
+        mean, var, kappa_mean, kappa_var, keep, gain: as in `update.Coefficients`, float64.
+    """
+    dtype = state.shift.dtype.element_ty
+    TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
+    EPS: tl.constexpr = _EPS64 if dtype == tl.float64 else _EPS32
+    MAX: tl.constexpr = _MAX64 if dtype == tl.float64 else _MAX32
+    shift, count = _float64(state.shift, c, exists), _float64(state.count, c, exists)
+    count_sqrs, debias = _float64(state.count_sqrs, c, exists), _float64(state.debias, c, exists)
+    samples = _float64(state.samples, c, exists)
+
+    # Nothing may enter that is not finite, nor so far away that its square is not.
+    distance = mean - shift
+    finite = squares + n * distance * distance <= MAX
+    a = tl.where(finite, a, 0)
+    absorbed = exists & (a != 0)
+    distance, squares = tl.where(finite, distance, 0), tl.where(finite, squares, 0)
+    keep = 1 - a
+    # Elements per unit of weight: those of the batch where none were counted yet.
+    unit = _at_least(count, TINY) / _at_least(debias, TINY)
+    new_unit = tl.where(count_sqrs == 0, n, unit)
+    kept = keep * (new_unit / unit)
+    gain = a
+    if WHOLE_BATCHES:
+        gain = a * new_unit / tl.where(n > 0, n, 1)
+
+    # Both about the mean of their pivots.
+    total = kept * count + gain * n
+    pivot = _rounded(shift + distance * (gain * n / _at_least(total, TINY)), dtype)
+    d = pivot - shift
+    e = d - distance
+    sums = _float64(state.sums, c, exists)
+    moved = sums - count * d
+    sqrs = kept * (_float64(state.sqrs, c, exists) - d * (sums + moved)) + gain * (squares + n * e * e)
+    sqrs = _rounded(sqrs, dtype)
+    sums = _rounded(kept * moved - gain * n * e, dtype)
+    count_sqrs = _rounded(kept * kept * count_sqrs + gain * gain * n, dtype)
+    count = tl.where(absorbed, _rounded(total, dtype), count)
+    samples = tl.where(finite, _rounded(samples + batch_samples, dtype), samples)
+    steps = _float64(state.steps, c, exists) + 1
+    gain = tl.where(absorbed, gain, 0)
+
+    divisor = _at_least(count, TINY)
+    offset = sums / divisor
+    of_state = _not_negative(sqrs / divisor - offset * offset)
+    if RUNNING:
+        floor = tl.full([], 0.01, dtype).to(tl.float64)
+        of_state = tl.where((of_state < floor) & (samples < 20), floor, of_state)
+    else:
+        # Bessel's correction for weighted elements, see statistics.unbiased.
+        of_state /= _at_least(1 - count_sqrs / (divisor * divisor), EPS)
+    mean = tl.where(absorbed, _rounded(pivot + offset, dtype), _float64(state.running_mean, c, exists))
+    var = tl.where(absorbed, _rounded(of_state, dtype), _float64(state.running_var, c, exists))
+
+    # Channels that ignore the batch keep their bits.
+    tl.store(state.shift + c, pivot.to(dtype), mask=absorbed)
+    tl.store(state.sums + c, sums.to(dtype), mask=absorbed)
+    tl.store(state.sqrs + c, sqrs.to(dtype), mask=absorbed)
+    tl.store(state.count + c, count.to(dtype), mask=absorbed)
+    tl.store(state.count_sqrs + c, count_sqrs.to(dtype), mask=absorbed)
+    tl.store(state.debias + c, (a + keep * debias).to(dtype), mask=absorbed)
+    tl.store(state.running_mean + c, mean.to(dtype), mask=absorbed)
+    tl.store(state.running_var + c, var.to(dtype), mask=absorbed)
+    tl.store(state.samples + c, samples.to(dtype), mask=exists & finite)
+    tl.store(state.steps + c, steps.to(dtype), mask=exists & finite)
+    tl.store(state.last_keep + c, keep.to(dtype), mask=exists)
+    tl.store(state.last_gain + c, gain.to(dtype), mask=exists)
+    kappa_mean, kappa_var = _kappas(var, _rounded(gain, dtype), count, samples, dtype)
+    return mean, var, kappa_mean, kappa_var, keep, gain
+
+
+@triton.jit
+def _kappas(var, gain, count, samples, dtype: tl.constexpr):
+    """The derivatives of mean and variance by an element; that of a variance held at its floor is 0."""
+    TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
+    kappa = gain / _at_least(count, TINY)
+    floored = (var <= tl.full([], 0.01, dtype).to(tl.float64)) & (samples < 20)
+    return kappa, tl.where(floored, 0, kappa)
+
+
+@triton.jit
+def _absorb_gradient(gradient, sum_dy, sum_dy_xhat, keep, gain, n, c, exists):
+    """`update.absorb_gradient`: G0 and G1, (BC,), float64."""
+    dtype = gradient.sum_dy.dtype.element_ty
+    TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
+    MAX: tl.constexpr = _MAX64 if dtype == tl.float64 else _MAX32
+    finite = (tl.abs(sum_dy) <= MAX) & (tl.abs(sum_dy_xhat) <= MAX)
+    first, second = _float64(gradient.sum_dy, c, exists), _float64(gradient.sum_dy_xhat, c, exists)
+    count = _float64(gradient.count_dy, c, exists)
+    first = tl.where(finite, _rounded(keep * first + gain * sum_dy, dtype), first)
+    second = tl.where(finite, _rounded(keep * second + gain * sum_dy_xhat, dtype), second)
+    count = tl.where(finite, _rounded(keep * count + gain * n, dtype), count)
+    tl.store(gradient.sum_dy + c, first.to(dtype), mask=exists & finite)
+    tl.store(gradient.sum_dy_xhat + c, second.to(dtype), mask=exists & finite)
+    tl.store(gradient.count_dy + c, count.to(dtype), mask=exists & finite)
+    count = _at_least(count, TINY)
+    return first / count, second / count
