@@ -119,11 +119,13 @@ class PooledStatistics(_BatchNorm):
 
     @property
     def _state(self) -> State:
-        return State(*(self._buffers[name] for name in State._fields))  # type: ignore[arg-type]
+        buffers = self._buffers
+        return State(*[buffers[name] for name in State._fields])  # type: ignore[arg-type]
 
     @property
     def _gradient_state(self) -> GradientState:
-        return GradientState(*(self._buffers[name] for name in GradientState._fields))  # type: ignore[arg-type]
+        buffers = self._buffers
+        return GradientState(*[buffers[name] for name in GradientState._fields])  # type: ignore[arg-type]
 
     @torch.no_grad()
     def seed(self) -> None:

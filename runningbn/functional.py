@@ -40,8 +40,8 @@ def running(
 
     Where `gradient` is given, the sums in backward are running averages, too: see `normalize_running`.
     """
-    if ranks is None and (backend := kernels.fused(x, state)) is not None:
-        y: Tensor = _Fused.apply(x, weight, bias, eps, backend, state, gradient, momentum, True)
+    if ranks is None and (prepared := kernels.fused(x, state, momentum)) is not None:
+        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True)
         return y
     step = _step(absorb_running, x, state, momentum, ranks)
     if gradient is None:
@@ -54,8 +54,8 @@ def precise(
     state: State, momentum: Momentum, ranks: RankGroup | None,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    if ranks is None and (backend := kernels.fused(x, state)) is not None:
-        y: Tensor = _Fused.apply(x, weight, bias, eps, backend, state, None, momentum, False)
+    if ranks is None and (prepared := kernels.fused(x, state, momentum)) is not None:
+        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False)
         return y
     return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks), eps)
 
@@ -169,7 +169,7 @@ class _Fused(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        backend: kernels.Backend, state: State, gradient: GradientState | None, momentum: Momentum, running: bool,
+        backend: kernels.Backend, state: Any, gradient: GradientState | None, momentum: Momentum, running: bool,
     ) -> Tensor:  # fmt: skip
         absorbs = not is_recomputation()
         y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs)
@@ -182,21 +182,32 @@ class _Fused(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, fixed = ctx.saved_tensors
-        backend, gradient, needs_dx = ctx.backend, ctx.gradient, ctx.needs_input_grad[0]
-        if torch.is_grad_enabled() and gradient is None and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            found = _fused_gradients(ctx, dy, x, weight, fixed)
+        elif torch.compiler.is_compiling():
+            with torch.no_grad():
+                found = _fused_gradients(ctx, dy, x, weight, fixed)
+        elif ctx.gradient is None:
             found = differentiable_gradients(
                 dy, x, weight, *_moments_and_kappas(fixed), ctx.needs_input_grad, ctx.bias_dtype
             )
-            return (*found, *[None] * 6)
-        with torch.no_grad():
-            if kernels.can(backend, dy, x, fixed.dtype):
-                gradients = backend.training_backward(dy, x, weight, fixed, gradient, needs_dx)
-            else:
-                gradients = _composed_gradients(dy, x, weight, fixed, gradient, needs_dx)
-            found = _affine_gradients(ctx, weight, gradients)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        else:
+            with torch.no_grad():
+                found = _fused_gradients(ctx, dy, x, weight, fixed)
             found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, *[None] * 6)
+        return (*found, None, None, None, None, None, None)
+
+
+def _fused_gradients(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor
+) -> tuple[Tensor | None, ...]:
+    backend, gradient, needs_dx = ctx.backend, ctx.gradient, ctx.needs_input_grad[0]
+    prepared = kernels.prepared(backend, dy, x, fixed, gradient)
+    if prepared is None:
+        gradients = _composed_gradients(dy, x, weight, fixed, gradient, needs_dx)
+    else:
+        gradients = backend.training_backward(dy, x, weight, fixed, prepared or None, needs_dx)
+    return _affine_gradients(ctx, weight, gradients)
 
 
 def _composed_gradients(

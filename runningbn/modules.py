@@ -27,35 +27,48 @@ class _Layer(PooledStatistics):
         self._check_input_dim(x)
         if x.shape[1] != self.num_features:
             raise RuntimeError(f"expected {self.num_features} channels in dimension 1, got shape {tuple(x.shape)}")
-        reference = self.weight if self.weight is not None else self.running_mean
-        dtype = x.dtype if reference is None else reference.dtype
-        if not x.is_floating_point() or (x.dtype != dtype and not (dtype == torch.float32 and is_narrow(x))):
-            also = " or of 16 bits" if dtype == torch.float32 else ""
-            raise RuntimeError(f"expected a floating-point input of {dtype}{also} as in the layer, got {x.dtype}")
+        reference = self._own("weight")
+        if reference is None:
+            reference = self._own("running_mean")
+        dtype = x.dtype
+        expected = dtype if reference is None else reference.dtype
+        if (dtype != expected and not (expected == torch.float32 and is_narrow(x))) or not dtype.is_floating_point:
+            also = " or of 16 bits" if expected == torch.float32 else ""
+            raise RuntimeError(f"expected a floating-point input of {expected}{also} as in the layer, got {dtype}")
         if self.training and self.eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, got eps={self.eps}")
+
+    def _own(self, name: str) -> Tensor | None:
+        """``getattr(self, name)`` of a parameter or buffer, for which nn.Module looks everywhere else first."""
+        if name in self._parameters:
+            return self._parameters[name]
+        if name in self._buffers:
+            return self._buffers[name]
+        # Parametrised, or a replica of nn.DataParallel.
+        value: Tensor | None = getattr(self, name)
+        return value
 
     def _ranks(self) -> RankGroup | None:
         """The ranks to pool this forward over."""
         return ranks_of(self.process_group) if self.sync and self.training and self.num_features > 0 else None
 
     def _absorbs(self, x: Tensor, ranks: RankGroup | None) -> bool:
-        if not (self.training and self.track_running_stats and self.running_mean is not None):
+        if not (self.training and self.track_running_stats and self._own("running_mean") is not None):
             return False
         # With others to wait for it, a rank takes part whatever it has.
         return x.numel() > 0 or ranks is not None
 
     def _normalize_only(self, x: Tensor, ranks: RankGroup | None) -> Tensor:
         """Normalise by the running statistics, or by the batch where ``nn.BatchNorm`` would, and update nothing."""
-        mean, var = self.running_mean, self.running_var
+        mean, var, weight, bias = (self._own(name) for name in ("running_mean", "running_var", "weight", "bias"))
         if mean is None or (self.training and not self.track_running_stats):
             if ranks is not None:
                 step = functional.batch_step(x, torch.float32 if is_narrow(x) else x.dtype, ranks)
-                return functional.normalize(x, self.weight, self.bias, step, self.eps)
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+                return functional.normalize(x, weight, bias, step, self.eps)
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
-        weight = None if self.weight is None else self.weight.to(mean.dtype)
-        bias = None if self.bias is None else self.bias.to(mean.dtype)
+        weight = None if weight is None else weight.to(mean.dtype)
+        bias = None if bias is None else bias.to(mean.dtype)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
 
@@ -194,7 +207,8 @@ class PreciseBatchNorm(_Layer):
         # Of the other ranks' values nothing is known here without waiting for them on the host.
         if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        return functional.precise(input, self.weight, self.bias, self.eps, self._state, self.momentum, ranks)
+        weight, bias = self._own("weight"), self._own("bias")
+        return functional.precise(input, weight, bias, self.eps, self._state, self.momentum, ranks)
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):

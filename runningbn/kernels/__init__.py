@@ -20,6 +20,7 @@ and with sweeps, which leave the state of the layer to others:
 `aten` is the definition of correctness, runs everywhere, and is what compilers trace. The others are fused: they can
 also do a whole training step of one process, the update of the state included, while the data are in cache,
 
+    prepared(buffers)                                 -> the buffers of a layer as the next two take them, or None
     training_forward(x, weight, bias, eps, state, momentum, running, absorbs) -> y, fixed
     training_backward(dy, x, weight, fixed, gradient, needs_dx)               -> dx or None, Σdy, Σdy·z
 
@@ -46,6 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..momentum import Horizon, Momentum, SquareRoot
 from ..statistics import Sums
 from . import aten, cpu
 
@@ -53,6 +55,8 @@ Backend = Any  # a module with the functions above
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "aten": aten}
 
 _FUSED = [backend for backend in BACKENDS.values() if hasattr(backend, "training_forward")]
+# A rule that somebody has derived from one of these may say something else.
+_KNOWN_MOMENTA = (float, int, type(None), Horizon, SquareRoot)
 _forced: str | None = None
 
 
@@ -104,20 +108,28 @@ def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:
     return aten
 
 
-def fused(x: Tensor, state: tuple[Tensor, ...]) -> Backend | None:
-    """A backend that can do a whole training step on this input and these buffers, if any."""
+def fused(x: Tensor, state: tuple[Tensor, ...], momentum: Momentum) -> tuple[Backend, Any] | None:
+    """A backend that can do a whole training step on these, and the buffers as it takes them."""
+    if x.numel() == 0 or type(momentum) not in _KNOWN_MOMENTA:
+        return None
     backend = backend_for(x, state[0].dtype)
-    return backend if backend is not aten and x.numel() > 0 and _are_vectors(state, x.device) else None
+    if backend is aten or (buffers := backend.prepared(state)) is None:
+        return None
+    return backend, buffers
 
 
 def updating(state: tuple[Tensor, ...]) -> Backend | None:
     """A backend that can update these buffers by sums that came from elsewhere, if any."""
-    return fused(state[0], state)
+    backend = backend_for(state[0], state[0].dtype)
+    return None if backend is aten or backend.prepared(state) is None else backend
 
 
-def can(backend: Backend, dy: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the backend of a forward can also do its backward, which may be another kind of tensor."""
-    return not torch.compiler.is_compiling() and backend.serves(dy, dtype) and backend.serves(x, dtype)
+def prepared(backend: Backend, dy: Tensor, x: Tensor, fixed: Tensor, gradient: tuple[Tensor, ...] | None) -> Any:
+    """What the backend of a forward takes for `gradient`, () for none; None if it cannot do the backward."""
+    # The gradient may be another kind of tensor, as may what was saved, and it may be compiled.
+    if torch.compiler.is_compiling() or not (backend.serves(dy, fixed.dtype) and backend.serves(x, fixed.dtype)):
+        return None
+    return () if gradient is None else backend.prepared(gradient)
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
@@ -163,14 +175,6 @@ def batch_norm_gradients(
     """(dx, Σdy, Σdy·z) of batch normalisation proper: `input_gradient` with m0 = Σdy/n, m1 = Σdy·z/n."""
     results: tuple[Tensor, Tensor, Tensor] = backend_for(x, mean.dtype).batch_norm_gradients(dy, x, mean, rstd, weight)
     return results
-
-
-def _are_vectors(buffers: tuple[Tensor, ...], device: torch.device) -> bool:
-    """Whether they are memory as a kernel expects it."""
-    dtype = buffers[0].dtype
-    return all(
-        t.is_contiguous() and (t.dtype is dtype or t.dtype is torch.int64) and t.device == device for t in buffers
-    )
 
 
 def _checked(name: str, source: str) -> str:

@@ -10,6 +10,10 @@
 
 #include "cpu.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define GROUP 64               /* channels at a time, at most */
 #define GROUP_BYTES (1 << 18)  /* of data in them: half of a small core's cache, with as much for what comes out */
 #define ROWS 16                /* of a block of `rows_sums` */
@@ -35,6 +39,8 @@ static inline uint16_t to_bfloat16(float value) {
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)(value != value ? 0x7fc0 : rounded);
 }
+
+typedef double pair __attribute__((vector_size(16)));
 
 #define ISA baseline
 #define TARGET

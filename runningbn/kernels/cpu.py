@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
+from operator import is_
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -19,9 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..momentum import Horizon, Momentum, SquareRoot, batch_weight, weighs_whole_batches
+from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
 from ..statistics import GradientState, State, Sums
-from .layout import dense, empty_like, is_rows
 
 # The structs of cpu.h, whose fields are 8 bytes each: q and Q are integers and pointers, d doubles.
 _FORWARD = Struct("@7q4Qd11Q4q3dQd13Q")
@@ -32,6 +34,12 @@ _CONSTANT, _CUMULATIVE, _HORIZON, _SQUARE_ROOT, _GIVEN = range(5)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _STATISTICS = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
+# Of a backward call: m0, m1, kappa_mean, kappa_var, three running sums, keep, gain.
+_NO_VECTORS: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 0)
+# Layers whose buffers are known; looking at a dozen tensors takes longer than a small batch.
+_prepared: dict[int, tuple[tuple[int, ...], list[weakref.ref[Tensor]]]] = {}
+_MOST_PREPARED = 4096
+_NO_BATCH = (0, 0, 0, 0)
 _NO_UPDATE: tuple[float, ...] = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0, 0.0, *[0] * len(State._fields))
 
 
@@ -57,10 +65,26 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def prepared(buffers: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+    """Where the buffers of a layer lie; None if they are no memory that the library can update."""
+    pointers = tuple([tensor.data_ptr() for tensor in buffers])
+    found = _prepared.get(id(buffers[0]))
+    # The same tensors at the same place as when they were looked at: what they hold has not become something else.
+    if found is not None and found[0] == pointers and all(map(is_, [known() for known in found[1]], buffers)):
+        return pointers
+    dtype = buffers[0].dtype
+    if not all(t.is_contiguous() and t.is_cpu and (t.dtype is dtype or t.dtype is torch.int64) for t in buffers):
+        return None
+    if len(_prepared) >= _MOST_PREPARED:
+        _prepared.clear()
+    _prepared[id(buffers[0])] = pointers, [weakref.ref(tensor) for tensor in buffers]
+    return pointers
+
+
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, None]:
     """Sums per channel about the mean as it is in `dtype`; they are taken in float64, and rounded once."""
     batch = [torch.empty(x.shape[1], dtype=dtype) for _ in Sums._fields]
-    _forward(x, None, _SUMS, batch=_pointers(batch))
+    _forward(*_laid_out(x), None, _SUMS, batch=_pointers(batch))
     return Sums(*batch), None
 
 
@@ -69,9 +93,10 @@ def normalize(
     pivot: Tensor | None = None, centred: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x."""
-    y = empty_like(x)
+    data, geometry = _laid_out(x)
+    y = torch.empty_like(data)
     mean, var = _vector(mean, x), _vector(var, x)
-    _forward(x, y, _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), 0, 0, 0, 0, 0))
+    _forward(data, geometry, y, _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), 0, 0, 0, 0, 0))
     return y
 
 
@@ -79,14 +104,16 @@ def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the dtype of x, mean and biased variance, (C,) in `dtype`, of a batch; without gradients."""
-    y, mean, var = empty_like(x), *(torch.empty(x.shape[1], dtype=dtype) for _ in range(2))
-    _forward(x, y, _SUMS | _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), 0, 0, 0, 0, 0))
+    data, geometry = _laid_out(x)
+    y, mean, var = torch.empty_like(data), *(torch.empty(x.shape[1], dtype=dtype) for _ in range(2))
+    _forward(data, geometry, y, _SUMS | _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), 0, 0, 0, 0, 0))
     return y, mean, var
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Σdy and Σdy·z per channel, z = (x − mean)·rstd, in the dtype of mean."""
-    _, sum_dy, sum_dy_xhat = _backward(dy, x, _SUMS, None, mean, rstd)
+    mean, rstd = _vector(mean, x), _vector(rstd, x)
+    _, sum_dy, sum_dy_xhat = _backward(dy, x, _SUMS, None, mean.data_ptr(), rstd.data_ptr(), _NO_VECTORS)
     return sum_dy, sum_dy_xhat
 
 
@@ -94,8 +121,9 @@ def input_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
 ) -> Tensor:
     """dx = weight·rstd·(dy − m0 − z·m1) with z = (x − mean)·rstd, in the dtype and layout of x."""
-    m0, m1 = _vector(m0, x), _vector(m1, x)
-    dx, _, _ = _backward(dy, x, _APPLY, weight, mean, rstd, means=_pointers((m0, m1)))
+    vectors = [_vector(vector, x) for vector in (mean, rstd, m0, m1)]
+    pointers = _pointers(vectors)
+    dx, _, _ = _backward(dy, x, _APPLY, weight, pointers[0], pointers[1], (*pointers[2:], *_NO_VECTORS[2:]))
     assert dx is not None
     return dx
 
@@ -104,43 +132,45 @@ def batch_norm_gradients(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, Σdy, Σdy·z) of batch normalisation proper: `input_gradient` with m0 = Σdy/n, m1 = Σdy·z/n."""
-    dx, sum_dy, sum_dy_xhat = _backward(dy, x, _SUMS | _APPLY, weight, mean, rstd)
+    mean, rstd = _vector(mean, x), _vector(rstd, x)
+    dx, sum_dy, sum_dy_xhat = _backward(dy, x, _SUMS | _APPLY, weight, mean.data_ptr(), rstd.data_ptr(), _NO_VECTORS)
     assert dx is not None
     return dx, sum_dy, sum_dy_xhat
 
 
 def training_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: State, momentum: Momentum,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: tuple[int, ...], momentum: Momentum,
     running: bool, absorbs: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and `fixed`. Without `absorbs`, as in a recomputation, the state is taken as it is."""
-    y, fixed = empty_like(x), torch.empty((6 if running else 2, x.shape[1]), dtype=_STATISTICS[x.dtype])
-    mean, rstd, *others = _rows(fixed)
-    stages = _APPLY | (_SUMS if absorbs or not running else 0) | (_ABSORB if absorbs or running else 0)
-    weights, rule = None, _rule(momentum)
-    if rule is None:
-        weights, rule = batch_weight(momentum, len(x), state.samples, state.steps), (_GIVEN, 0.0, 0.0, 0.0)
-    update = (
-        running, absorbs, weighs_whole_batches(momentum), *rule, 0 if weights is None else weights.data_ptr(),
-        len(x), *_pointers(state),
-    )  # fmt: skip
-    _forward(x, y, stages, weight, bias, eps, fixed=(mean, 0, rstd, *(others or (0, 0, 0, 0))), update=update)
+    data, geometry = _laid_out(x)
+    y = torch.empty_like(data)
+    dtype = _STATISTICS[x.dtype]
+    fixed = torch.empty((6 if running else 2, geometry[2]), dtype=dtype)
+    first, row = fixed.data_ptr(), geometry[2] * dtype.itemsize
+    others = (first + 2 * row, first + 3 * row, first + 4 * row, first + 5 * row) if running else (0, 0, 0, 0)
+    stages = _APPLY
+    if absorbs or not running:
+        stages |= _SUMS
+    if absorbs or running:
+        stages |= _ABSORB
+    update = (running, absorbs, weighs_whole_batches(momentum), *_rule(momentum), 0, len(x), *state)
+    _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, (first, 0, first + row, *others), update)
     return y, fixed
 
 
 def training_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: GradientState | None, needs_dx: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: tuple[int, ...] | None, needs_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(dx, Σdy, Σdy·z): with the running means of these sums where `gradient` is given, which absorbs them first."""
-    kappas = gains = (0, 0)
-    rows = _rows(fixed)
-    stages = _SUMS | (_APPLY if needs_dx else 0)
-    running: tuple[int, ...] = (0, 0, 0)
+    first, row = fixed.data_ptr(), fixed.shape[1] * fixed.element_size()
+    stages, vectors = _SUMS | _APPLY if needs_dx else _SUMS, _NO_VECTORS
     if gradient is not None:
-        stages, gains, running = stages | _ABSORB, (rows[4], rows[5]), _pointers(gradient)
-    elif len(rows) > 2:
-        kappas = rows[2], rows[3]
-    return _backward(dy, x, stages, weight, fixed[0], fixed[1], kappas=kappas, gains=gains, running=running)
+        stages |= _ABSORB
+        vectors = (0, 0, 0, 0, *gradient, first + 4 * row, first + 5 * row)
+    elif len(fixed) > 2:
+        vectors = (0, 0, first + 2 * row, first + 3 * row, 0, 0, 0, 0, 0)
+    return _backward(dy, x, stages, weight, first, first + row, vectors)
 
 
 def absorb(
@@ -177,54 +207,62 @@ def absorb_gradient(
 
 
 def _forward(
-    x: Tensor, y: Tensor | None, stages: int, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 0.0, *, batch: Sequence[int] = (0, 0, 0, 0), fixed: Sequence[int] = (0, 0, 0, 0, 0, 0, 0),
+    data: Tensor, geometry: tuple[int, int, int, int], y: Tensor | None, stages: int,
+    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0,
+    batch: Sequence[int] = _NO_BATCH, fixed: Sequence[int] = (0, 0, 0, 0, 0, 0, 0),
     update: Sequence[float] = _NO_UPDATE,
 ) -> None:  # fmt: skip
-    x = x.detach()
-    data = dense(x)
-    weight, bias = _optional(weight, x), _optional(bias, x)
+    weight = None if weight is None else _vector(weight, data)
+    bias = None if bias is None else _vector(bias, data)
     packed = _FORWARD.pack(
-        _DTYPES[x.dtype], stages, torch.get_num_threads(), *_geometry(x),
+        _DTYPES[data.dtype], stages, torch.get_num_threads(), *geometry,
         data.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), eps, *batch, *fixed, *update,
     )  # fmt: skip
     _check(_library()[0].runningbn_forward(packed))
 
 
 def _backward(
-    dy: Tensor, x: Tensor, stages: int, weight: Tensor | None, mean: Tensor, rstd: Tensor, *,
-    means: Sequence[int] = (0, 0), kappas: Sequence[int] = (0, 0), running: Sequence[int] = (0, 0, 0),
-    gains: Sequence[int] = (0, 0),
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, x: Tensor, stages: int, weight: Tensor | None, mean: int, rstd: int, vectors: Sequence[int]
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """dx where it is asked for, and the sums, which are empty where they are not."""
-    dx = empty_like(x) if stages & _APPLY else None
-    mean, rstd, weight = _vector(mean, x), _vector(rstd, x), _optional(weight, x)
-    sums = torch.empty_like(mean), torch.empty_like(mean)
-    data, gradient = dense(x), dense(dy.to(x.dtype), like=x)
+    data, geometry = _laid_out(x)
+    dy = _like(dy, data)
+    dx = torch.empty_like(data) if stages & _APPLY else None
+    dtype = _STATISTICS[x.dtype]
+    sum_dy, sum_dy_xhat = torch.empty(geometry[2], dtype=dtype), torch.empty(geometry[2], dtype=dtype)
+    weight = None if weight is None else _vector(weight, data)
     packed = _BACKWARD.pack(
-        _DTYPES[x.dtype], stages, torch.get_num_threads(), *_geometry(x),
-        gradient.data_ptr(), data.data_ptr(), _pointer(dx), _pointer(weight), mean.data_ptr(), rstd.data_ptr(),
-        *_pointers(sums), *means, *kappas, *running, *gains, 0,
+        _DTYPES[x.dtype], stages, torch.get_num_threads(), *geometry, dy.data_ptr(), data.data_ptr(), _pointer(dx),
+        _pointer(weight), mean, rstd, sum_dy.data_ptr(), sum_dy_xhat.data_ptr(), *vectors, 0,
     )  # fmt: skip
     _check(_library()[0].runningbn_backward(packed))
-    return dx, *sums
+    return dx, sum_dy, sum_dy_xhat
 
 
-def _geometry(x: Tensor) -> tuple[int, int, int, int]:
-    """Whether x is rows, and the sizes outside of the channels, of the channels and inside."""
-    channels = x.shape[1]
-    if is_rows(x):
-        return 1, x.numel() // channels, channels, 1
-    return 0, len(x), channels, x.numel() // (len(x) * channels)
+def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """x as dense rows or planes; whether it is rows, and the sizes outside of the channels, of them and inside."""
+    outer, channels, *inner = x.shape
+    size = math.prod(inner)
+    if x.is_contiguous():
+        return x, (0, outer, channels, size) if size > 1 or channels == 1 else (1, outer, channels, 1)
+    if inner and x.movedim(1, -1).is_contiguous():
+        return x, (1, outer * size, channels, 1)
+    return _laid_out(x.contiguous())
+
+
+def _like(dy: Tensor, data: Tensor) -> Tensor:
+    """A gradient in the dtype and layout of dense data."""
+    if dy.dtype is not data.dtype:
+        dy = dy.to(data.dtype)
+    if data.is_contiguous():
+        return dy.contiguous()
+    return dy if dy.stride() == data.stride() else torch.empty_like(data).copy_(dy)
 
 
 def _vector(vector: Tensor, like: Tensor) -> Tensor:
     """A per-channel vector as the library takes it beside data like these."""
-    return vector.to(_STATISTICS[like.dtype]).contiguous()
-
-
-def _optional(vector: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if vector is None else _vector(vector, like)
+    dtype = _STATISTICS[like.dtype]
+    return vector if vector.dtype is dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -235,22 +273,14 @@ def _pointers(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple([tensor.data_ptr() for tensor in tensors])
 
 
-def _rows(matrix: Tensor) -> range:
-    """Where the rows of a contiguous matrix begin."""
-    rows, columns = matrix.shape
-    first, size = matrix.data_ptr(), columns * matrix.element_size()
-    return range(first, first + rows * size, size)
-
-
-def _rule(momentum: Momentum) -> tuple[int, float, float, float] | None:
-    """A momentum for the library; None for a rule that somebody has derived."""
+def _rule(momentum: Momentum) -> tuple[int, float, float, float]:
     if momentum is None:
         return _CUMULATIVE, 0.0, 0.0, 0.0
-    if type(momentum) is Horizon:
+    if isinstance(momentum, Horizon):
         return _HORIZON, momentum.samples, momentum.start, momentum.fraction
-    if type(momentum) is SquareRoot:
+    if isinstance(momentum, SquareRoot):
         return _SQUARE_ROOT, momentum.momentum, 0.0, 0.0
-    return None if isinstance(momentum, (Horizon, SquareRoot)) else (_CONSTANT, momentum, 0.0, 0.0)
+    return _CONSTANT, momentum, 0.0, 0.0
 
 
 def _check(failed: int) -> None:

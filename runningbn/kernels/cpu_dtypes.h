@@ -1,13 +1,22 @@
 /* All loops and updates for one instruction set: ISA, TARGET, LANES. Leaves `loops_<ISA>_all`, by dtype. */
 
-#define VECTOR_OF_FLOATS JOIN(floats, ISA, vector)
-#define VECTOR_OF_DOUBLES JOIN(doubles, ISA, vector)
-#define VECTOR_OF_HALVES JOIN(halves, ISA, vector)
-#define VECTOR_OF_BITS JOIN(bits, ISA, vector)
-typedef float VECTOR_OF_FLOATS __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef double VECTOR_OF_DOUBLES __attribute__((vector_size(8 * LANES), aligned(8)));
-typedef uint16_t VECTOR_OF_HALVES __attribute__((vector_size(2 * LANES), aligned(2)));
-typedef uint32_t VECTOR_OF_BITS __attribute__((vector_size(4 * LANES), aligned(4)));
+/* LANES elements as doubles. The compiler's own conversion of vectors takes detours. */
+#if LANES == 8
+#define VECTOR_OF_FLOATS(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
+#define VECTOR_OF_BFLOAT16S(p)                 \
+    _mm512_cvtps_pd(_mm256_castsi256_ps(       \
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16)))
+#define VECTOR_OF_DOUBLES(p) _mm512_loadu_pd(p)
+#elif LANES == 4
+#define VECTOR_OF_FLOATS(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
+#define VECTOR_OF_BFLOAT16S(p) \
+    _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(p))), 16)))
+#define VECTOR_OF_DOUBLES(p) _mm256_loadu_pd(p)
+#else
+#define VECTOR_OF_FLOATS(p) (pair){(p)[0], (p)[1]}
+#define VECTOR_OF_BFLOAT16S(p) (pair){from_bfloat16((p)[0]), from_bfloat16((p)[1])}
+#define VECTOR_OF_DOUBLES(p) (pair){(p)[0], (p)[1]}
+#endif
 
 #define REAL float
 #define MAXIMUM 3.4028234663852886e38
@@ -19,7 +28,7 @@ typedef uint32_t VECTOR_OF_BITS __attribute__((vector_size(4 * LANES), aligned(4
 #define ELEMENT float
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
-#define LOAD_VECTOR(p) __builtin_convertvector(*(const VECTOR_OF_FLOATS *)(p), VECTOR_OF_DOUBLES)
+#define LOAD_VECTOR(p) VECTOR_OF_FLOATS(p)
 #include "cpu_loops.h"
 #undef DTYPE
 #undef ELEMENT
@@ -31,10 +40,7 @@ typedef uint32_t VECTOR_OF_BITS __attribute__((vector_size(4 * LANES), aligned(4
 #define ELEMENT uint16_t
 #define LOAD(p) from_bfloat16(*(p))
 #define STORE(p, value) (*(p) = to_bfloat16(value))
-#define LOAD_VECTOR(p)                                                                                      \
-    __builtin_convertvector(                                                                                \
-        (VECTOR_OF_FLOATS)(__builtin_convertvector(*(const VECTOR_OF_HALVES *)(p), VECTOR_OF_BITS) << 16), \
-        VECTOR_OF_DOUBLES)
+#define LOAD_VECTOR(p) VECTOR_OF_BFLOAT16S(p)
 #include "cpu_loops.h"
 #undef DTYPE
 #undef ELEMENT
@@ -56,7 +62,7 @@ typedef uint32_t VECTOR_OF_BITS __attribute__((vector_size(4 * LANES), aligned(4
 #define ELEMENT double
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
-#define LOAD_VECTOR(p) (*(const VECTOR_OF_DOUBLES *)(p))
+#define LOAD_VECTOR(p) VECTOR_OF_DOUBLES(p)
 #include "cpu_loops.h"
 #undef DTYPE
 #undef ELEMENT
@@ -72,9 +78,8 @@ static const Loops *const JOIN(loops, ISA, all)[] = {
     &JOIN(loops, ISA, float), &JOIN(loops, ISA, bfloat16), &JOIN(loops, ISA, double)};
 
 #undef VECTOR_OF_FLOATS
+#undef VECTOR_OF_BFLOAT16S
 #undef VECTOR_OF_DOUBLES
-#undef VECTOR_OF_HALVES
-#undef VECTOR_OF_BITS
 #undef ISA
 #undef TARGET
 #undef LANES

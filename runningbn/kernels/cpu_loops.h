@@ -8,7 +8,7 @@
    Sums are taken in double, about a pivot: no run of additions is long enough, and no mean far enough, to matter.
    Several accumulators hide the latency of an addition. */
 
-typedef double NAME(vector) __attribute__((vector_size(8 * LANES), aligned(8)));
+typedef double NAME(vector) __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 #define VECTOR NAME(vector)
 
 /* Channels by themselves, each of them some rows of `inner` consecutive elements. For every outer index the channels
@@ -120,7 +120,7 @@ TARGET static void NAME(rows_sums)(const void *dy_, const void *x_, const double
             const VECTOR p = *(const VECTOR *)(pivot + c);
             for (int64_t r = top; r < bottom; r++) {
                 const VECTOR d = LOAD_VECTOR(x + r * columns + c) - p;
-                const VECTOR g = dy ? LOAD_VECTOR(dy + r * columns + c) : d;
+                const VECTOR g = dy ? (VECTOR)LOAD_VECTOR(dy + r * columns + c) : d;
                 *s += g;
                 *q += g * d;
             }
@@ -165,20 +165,42 @@ TARGET static void NAME(rows_map)(const void *dy_, const void *x_, void *out_, c
                                   int64_t begin, int64_t end) {
     const REAL *restrict centre = scratch->centre, *restrict slope = scratch->slope, *restrict base = scratch->base;
     const REAL *restrict scale = scratch->scale;
-    /* Backwards: what the sums have read last is still in cache. */
-    for (int64_t r = end - 1; r >= begin; r--) {
-        const ELEMENT *restrict xs = (const ELEMENT *)x_ + r * columns;
-        ELEMENT *restrict outs = (ELEMENT *)out_ + r * columns;
-        if (dy_) {
-            const ELEMENT *restrict gs = (const ELEMENT *)dy_ + r * columns;
+    const ELEMENT *dy = dy_, *x = x_;
+    ELEMENT *out = out_;
+#define MAP(r) STORE(out##r + c, (LOAD(x##r + c) - centre[c]) * slope[c] + base[c]);
+#define MAP_DY(r) STORE(out##r + c, LOAD(dy##r + c) * scale[c] + ((LOAD(x##r + c) - centre[c]) * slope[c] + base[c]));
+    /* Backwards: what the sums have read last is still in cache. Four rows share what is loaded of the coefficients. */
+    int64_t r = end;
+    for (; r - 4 >= begin; r -= 4) {
+        const int64_t at = (r - 4) * columns;
+        const ELEMENT *restrict x0 = x + at, *restrict x1 = x0 + columns, *restrict x2 = x1 + columns;
+        const ELEMENT *restrict x3 = x2 + columns;
+        ELEMENT *restrict out0 = out + at, *restrict out1 = out0 + columns, *restrict out2 = out1 + columns;
+        ELEMENT *restrict out3 = out2 + columns;
+        if (dy) {
+            const ELEMENT *restrict dy0 = dy + at, *restrict dy1 = dy0 + columns, *restrict dy2 = dy1 + columns;
+            const ELEMENT *restrict dy3 = dy2 + columns;
 #pragma omp simd
-            for (int64_t c = 0; c < columns; c++)
-                STORE(outs + c, LOAD(gs + c) * scale[c] + ((LOAD(xs + c) - centre[c]) * slope[c] + base[c]));
+            for (int64_t c = 0; c < columns; c++) { MAP_DY(0) MAP_DY(1) MAP_DY(2) MAP_DY(3) }
         } else {
 #pragma omp simd
-            for (int64_t c = 0; c < columns; c++) STORE(outs + c, (LOAD(xs + c) - centre[c]) * slope[c] + base[c]);
+            for (int64_t c = 0; c < columns; c++) { MAP(0) MAP(1) MAP(2) MAP(3) }
         }
     }
+    for (; r > begin; r--) {
+        const ELEMENT *restrict x0 = x + (r - 1) * columns;
+        ELEMENT *restrict out0 = out + (r - 1) * columns;
+        if (dy) {
+            const ELEMENT *restrict dy0 = dy + (r - 1) * columns;
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) MAP_DY(0)
+        } else {
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) MAP(0)
+        }
+    }
+#undef MAP
+#undef MAP_DY
 }
 
 /* The first element of each channel. */
