@@ -16,9 +16,10 @@
 
 #define GROUP 64               /* channels at a time, at most */
 #define GROUP_BYTES (1 << 18)  /* of data in them: half of a small core's cache, with as much for what comes out */
-#define ROWS 16                /* of a block of `rows_sums` */
+#define ROWS 8                 /* of a block of `rows_sums` */
+#define BLOCK (1 << 15)        /* elements that are mapped at a time, of rows */
 #define LARGE (1 << 15)        /* elements that are worth a thread */
-#define NARROW 64              /* rows with fewer columns are widened */
+#define NARROW 256             /* rows with fewer columns are widened */
 
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
@@ -132,6 +133,20 @@ static void move_pivots(const Job *job, int64_t begin, int64_t end) {
 
 static int sums_twice(const Job *job) { return job->forward && job->forward->dtype == DOUBLE; }
 
+/* The elements from `offset` on. */
+static const void *advance(const Job *job, const void *data, int64_t offset) {
+    return data ? (const char *)data + offset * job->loops->element_size : NULL;
+}
+
+/* Wide rows, in blocks that go backwards: what the sums have read last is still in cache. Within a block they go
+   forwards, as memory is fetched ahead. */
+static void map_rows(const Job *job, int64_t begin, int64_t end) {
+    const int64_t most = BLOCK / job->scratch.columns + 1;
+    for (int64_t stop = end; stop > begin; stop -= most)
+        job->loops->rows_map(job->dy, job->x, job->out, &job->scratch, job->scratch.columns,
+                             stop - most > begin ? stop - most : begin, stop);
+}
+
 /* Channels of a thread, from sums to map. */
 static void by_channels(int64_t begin, int64_t end, void *context) {
     const Job *job = context;
@@ -189,20 +204,14 @@ static void sums_of_parts(int64_t begin, int64_t end, void *context) {
 
 static void map_of_parts(int64_t begin, int64_t end, void *context) {
     const Job *job = context;
-    const Scratch *s = &job->scratch;
     for (int64_t t = begin; t < end; t++) {
         const Part part = part_of(job, t);
         if (job->rows)
-            job->loops->rows_map(job->dy, job->x, job->out, s, s->columns, part.begin, part.end);
+            map_rows(job, part.begin, part.end);
         else
-            job->loops->planes_map(job->dy, job->x, job->out, s, job->channels, job->inner, part.begin, part.end, 0,
-                                   job->channels, part.inner_begin, part.inner_end);
+            job->loops->planes_map(job->dy, job->x, job->out, &job->scratch, job->channels, job->inner, part.begin,
+                                   part.end, 0, job->channels, part.inner_begin, part.inner_end);
     }
-}
-
-/* The elements from `offset` on, for the rows that fill no wide one. */
-static const void *advance(const Job *job, const void *data, int64_t offset) {
-    return data ? (const char *)data + offset * job->loops->element_size : NULL;
 }
 
 static void sums_by_parts(Job *job) {
@@ -249,7 +258,9 @@ static int64_t widening(const Job *job) {
         const int64_t rest = a % b;
         a = b, b = rest;
     }
-    const int64_t repeats = 32 / a * (job->channels < 8 ? 4 : 1);
+    /* 32 / a rows are whole strips of the widest vectors. */
+    int64_t repeats = 32 / a;
+    while (repeats * job->channels < NARROW) repeats *= 2;
     return job->outer >= 4 * repeats ? repeats : 1;
 }
 
@@ -288,7 +299,7 @@ static int execute(Job *job, int64_t dtype, int64_t threads) {
     }
     if (!(job->stages & (SUMS | APPLY)))
         finish(job, 0, job->channels);
-    else if (!job->rows && balanced)
+    else if (!job->rows && balanced && job->stages & SUMS)
         run(job->threads, by_channels, job);
     else
         by_parts(job);

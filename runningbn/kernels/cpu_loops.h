@@ -165,42 +165,19 @@ TARGET static void NAME(rows_map)(const void *dy_, const void *x_, void *out_, c
                                   int64_t begin, int64_t end) {
     const REAL *restrict centre = scratch->centre, *restrict slope = scratch->slope, *restrict base = scratch->base;
     const REAL *restrict scale = scratch->scale;
-    const ELEMENT *dy = dy_, *x = x_;
-    ELEMENT *out = out_;
-#define MAP(r) STORE(out##r + c, (LOAD(x##r + c) - centre[c]) * slope[c] + base[c]);
-#define MAP_DY(r) STORE(out##r + c, LOAD(dy##r + c) * scale[c] + ((LOAD(x##r + c) - centre[c]) * slope[c] + base[c]));
-    /* Backwards: what the sums have read last is still in cache. Four rows share what is loaded of the coefficients. */
-    int64_t r = end;
-    for (; r - 4 >= begin; r -= 4) {
-        const int64_t at = (r - 4) * columns;
-        const ELEMENT *restrict x0 = x + at, *restrict x1 = x0 + columns, *restrict x2 = x1 + columns;
-        const ELEMENT *restrict x3 = x2 + columns;
-        ELEMENT *restrict out0 = out + at, *restrict out1 = out0 + columns, *restrict out2 = out1 + columns;
-        ELEMENT *restrict out3 = out2 + columns;
-        if (dy) {
-            const ELEMENT *restrict dy0 = dy + at, *restrict dy1 = dy0 + columns, *restrict dy2 = dy1 + columns;
-            const ELEMENT *restrict dy3 = dy2 + columns;
+    for (int64_t r = begin; r < end; r++) {
+        const ELEMENT *restrict xs = (const ELEMENT *)x_ + r * columns;
+        ELEMENT *restrict outs = (ELEMENT *)out_ + r * columns;
+        if (dy_) {
+            const ELEMENT *restrict gs = (const ELEMENT *)dy_ + r * columns;
 #pragma omp simd
-            for (int64_t c = 0; c < columns; c++) { MAP_DY(0) MAP_DY(1) MAP_DY(2) MAP_DY(3) }
+            for (int64_t c = 0; c < columns; c++)
+                STORE(outs + c, LOAD(gs + c) * scale[c] + ((LOAD(xs + c) - centre[c]) * slope[c] + base[c]));
         } else {
 #pragma omp simd
-            for (int64_t c = 0; c < columns; c++) { MAP(0) MAP(1) MAP(2) MAP(3) }
+            for (int64_t c = 0; c < columns; c++) STORE(outs + c, (LOAD(xs + c) - centre[c]) * slope[c] + base[c]);
         }
     }
-    for (; r > begin; r--) {
-        const ELEMENT *restrict x0 = x + (r - 1) * columns;
-        ELEMENT *restrict out0 = out + (r - 1) * columns;
-        if (dy) {
-            const ELEMENT *restrict dy0 = dy + (r - 1) * columns;
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) MAP_DY(0)
-        } else {
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) MAP(0)
-        }
-    }
-#undef MAP
-#undef MAP_DY
 }
 
 /* The first element of each channel. */

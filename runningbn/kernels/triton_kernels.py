@@ -1,8 +1,8 @@
 """The kernels behind `triton`, whose Python side says how they are launched.
 
-Shapes: x is (N, C, S) in memory, which are `outer`, `channels` and `inner`; rows, (M, C), are N = M and S = 1. A tile is
-BN × BC × BS of it. Tiles are numbered within a block of BC channels, along S first; a program takes `tiles` of them one
-after the other, its `split`. n = N·S elements per channel.
+Shapes: x is (N, C, S) in memory, with the sizes `outer`, `channels` and `inner`; rows, (M, C), are N = M, S = 1. It is
+cut into tiles of BN × BC × BS, which are numbered within a block of BC channels, along S first. A program takes `tiles`
+of them one after the other, its `split`. n = N·S elements per channel.
 
 Sums over x are in the dtype of the statistics. What there is of one value per channel is computed in float64, to be
 rounded where it is stored: it costs nothing beside the sweep, and the update is then as exact as its buffers.
@@ -56,21 +56,22 @@ def batch_statistics(
     c = block * BC + tl.arange(0, BC)
     exists = c < channels
 
-    # About the mean of the first tile. With k tiles in a split, it is off by at most √(k − 1) standard deviations of the
-    # elements of the split, however they are ordered: a tile is 1/k of them. No more than log2(k) bits cancel.
-    tile = split * tiles
-    base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
-    values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
-    of_tile = _elements(tile + 1, outer, inner, BN, BS) - _elements(tile, outer, inner, BN, BS)
-    pivot = _per_channel(values) / of_tile.to(dtype)
-    spread = pivot[None, :, None]
-    deviation = tl.where(mask, values - spread, 0)
-    sums, sqrs = deviation, deviation * deviation
-    last = tl.minimum(tile + tiles, _number_of_tiles(outer, inner, BN, BS))
-    for tile in range(split * tiles + 1, last):
+    # About the mean of the first tile, or of the second where the first is the short end of a plane. A tile is about
+    # 1/k of a split of k tiles, so however the elements are ordered, its mean is off by no more than about √k of their
+    # standard deviations, and log2(k) bits cancel.
+    first = split * tiles
+    last = tl.minimum(first + tiles, _number_of_tiles(outer, inner, BN, BS))
+    of_first, of_second = _elements_of(first, outer, inner, BN, BS), _elements_of(first + 1, outer, inner, BN, BS)
+    second_is_longer = (first + 1 < last) & (of_second > of_first)
+    chosen, elements = first + second_is_longer.to(tl.int32), tl.where(second_is_longer, of_second, of_first)
+    base, local, mask = _tile(chosen, block, outer, channels, inner, ROWS, BN, BC, BS)
+    pivot = _per_channel(tl.load(x + base + local, mask=mask, other=0).to(dtype)) / elements.to(dtype)
+    sums = tl.zeros([BN, BC, BS], dtype)
+    sqrs = tl.zeros([BN, BC, BS], dtype)
+    for tile in range(first, last):
         base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
         values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
-        deviation = tl.where(mask, values - spread, 0)
+        deviation = tl.where(mask, values - pivot[None, :, None], 0)
         sums += deviation
         sqrs += deviation * deviation
     partial = scratch + split.to(tl.int64) * channels + c
@@ -80,12 +81,13 @@ def batch_statistics(
     tl.store(partial + 2 * step, _per_channel(sqrs), mask=exists)
 
     if _is_last(counter + block, splits):
-        eps = eps.to(tl.int64).to(tl.float64, bitcast=True)
         mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP)
         n = (outer.to(tl.int64) * inner).to(tl.float64)
         if ABSORBS:
             a = _batch_weight(RULE, given_weight, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
-            of_state = _absorb(mean, squares, n, a, batch_samples.to(tl.float64), state, c, exists, WHOLE_BATCHES, RUNNING)
+            of_state = _absorb(
+                mean, squares, n, a, batch_samples.to(tl.float64), state, c, exists, WHOLE_BATCHES, RUNNING
+            )
             if block == 0:
                 tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
         if RUNNING:
@@ -93,7 +95,7 @@ def batch_statistics(
             _store_rows(fixed, 2, of_state, channels, c, exists)
         else:
             var = squares / n
-        rstd = 1 / tl.sqrt(var + eps)
+        rstd = 1 / tl.sqrt(var + _number(eps))
         tl.store(fixed + c, mean.to(dtype), mask=exists)
         tl.store(fixed + channels + c, rstd.to(dtype), mask=exists)
         _store_affine(scratch + 3 * step, mean, rstd, weight, bias, channels, c, exists)
@@ -109,7 +111,7 @@ def recall(scratch, weight, bias, fixed, state, channels, splits, eps, BC: tl.co
     keep, gain = _float64(state.last_keep, c, exists), _float64(state.last_gain, c, exists)
     count, samples = _float64(state.count, c, exists), _float64(state.samples, c, exists)
     kappa_mean, kappa_var = _kappas(var, gain, count, samples, dtype)
-    rstd = 1 / tl.sqrt(var + eps.to(tl.int64).to(tl.float64, bitcast=True))
+    rstd = 1 / tl.sqrt(var + _number(eps))
     tl.store(fixed + c, mean.to(dtype), mask=exists)
     tl.store(fixed + channels + c, rstd.to(dtype), mask=exists)
     _store_rows(fixed, 2, (mean, var, kappa_mean, kappa_var, keep, gain), channels, c, exists)
@@ -249,10 +251,7 @@ def absorb_sums(
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     exists = c < channels
-    if batch_samples.dtype.is_ptr():
-        samples = tl.load(batch_samples).to(tl.float64)
-    else:
-        samples = batch_samples.to(tl.float64)
+    samples = (tl.load(batch_samples) if batch_samples.dtype.is_ptr() else batch_samples).to(tl.float64)
     n = _float64(batch.count, c, exists)
     sums = _float64(batch.sums, c, exists)
     offset = sums / tl.where(n > 0, n, 1)
@@ -288,8 +287,10 @@ def absorb_gradient_sums(gradient, sum_dy, sum_dy_xhat, keep, gain, count, m0, m
 def _divisible(channels, inner, ROWS: tl.constexpr, DIVISOR: tl.constexpr):
     """The sizes, the one along which memory runs as a visible multiple of DIVISOR: it allows for vector loads."""
     if ROWS:
-        return channels // DIVISOR * DIVISOR, inner
-    return channels, inner // DIVISOR * DIVISOR
+        channels = channels // DIVISOR * DIVISOR
+    else:
+        inner = inner // DIVISOR * DIVISOR
+    return channels, inner
 
 
 @triton.jit
@@ -298,18 +299,21 @@ def _tile(
     ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """Where a tile begins, in elements, its offsets from there, (BN, BC, BS), and which of them exist."""
-    along = tl.cdiv(inner, BS)
-    n0, c0, s0 = tile // along * BN, block * BC, tile % along * BS
     n = tl.arange(0, BN)[:, None, None]
     c = tl.arange(0, BC)[None, :, None]
     s = tl.arange(0, BS)[None, None, :]
-    mask = (n0 + n < outer) & (c0 + c < channels) & (s0 + s < inner)
+    c0 = block * BC
     if ROWS:
-        local = n * channels + c + s
+        n0 = tile * BN
+        base, local = n0.to(tl.int64) * channels + c0, n * channels + c + s
+        mask = (n0 + n < outer) & (c0 + c < channels) & (s == 0)
     else:
+        along = tl.cdiv(inner, BS)
+        n0, s0 = tile // along * BN, tile % along * BS
         # Where channels · inner is more than an integer holds, BN is 1.
-        local = n * (channels * inner) + c * inner + s
-    return (n0.to(tl.int64) * channels + c0) * inner + s0, local, mask
+        base, local = (n0.to(tl.int64) * channels + c0) * inner + s0, n * (channels * inner) + c * inner + s
+        mask = (n0 + n < outer) & (c0 + c < channels) & (s0 + s < inner)
+    return base, local, mask
 
 
 @triton.jit
@@ -324,6 +328,12 @@ def _elements(tile, outer, inner, BN: tl.constexpr, BS: tl.constexpr):
     n = tl.minimum(tile // along * BN, outer).to(tl.int64)
     s = tl.minimum(tile % along * BS, inner).to(tl.int64)
     return n * inner + tl.minimum(outer - n, BN) * s
+
+
+@triton.jit
+def _elements_of(tile, outer, inner, BN: tl.constexpr, BS: tl.constexpr):
+    """Elements per channel in a tile, int64."""
+    return _elements(tile + 1, outer, inner, BN, BS) - _elements(tile, outer, inner, BN, BS)
 
 
 @triton.jit
@@ -395,6 +405,12 @@ def _merged(
 
 
 @triton.jit
+def _number(bits):
+    """The float64 of these bits, which come as an integer."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def _float64(vector, c, exists):
     return tl.load(vector + c, mask=exists, other=0).to(tl.float64)
 
@@ -440,24 +456,23 @@ def _store_affine(row, mean, rstd, weight, bias, channels, c, exists):
 
 
 @triton.jit
-def _batch_weight(RULE: tl.constexpr, given_weight, a, b, c_, batch_samples, state, c, exists):
-    """a, (BC,), float64, see momentum.py; `a`, `b` and `c_` are the arguments of the rule in bits."""
-    if RULE == GIVEN:
-        return _float64(given_weight, c, exists)
-    a = a.to(tl.int64).to(tl.float64, bitcast=True)
-    b = b.to(tl.int64).to(tl.float64, bitcast=True)
-    c_ = c_.to(tl.int64).to(tl.float64, bitcast=True)
-    batch = batch_samples.to(tl.float64)
+def _batch_weight(RULE: tl.constexpr, given_weight, rule_a, rule_b, rule_c, batch_samples, state, c, exists):
+    """a, (BC,), float64, see momentum.py; `rule_a` to `rule_c` are the arguments of the rule in bits."""
+    first, batch = _number(rule_a), batch_samples.to(tl.float64)
     samples = _float64(state.samples, c, exists)
-    if RULE == CUMULATIVE:
-        return 1 / (_float64(state.steps, c, exists) + 1)
-    if RULE == SQUARE_ROOT:
-        return samples * 0 + (1 - (1 - a) / tl.sqrt(_at_least(batch - 1, 1)))
-    if RULE == HORIZON:
+    if RULE == GIVEN:
+        result = _float64(given_weight, c, exists)
+    elif RULE == CUMULATIVE:
+        result = 1 / (_float64(state.steps, c, exists) + 1)
+    elif RULE == SQUARE_ROOT:
+        result = samples * 0 + (1 - (1 - first) / tl.sqrt(_at_least(batch - 1, 1)))
+    elif RULE == HORIZON:
         # samples, start, fraction
-        horizon = _at_least(c_ * samples, b)
-        return -_expm1(-batch / tl.where(horizon > a, a, horizon))
-    return samples * 0 + a
+        horizon = _at_least(_number(rule_c) * samples, _number(rule_b))
+        result = -_expm1(-batch / tl.where(horizon > first, first, horizon))
+    else:
+        result = samples * 0 + first
+    return result
 
 
 @triton.jit
@@ -528,10 +543,12 @@ def _absorb(
         of_state = tl.where((of_state < floor) & (samples < 20), floor, of_state)
     else:
         # Bessel's correction for weighted elements, see statistics.unbiased.
-        of_state /= _at_least(1 - count_sqrs / (divisor * divisor), EPS)
+        of_state /= _at_least(1 - count_sqrs / _at_least(divisor * divisor, TINY), EPS)
     mean = tl.where(absorbed, _rounded(pivot + offset, dtype), _float64(state.running_mean, c, exists))
     var = tl.where(absorbed, _rounded(of_state, dtype), _float64(state.running_var, c, exists))
 
+    # Several threads may hold the values of one channel, and one of them stores: not before all have loaded.
+    tl.debug_barrier()
     # Channels that ignore the batch keep their bits.
     tl.store(state.shift + c, pivot.to(dtype), mask=absorbed)
     tl.store(state.sums + c, sums.to(dtype), mask=absorbed)
@@ -570,6 +587,7 @@ def _absorb_gradient(gradient, sum_dy, sum_dy_xhat, keep, gain, n, c, exists):
     first = tl.where(finite, _rounded(keep * first + gain * sum_dy, dtype), first)
     second = tl.where(finite, _rounded(keep * second + gain * sum_dy_xhat, dtype), second)
     count = tl.where(finite, _rounded(keep * count + gain * n, dtype), count)
+    tl.debug_barrier()  # as in `_absorb`
     tl.store(gradient.sum_dy + c, first.to(dtype), mask=exists & finite)
     tl.store(gradient.sum_dy_xhat + c, second.to(dtype), mask=exists & finite)
     tl.store(gradient.count_dy + c, count.to(dtype), mask=exists & finite)
