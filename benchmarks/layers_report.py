@@ -15,6 +15,14 @@ from .cases import COPY, FASTAI, LAYOUTS, OURS, PEER
 Row = dict[str, Any]
 COLOURS = {"PreciseBatchNorm": "#0072B2", "RunningBatchNorm": "#D55E00", "RunningBatchNorm exact": "#009E73"}
 CAPTION_COLOUR = "#555555"
+# What the summary calls the grids that have a few shapes only.
+MARGINAL_GRIDS = {
+    "forward": "forward only",
+    "evaluation": "evaluation",
+    "one thread": "training step, one thread",
+    "default allocator": "training step, default allocator (page faults)",
+    "compiled": "training step, both compiled",
+}
 
 
 class Line(NamedTuple):
@@ -34,34 +42,23 @@ class Line(NamedTuple):
 
 def kind(row: Row) -> str:
     """Layout and dtype; the layouts that few tensors have are one kind."""
-    return f"{row['layout'] if row['layout'] in LAYOUTS else 'sliced or mixed layouts'}, {row['dtype']}"
+    return f"{row['layout'] if row['layout'] in LAYOUTS else 'sliced or mixed'}, {row['dtype']}"
 
 
 def summary(rows: Sequence[Row], by_kind: bool = False) -> list[Line]:
     """The training step by layout and dtype, then what else there is: in one line each, or by layout and dtype too."""
-    lines = []
     steps = of_grid(rows, "training step")
-    lines += _lines("training step", steps, time, True)
+    lines = _lines("training step", steps, time, True)
     resnet = [row for row in steps if row["count"] and row["shape"].startswith("32x")]
     lines += _lines("ResNet-50 at batch 32, by number of layers", resnet, time, by_kind, weigh=lambda row: row["count"])
-    for grid in ("forward", "evaluation", "one thread", "default allocator"):
-        lines += _lines(TITLES[grid], of_grid(rows, grid), time, by_kind)
-    lines += _lines(TITLES["compiled"], of_grid(rows, "compiled"), time, by_kind)
-    against = [row for row in of_grid(rows, "fastai") if FASTAI in row["ratio"]]
-    lines += _lines(TITLES["fastai"], against, time_of_fastai, by_kind)
+    for grid, label in MARGINAL_GRIDS.items():
+        lines += _lines(label, of_grid(rows, grid), time, by_kind)
+    lines += _lines("training step, relative to fastai's class", of_grid(rows, "fastai"), time_of_fastai, by_kind)
     lines += _lines("memory kept for backward", steps, memory, by_kind)
+    on_gpu = [row for row in steps if "peak bytes" in row]
+    lines += _lines("most memory taken in a training step", on_gpu, peak_memory, by_kind)
+    lines += _lines("training step, time of the host", on_gpu, time_of_host, by_kind)
     return lines
-
-
-TITLES = {
-    "training step": "training step",
-    "forward": "forward only",
-    "evaluation": "evaluation",
-    "one thread": "training step, one thread",
-    "default allocator": "training step, default allocator (page faults)",
-    "fastai": "training step, relative to fastai's class",
-    "compiled": "training step, both compiled",
-}
 
 
 def time(row: Row, layer: str) -> float:
@@ -77,6 +74,16 @@ def time_of_fastai(row: Row, layer: str) -> float:
 def memory(row: Row, layer: str) -> float:
     """Bytes kept for backward, relative to nn.BatchNorm's."""
     return float(row["saved bytes"][layer] / row["saved bytes"][PEER])
+
+
+def peak_memory(row: Row, layer: str) -> float:
+    """The most bytes taken during a call, relative to nn.BatchNorm's; GPU only."""
+    return float(row["peak bytes"][layer] / row["peak bytes"][PEER])
+
+
+def time_of_host(row: Row, layer: str) -> float:
+    """What the host takes to send the work, relative to nn.BatchNorm's; GPU only."""
+    return float(row["host milliseconds"][layer] / row["host milliseconds"][PEER])
 
 
 def of_grid(rows: Iterable[Row], grid: str) -> list[Row]:
@@ -117,6 +124,17 @@ def losses_title(rows: Sequence[Row]) -> str:
     """How many comparisons were lost."""
     compared = [row["ratio"][layer] for row in rows for layer in OURS]
     return f"slower than nn.BatchNorm in {sum(ratio > 1 for ratio in compared)} of {len(compared)} comparisons"
+
+
+def worst_errors(rows: Sequence[Row]) -> str:
+    """The largest error of everybody against float64, each relative to the largest value of its tensor."""
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        off = [row["error"] for row in rows if row["dtype"] == dtype]
+        names = [name for name in (PEER, *OURS, FASTAI) if any(name in errors for errors in off)]
+        worst = (f"{name} {max(errors.get(name, 0.0) for errors in off):.0e}" for name in names)
+        parts.append(f"{dtype}: {', '.join(worst)}")
+    return f"largest error against float64, relative to the largest value: {'; '.join(parts)}"
 
 
 def disturbed(rows: Sequence[Row]) -> str:
@@ -170,13 +188,21 @@ def figure(rows: Sequence[Row], where: str) -> Figure:
     drawing = Figure(figsize=(10.4, 5.6), dpi=150, layout="constrained")
     axes = drawing.add_subplot()
     axes.set_yscale("log", base=2)
-    axes.axhline(1, color="black", linewidth=1.4, zorder=2)
+    axes.axhline(1, color="black", linewidth=1.6, zorder=2)
+    axes.axhspan(1, 1e9, color="#f6f1ee", zorder=0)
+    for side, word in {"bottom": "slower", "top": "faster"}.items():
+        shift = 3 if side == "bottom" else -3
+        axes.annotate(
+            word, (1, 1), (-4, shift), xycoords=("axes fraction", "data"), textcoords="offset points",
+            ha="right", va=side, fontsize=9, color=CAPTION_COLOUR,
+        )  # fmt: skip
     width = 0.84 / len(OURS)
     for group, line in enumerate(lines):
+        sizes = [math.prod(map(int, row["shape"].split("x"))) for row in line.rows]
         for i, layer in enumerate(OURS):
             middle = group + (i - (len(OURS) - 1) / 2) * width
             # From left to right the tensors grow, so that overhead is on the left and bandwidth on the right.
-            ordered = [value for _, value in sorted(zip(map(elements, line.rows), line.values[layer], strict=True))]
+            ordered = [line.values[layer][place] for place in sorted(range(len(line.rows)), key=sizes.__getitem__)]
             steps = [(k + 0.5) / len(ordered) - 0.5 for k in range(len(ordered))]
             axes.scatter(
                 [middle + 0.82 * width * step for step in steps], ordered,
@@ -223,8 +249,3 @@ def _scale(axes: Any, values: list[float]) -> None:
 def _label(line: Line) -> str:
     layout, dtype = line.label.removeprefix(", ").rsplit(", ", 1)
     return f"{layout}\n{dtype}\n({len(line.rows)} cases)"
-
-
-def elements(row: Row) -> int:
-    """Of the input."""
-    return math.prod(map(int, row["shape"].split("x")))

@@ -300,8 +300,8 @@ def main() -> None:
     cases = [case for setting in settings for case in in_another_process(passed_on, setting)]
     Console().print(table(cases))
     if arguments.write:
-        name, also = ("models.json", "") if arguments.device == "cpu" else ("models_cuda.json", " --device cuda")
-        store(FOLDER / name, f"python -m benchmarks.models --write{also}", cases)
+        path = FOLDER / ("models.json" if arguments.device == "cpu" else "models_cuda.json")
+        store(path, " ".join(["python -m benchmarks.models", *sys.argv[1:]]), cases)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from runningbn.demo import results_figure, scores, training_notes
 from runningbn.demo_experiment import TEST_IMAGES, Run, Situation
 
 from .cases import COPY, FASTAI, OURS, PEER
-from .layers_report import Row, disturbed, figure, losses, losses_title, of_grid, page_faults, summary
+from .layers_report import Row, disturbed, figure, losses, losses_title, of_grid, page_faults, summary, worst_errors
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -126,8 +126,8 @@ SPEED_INTRO = f"""# The layers beside nn.BatchNorm, case by case
 
 ![Time of a training step relative to nn.BatchNorm](speed.png)
 
-Times are relative to {PEER}1d/2d/3d in the same rounds of one process; above 1 is slower, and bold. Before timing, the
-output and the gradients of everybody were checked against float64. Made by `python -m benchmarks.readme` from what
+Times are relative to {PEER}1d, 2d or 3d in the same rounds of one process; above 1 is slower, and bold. Before timing,
+the output and the gradients of everybody were checked against float64. Made by `python -m benchmarks.readme` from what
 `python -m benchmarks.layers --write` measured.
 
 - *training step*: forward and backward, in eager mode. *forward*: in training, with gradients wanted. *evaluation*:
@@ -136,7 +136,7 @@ output and the gradients of everybody were checked against float64. Made by `pyt
   *cropped*: its border is cut off; *dy channels_last*: the gradient comes in another memory format than x.
 - The allocator keeps its pages (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000`), but in *default allocator*.
   Page faults are per call, of {PEER} and of {", ".join(OURS)}.
-- *{FASTAI}* is the class of the fastai course; where it says "wrong result", its outcome did not pass the check.
+- *{FASTAI}* is the class of the fastai course; where it says "wrong result", it did not pass the check.
 - *{COPY}* is `y.copy_(x)`, a read and a write of memory. Where nothing stays in the cache, a training step reads or
   writes eight times, which is four copies.
 - *kept for backward* is what {PEER} keeps, the input included.
@@ -150,12 +150,18 @@ def speed_page() -> str:
         rows, where = layers(device)
         if not rows:
             continue
-        parts.append(f"## {title}\n\n{where}; {disturbed(rows)}.\n\n{summary_markdown(rows, by_kind=True)}\n")
+        about = f"{where}. {sentence(disturbed(rows))} {sentence(worst_errors(rows))}"
+        parts.append(f"## {title}\n\n{about}\n\n{summary_markdown(rows, by_kind=True)}\n")
         lost = "\n".join(f"- {line}" for line in losses(rows))
-        parts.append(f"### {title}: losses\n\n{losses_title(rows).capitalize()}.\n\n{lost}\n")
+        parts.append(f"### {title}: losses\n\n{sentence(losses_title(rows))}\n\n{lost}\n")
         for grid in dict.fromkeys(row["grid"] for row in rows):
             parts.append(f"### {title}: {grid}\n\n{case_markdown(of_grid(rows, grid))}\n")
     return "\n".join(parts)
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def recalibration_speed() -> str:

@@ -70,6 +70,26 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _run_backends(arguments: argparse.Namespace) -> int:
+    from runningbn import kernels
+
+    rows = [("backend", "version", "takes", "here")]
+    for name, backend in kernels.BACKENDS.items():
+        reason = backend.unavailable()
+        rows.append((name, backend.version() or "-", kernels.TAKES[name], f"no: {reason}" if reason else "yes"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    forced = kernels.forced_backend()
+    print(f"\nRUNNINGBN_BACKEND forces {forced!r}." if forced else "\nThe first that can takes an input.")
+    print("torch.compile traces plain torch operations and fuses them itself.")
+    return 0
+
+
 COMMANDS = (
     Command(
         name="demo",
@@ -78,6 +98,12 @@ COMMANDS = (
         run=_run_demo,
         extra="demo",
         modules=("matplotlib", "rich", "sklearn"),
+    ),
+    Command(
+        name="backends",
+        help="list the kernels, with their versions and the reason why one cannot be used here",
+        add_arguments=_add_no_arguments,
+        run=_run_backends,
     ),
 )
 

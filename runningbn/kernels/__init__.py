@@ -49,10 +49,15 @@ from torch import Tensor
 
 from ..momentum import Horizon, Momentum, SquareRoot
 from ..statistics import Sums
-from . import aten, cpu
+from . import aten, cpu, triton
 
 Backend = Any  # a module with the functions above
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "aten": aten}
+BACKENDS: dict[str, Backend] = {"triton": triton, "cpu": cpu, "aten": aten}
+TAKES = {
+    "triton": "NVIDIA GPUs: float32, bfloat16, float16, float64",
+    "cpu": "CPU: float32, bfloat16, float64",
+    "aten": "anything",
+}
 
 _FUSED = [backend for backend in BACKENDS.values() if hasattr(backend, "training_forward")]
 # A rule that somebody has derived from one of these may say something else.
@@ -65,7 +70,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Let one backend take every input of eager mode, in all threads, until the block is left.
 
     Args:
-        name: ``"cpu"`` (C, on the CPU) or ``"aten"`` (plain torch, anywhere).
+        name: ``"triton"`` (NVIDIA GPUs), ``"cpu"`` (C, on the CPU) or ``"aten"`` (plain torch, anywhere).
 
     Raises:
         ValueError: for a name that is none of these.
@@ -85,6 +90,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forced_backend() -> str | None:
+    """What `use_backend` or RUNNINGBN_BACKEND names now."""
+    return _forced
 
 
 def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:

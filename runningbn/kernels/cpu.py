@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
@@ -34,6 +35,7 @@ _CONSTANT, _CUMULATIVE, _HORIZON, _SQUARE_ROOT, _GIVEN = range(5)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _STATISTICS = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
+Prepared = tuple[tuple[Tensor, ...], tuple[int, ...]]
 # Of a backward call: m0, m1, kappa_mean, kappa_var, three running sums, keep, gain.
 _NO_VECTORS: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 0)
 # Layers whose buffers are known; looking at a dozen tensors takes longer than a small batch.
@@ -65,20 +67,20 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def prepared(buffers: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-    """Where the buffers of a layer lie; None if they are no memory that the library can update."""
+def prepared(buffers: tuple[Tensor, ...]) -> Prepared | None:
+    """The buffers of a layer, and where they lie; None if they are no memory that the library can update."""
     pointers = tuple([tensor.data_ptr() for tensor in buffers])
     found = _prepared.get(id(buffers[0]))
     # The same tensors at the same place as when they were looked at: what they hold has not become something else.
     if found is not None and found[0] == pointers and all(map(is_, [known() for known in found[1]], buffers)):
-        return pointers
+        return buffers, pointers
     dtype = buffers[0].dtype
     if not all(t.is_contiguous() and t.is_cpu and (t.dtype is dtype or t.dtype is torch.int64) for t in buffers):
         return None
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
     _prepared[id(buffers[0])] = pointers, [weakref.ref(tensor) for tensor in buffers]
-    return pointers
+    return buffers, pointers
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, None]:
@@ -139,7 +141,7 @@ def batch_norm_gradients(
 
 
 def training_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: tuple[int, ...], momentum: Momentum,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: Prepared, momentum: Momentum,
     running: bool, absorbs: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and `fixed`. Without `absorbs`, as in a recomputation, the state is taken as it is."""
@@ -154,20 +156,23 @@ def training_forward(
         stages |= _SUMS
     if absorbs or running:
         stages |= _ABSORB
-    update = (running, absorbs, weighs_whole_batches(momentum), *_rule(momentum), 0, len(x), *state)
+    update = (running, absorbs, weighs_whole_batches(momentum), *_rule(momentum), 0, len(x), *state[1])
     _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, (first, 0, first + row, *others), update)
+    if absorbs:
+        increment_version(state[0])
     return y, fixed
 
 
 def training_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: tuple[int, ...] | None, needs_dx: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: Prepared | None, needs_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(dx, Σdy, Σdy·z): with the running means of these sums where `gradient` is given, which absorbs them first."""
     first, row = fixed.data_ptr(), fixed.shape[1] * fixed.element_size()
     stages, vectors = _SUMS | _APPLY if needs_dx else _SUMS, _NO_VECTORS
     if gradient is not None:
+        increment_version(gradient[0])
         stages |= _ABSORB
-        vectors = (0, 0, 0, 0, *gradient, first + 4 * row, first + 5 * row)
+        vectors = (0, 0, 0, 0, *gradient[1], first + 4 * row, first + 5 * row)
     elif len(fixed) > 2:
         vectors = (0, 0, first + 2 * row, first + 3 * row, 0, 0, 0, 0, 0)
     return _backward(dy, x, stages, weight, first, first + row, vectors)
@@ -187,6 +192,7 @@ def absorb(
         running, True, whole_batches, _GIVEN, 0.0, 0.0, 0.0, weight.data_ptr(), float(samples), *_pointers(state),
     )  # fmt: skip
     _check(_library()[0].runningbn_forward(packed))
+    increment_version(state)
     return tuple(out)
 
 
@@ -203,6 +209,7 @@ def absorb_gradient(
         *_pointers(out), 0, 0, *_pointers(state), *_pointers(vectors[2:]), count.data_ptr(),
     )  # fmt: skip
     _check(_library()[0].runningbn_backward(packed))
+    increment_version(state)
     return out
 
 

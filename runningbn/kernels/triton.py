@@ -13,13 +13,13 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from struct import pack, unpack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..momentum import Horizon, Momentum, SquareRoot, batch_weight, weighs_whole_batches
+from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
 from ..statistics import GradientState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 from .layout import dense, empty_like, is_rows
@@ -33,12 +33,15 @@ __all__ = [
     "gradient_sums",
     "input_gradient",
     "normalize",
+    "prepared",
     "serves",
     "training_backward",
     "training_forward",
     "unavailable",
     "version",
 ]
+
+Buffers = TypeVar("Buffers", bound=tuple[Tensor, ...])
 
 _STATISTICS = {
     torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32,
@@ -52,7 +55,7 @@ _OLDEST_TRITON = (3, 3)
 _OLDEST_GPU = (8, 0)
 
 # The code in triton_kernels for the rule of a batch's weight.
-_CONSTANT, _CUMULATIVE, _HORIZON, _SQUARE_ROOT, _GIVEN = range(5)
+_CONSTANT, _CUMULATIVE, _HORIZON, _SQUARE_ROOT = range(4)
 
 # Threads of a program, and elements of a tile for each: whole vectors of every dtype, and sums that stay in registers.
 _THREADS, _PER_THREAD = 256, 16
@@ -130,6 +133,13 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def prepared(buffers: Buffers) -> Buffers | None:
+    """The buffers of a layer as they are; None if they are no memory that the kernels can update."""
+    dtype, device = buffers[0].dtype, buffers[0].device
+    fits = all(t.is_contiguous() and t.device == device and t.dtype in (dtype, torch.int64) for t in buffers)
+    return buffers if fits else None
+
+
 def training_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: State, momentum: Momentum,
     running: bool, absorbs: bool,
@@ -145,9 +155,8 @@ def training_forward(
     with _on(x.device):
         if absorbs or not running:
             rule, *parameters = _rule(momentum)
-            given = batch_weight(momentum, len(x), state.samples, state.steps) if rule == _GIVEN else None
             kernels.batch_statistics[(plan.blocks * splits,)](
-                data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, state, given,
+                data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, state,
                 *plan.sizes, splits, tiles, len(x), _bits(eps), *parameters,
                 RULE=rule, WHOLE_BATCHES=weighs_whole_batches(momentum), RUNNING=running, ABSORBS=absorbs,
                 BP=plan.at_once, **plan.tile, **_OPTIONS,
@@ -285,13 +294,10 @@ def _rule(momentum: Momentum) -> tuple[int, int, int, int]:
     """The code of a rule, and its arguments as the kernels take them."""
     if momentum is None:
         return _CUMULATIVE, *_NO_ARGUMENTS
-    if type(momentum) is Horizon:
+    if isinstance(momentum, Horizon):
         return _HORIZON, _bits(momentum.samples), _bits(momentum.start), _bits(momentum.fraction)
-    if type(momentum) is SquareRoot:
+    if isinstance(momentum, SquareRoot):
         return _SQUARE_ROOT, _bits(momentum.momentum), *_NO_ARGUMENTS[1:]
-    if isinstance(momentum, (Horizon, SquareRoot)):
-        # Somebody has derived a rule of their own.
-        return _GIVEN, *_NO_ARGUMENTS
     return _CONSTANT, _bits(momentum), *_NO_ARGUMENTS[1:]
 
 

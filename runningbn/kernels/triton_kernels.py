@@ -19,7 +19,6 @@ CONSTANT = tl.constexpr(0)
 CUMULATIVE = tl.constexpr(1)
 HORIZON = tl.constexpr(2)
 SQUARE_ROOT = tl.constexpr(3)
-GIVEN = tl.constexpr(4)
 
 # torch.finfo(...).tiny, eps and max of float32 and float64. A tile of constants is float32 unless it cannot be, which
 # all of these then are exactly.
@@ -32,7 +31,7 @@ _RULE = ["batch_samples", "eps", "rule_a", "rule_b", "rule_c"]
 
 @triton.jit(do_not_specialize=[*_SIZES, *_RULE])
 def batch_statistics(
-    x, scratch, counter, weight, bias, fixed, state, given_weight,
+    x, scratch, counter, weight, bias, fixed, state,
     outer, channels, inner, splits, tiles, batch_samples, eps, rule_a, rule_b, rule_c,
     RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, ABSORBS: tl.constexpr,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
@@ -46,7 +45,6 @@ def batch_statistics(
         weight, bias: (C,) or None.
         fixed: (2 or 6, C), written: see the package.
         state: the buffers of a `State`, updated where ABSORBS.
-        given_weight: (C,), a where RULE is GIVEN.
         eps, rule_a, rule_b, rule_c: float64, as the integers of the same bits: Triton passes numbers as float32.
     """
     dtype = scratch.dtype.element_ty
@@ -84,7 +82,7 @@ def batch_statistics(
         mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP)
         n = (outer.to(tl.int64) * inner).to(tl.float64)
         if ABSORBS:
-            a = _batch_weight(RULE, given_weight, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
+            a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
             of_state = _absorb(
                 mean, squares, n, a, batch_samples.to(tl.float64), state, c, exists, WHOLE_BATCHES, RUNNING
             )
@@ -456,13 +454,11 @@ def _store_affine(row, mean, rstd, weight, bias, channels, c, exists):
 
 
 @triton.jit
-def _batch_weight(RULE: tl.constexpr, given_weight, rule_a, rule_b, rule_c, batch_samples, state, c, exists):
+def _batch_weight(RULE: tl.constexpr, rule_a, rule_b, rule_c, batch_samples, state, c, exists):
     """a, (BC,), float64, see momentum.py; `rule_a` to `rule_c` are the arguments of the rule in bits."""
     first, batch = _number(rule_a), batch_samples.to(tl.float64)
     samples = _float64(state.samples, c, exists)
-    if RULE == GIVEN:
-        result = _float64(given_weight, c, exists)
-    elif RULE == CUMULATIVE:
+    if RULE == CUMULATIVE:
         result = 1 / (_float64(state.steps, c, exists) + 1)
     elif RULE == SQUARE_ROOT:
         result = samples * 0 + (1 - (1 - first) / tl.sqrt(_at_least(batch - 1, 1)))
