@@ -22,6 +22,7 @@ from runningbn.demo_experiment import TEST_IMAGES, Run, Situation
 
 from .cases import COPY, FASTAI, OURS, PEER
 from .layers_report import Row, disturbed, figure, losses, losses_title, of_grid, page_faults, summary, worst_errors
+from .models import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -216,11 +217,22 @@ def example_table(name: str) -> str:
     return markdown([f"{contents['title']} in %", *next(iter(results.values()))], rows)
 
 
+def models() -> str:
+    """Whole training steps with the allocator that people have."""
+    contents = json.loads((RESULTS / "models.json").read_text())
+    return markdown_table({**contents, "cases": [case for case in contents["cases"] if case["allocator"] == "default"]})
+
+
 EXAMPLES = ("pruning", "weight_averaging", "domain_shift")
 
 # By page, the tables on it.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo_table, "speed": speed_summary, "recalibration speed": recalibration_speed},
+    "README.md": {
+        "demo": demo_table,
+        "speed": speed_summary,
+        "models": models,
+        "recalibration speed": recalibration_speed,
+    },
     "docs/recalibration.md": {"population": population_candidates, "error bars": error_bars}
     | {name: partial(example_table, name) for name in EXAMPLES},
 }

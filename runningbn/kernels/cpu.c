@@ -18,6 +18,7 @@
 #define GROUP_BYTES (1 << 18)  /* of data in them: half of a small core's cache, with as much for what comes out */
 #define ROWS 8                 /* of a block of `rows_sums` */
 #define BLOCK (1 << 15)        /* elements that are mapped at a time, of rows */
+#define RUN 16                 /* additions in float to one accumulator, at most */
 #define LARGE (1 << 15)        /* elements that are worth a thread */
 #define NARROW 256             /* rows with fewer columns are widened */
 
@@ -40,6 +41,10 @@ static inline uint16_t to_bfloat16(float value) {
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)(value != value ? 0x7fc0 : rounded);
 }
+
+/* Where a run of float additions to four vectors of 2 LANES ends, whole steps from i. */
+#define END_OF_RUN(i, count) \
+    ((i) + ((count) - (i) < RUN * 8 * LANES ? ((count) - (i)) / (8 * LANES) * (8 * LANES) : RUN * 8 * LANES))
 
 typedef double pair __attribute__((vector_size(16)));
 
@@ -87,7 +92,8 @@ const char *runningbn_initialize(ParallelFor function, const char *most) {
 }
 
 /* What cpu.py compares with its own, so that it never calls a library that was built from other sources. */
-const int64_t runningbn_version = 1, runningbn_forward_size = sizeof(Forward), runningbn_backward_size = sizeof(Backward);
+const int64_t runningbn_version = 1;
+const int64_t runningbn_forward_size = sizeof(Forward), runningbn_backward_size = sizeof(Backward);
 
 /* One call, forward or backward, as the driver below sees it. */
 typedef struct {

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
@@ -63,6 +62,8 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
         # Subclasses and modes want to see operations, and may have no memory.
         and type(x) in (Tensor, Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
+        # A negated view and a tensor of zeros do not mean what lies at their address.
+        and not (x.is_neg() or x._is_zerotensor())
         and _library()[1] is None
     )
 
@@ -157,9 +158,9 @@ def training_forward(
     if absorbs or running:
         stages |= _ABSORB
     update = (running, absorbs, weighs_whole_batches(momentum), *_rule(momentum), 0, len(x), *state[1])
-    _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, (first, 0, first + row, *others), update)
     if absorbs:
-        increment_version(state[0])
+        _note_change(state[0])
+    _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, (first, 0, first + row, *others), update)
     return y, fixed
 
 
@@ -170,7 +171,7 @@ def training_backward(
     first, row = fixed.data_ptr(), fixed.shape[1] * fixed.element_size()
     stages, vectors = _SUMS | _APPLY if needs_dx else _SUMS, _NO_VECTORS
     if gradient is not None:
-        increment_version(gradient[0])
+        _note_change(gradient[0])
         stages |= _ABSORB
         vectors = (0, 0, 0, 0, *gradient[1], first + 4 * row, first + 5 * row)
     elif len(fixed) > 2:
@@ -191,8 +192,8 @@ def absorb(
         first, second, 0, *(others or (0, 0, 0, 0)),
         running, True, whole_batches, _GIVEN, 0.0, 0.0, 0.0, weight.data_ptr(), float(samples), *_pointers(state),
     )  # fmt: skip
+    _note_change(state)
     _check(_library()[0].runningbn_forward(packed))
-    increment_version(state)
     return tuple(out)
 
 
@@ -208,8 +209,8 @@ def absorb_gradient(
         _DTYPES[like.dtype], _ABSORB, 1, 1, 1, len(like), 1, 0, 0, 0, 0, 0, 0, *_pointers(vectors[:2]),
         *_pointers(out), 0, 0, *_pointers(state), *_pointers(vectors[2:]), count.data_ptr(),
     )  # fmt: skip
+    _note_change(state)
     _check(_library()[0].runningbn_backward(packed))
-    increment_version(state)
     return out
 
 
@@ -270,6 +271,13 @@ def _vector(vector: Tensor, like: Tensor) -> Tensor:
     """A per-channel vector as the library takes it beside data like these."""
     dtype = _STATISTICS[like.dtype]
     return vector if vector.dtype is dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
+
+
+def _note_change(buffers: tuple[Tensor, ...]) -> None:
+    """Tell autograd that they are written, for whoever has saved one for a backward pass."""
+    # Tensors of inference mode have no such count, and there nobody asks.
+    if not (torch.is_inference_mode_enabled() and buffers[0].is_inference()):
+        torch.autograd.graph.increment_version(buffers)
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -7,11 +7,27 @@
     _mm512_cvtps_pd(_mm256_castsi256_ps(       \
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16)))
 #define VECTOR_OF_DOUBLES(p) _mm512_loadu_pd(p)
+#define FLOATS __m512
+#define NO_FLOATS _mm512_setzero_ps()
+#define LOAD_FLOATS(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define LOW(v) _mm512_cvtps_pd(_mm512_castps512_ps256(v))
+#define HIGH(v) _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))
+#define FLOATS_OF(low, high) \
+    _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1)
 #elif LANES == 4
 #define VECTOR_OF_FLOATS(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
 #define VECTOR_OF_BFLOAT16S(p) \
     _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(p))), 16)))
 #define VECTOR_OF_DOUBLES(p) _mm256_loadu_pd(p)
+#define FLOATS __m256
+#define NO_FLOATS _mm256_setzero_ps()
+#define LOAD_FLOATS(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define LOW(v) _mm256_cvtps_pd(_mm256_castps256_ps128(v))
+#define HIGH(v) _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))
+#define FLOATS_OF(low, high) \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(low)), _mm256_cvtpd_ps(high), 1)
 #else
 #define VECTOR_OF_FLOATS(p) (pair){(p)[0], (p)[1]}
 #define VECTOR_OF_BFLOAT16S(p) (pair){from_bfloat16((p)[0]), from_bfloat16((p)[1])}
@@ -25,24 +41,28 @@
 #include "cpu_state.h"
 
 #define DTYPE float
+#define SINGLE_RUNS 0
 #define ELEMENT float
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
 #define LOAD_VECTOR(p) VECTOR_OF_FLOATS(p)
 #include "cpu_loops.h"
 #undef DTYPE
+#undef SINGLE_RUNS
 #undef ELEMENT
 #undef LOAD
 #undef STORE
 #undef LOAD_VECTOR
 
 #define DTYPE bfloat16
+#define SINGLE_RUNS (LANES > 2)
 #define ELEMENT uint16_t
 #define LOAD(p) from_bfloat16(*(p))
 #define STORE(p, value) (*(p) = to_bfloat16(value))
 #define LOAD_VECTOR(p) VECTOR_OF_BFLOAT16S(p)
 #include "cpu_loops.h"
 #undef DTYPE
+#undef SINGLE_RUNS
 #undef ELEMENT
 #undef LOAD
 #undef STORE
@@ -59,12 +79,14 @@
 #include "cpu_state.h"
 
 #define DTYPE double
+#define SINGLE_RUNS 0
 #define ELEMENT double
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
 #define LOAD_VECTOR(p) VECTOR_OF_DOUBLES(p)
 #include "cpu_loops.h"
 #undef DTYPE
+#undef SINGLE_RUNS
 #undef ELEMENT
 #undef LOAD
 #undef STORE
@@ -77,6 +99,12 @@
 static const Loops *const JOIN(loops, ISA, all)[] = {
     &JOIN(loops, ISA, float), &JOIN(loops, ISA, bfloat16), &JOIN(loops, ISA, double)};
 
+#undef FLOATS
+#undef NO_FLOATS
+#undef LOAD_FLOATS
+#undef LOW
+#undef HIGH
+#undef FLOATS_OF
 #undef VECTOR_OF_FLOATS
 #undef VECTOR_OF_BFLOAT16S
 #undef VECTOR_OF_DOUBLES

@@ -4,6 +4,8 @@
        TARGET      the function attribute that selects the instruction set
        LANES       doubles per vector register
        ELEMENT, REAL, LOAD(p), STORE(p, value), LOAD_VECTOR(p)
+       SINGLE_RUNS whether runs of RUN additions are in float, for data of few digits; then with
+       FLOATS, LOAD_FLOATS(p), LOW(v), HIGH(v), FLOATS_OF(low, high): 2 LANES floats, their halves as doubles, and back
 
    Sums are taken in double, about a pivot: no run of additions is long enough, and no mean far enough, to matter.
    Several accumulators hide the latency of an addition. */
@@ -33,6 +35,24 @@ TARGET static void NAME(planes_sums)(const void *dy_, const void *x_, const doub
             int64_t i = 0;
             if (dy) {
                 const ELEMENT *restrict gs = dy + row + inner_begin;
+#if SINGLE_RUNS
+                while (i + 8 * LANES <= count) {
+                    FLOATS a0 = NO_FLOATS, a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
+                    const int64_t stop = END_OF_RUN(i, count);
+                    for (; i < stop; i += 8 * LANES) {
+#define TERM(k)                                                          \
+    {                                                                    \
+        const FLOATS g = LOAD_FLOATS(gs + i + 2 * k * LANES);            \
+        a##k += g;                                                       \
+        b##k += g * (LOAD_FLOATS(xs + i + 2 * k * LANES) - (float)p);    \
+    }
+                        TERM(0) TERM(1) TERM(2) TERM(3)
+#undef TERM
+                    }
+                    a0 = (a0 + a1) + (a2 + a3), b0 = (b0 + b1) + (b2 + b3);
+                    s0 += LOW(a0), s1 += HIGH(a0), q0 += LOW(b0), q1 += HIGH(b0);
+                }
+#endif
 #define TERM(k)                                                                          \
     {                                                                                    \
         const VECTOR g = LOAD_VECTOR(gs + i + k * LANES);                                \
@@ -48,6 +68,24 @@ TARGET static void NAME(planes_sums)(const void *dy_, const void *x_, const doub
                     q += g * ((double)LOAD(xs + i) - p);
                 }
             } else {
+#if SINGLE_RUNS
+                while (i + 8 * LANES <= count) {
+                    FLOATS a0 = NO_FLOATS, a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
+                    const int64_t stop = END_OF_RUN(i, count);
+                    for (; i < stop; i += 8 * LANES) {
+#define TERM(k)                                                                \
+    {                                                                          \
+        const FLOATS d = LOAD_FLOATS(xs + i + 2 * k * LANES) - (float)p;       \
+        a##k += d;                                                             \
+        b##k += d * d;                                                         \
+    }
+                        TERM(0) TERM(1) TERM(2) TERM(3)
+#undef TERM
+                    }
+                    a0 = (a0 + a1) + (a2 + a3), b0 = (b0 + b1) + (b2 + b3);
+                    s0 += LOW(a0), s1 += HIGH(a0), q0 += LOW(b0), q1 += HIGH(b0);
+                }
+#endif
 #define TERM(k)                                                    \
     {                                                              \
         const VECTOR d = LOAD_VECTOR(xs + i + k * LANES) - p;      \
@@ -87,6 +125,18 @@ TARGET static void NAME(rows_sums)(const void *dy_, const void *x_, const double
         for (; c + 4 * LANES <= columns; c += 4 * LANES) {
             VECTOR *s = (VECTOR *)(first + c), *q = (VECTOR *)(second + c);
             const VECTOR *p = (const VECTOR *)(pivot + c);
+#if SINGLE_RUNS
+            const FLOATS p0 = FLOATS_OF(p[0], p[1]), p1 = FLOATS_OF(p[2], p[3]);
+            FLOATS a0 = NO_FLOATS, a1 = a0, b0 = a0, b1 = a0;
+            for (int64_t r = top; r < bottom; r++) {
+                const ELEMENT *xs = x + r * columns + c, *gs = dy ? dy + r * columns + c : xs;
+                const FLOATS d0 = LOAD_FLOATS(xs) - p0, d1 = LOAD_FLOATS(xs + 2 * LANES) - p1;
+                const FLOATS g0 = dy ? (FLOATS)LOAD_FLOATS(gs) : d0, g1 = dy ? (FLOATS)LOAD_FLOATS(gs + 2 * LANES) : d1;
+                a0 += g0, a1 += g1, b0 += g0 * d0, b1 += g1 * d1;
+            }
+            s[0] += LOW(a0), s[1] += HIGH(a0), s[2] += LOW(a1), s[3] += HIGH(a1);
+            q[0] += LOW(b0), q[1] += HIGH(b0), q[2] += LOW(b1), q[3] += HIGH(b1);
+#else
             VECTOR s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3];
             if (dy) {
                 for (int64_t r = top; r < bottom; r++) {
@@ -114,6 +164,7 @@ TARGET static void NAME(rows_sums)(const void *dy_, const void *x_, const double
                 }
             }
             s[0] = s0, s[1] = s1, s[2] = s2, s[3] = s3, q[0] = q0, q[1] = q1, q[2] = q2, q[3] = q3;
+#endif
         }
         for (; c + LANES <= columns; c += LANES) {
             VECTOR *s = (VECTOR *)(first + c), *q = (VECTOR *)(second + c);
@@ -141,7 +192,8 @@ TARGET static void NAME(planes_map)(const void *dy_, const void *x_, void *out_,
                                     int64_t begin, int64_t end, int64_t inner_begin, int64_t inner_end) {
     const ELEMENT *dy = dy_, *x = x_;
     ELEMENT *out = out_;
-    for (int64_t n = outer_begin; n < outer_end; n++)
+    /* Samples backwards: what the sums have read last is still in cache. */
+    for (int64_t n = outer_end - 1; n >= outer_begin; n--)
         for (int64_t c = begin; c < end; c++) {
             const int64_t row = (n * channels + c) * inner + inner_begin, count = inner_end - inner_begin;
             const ELEMENT *restrict xs = x + row;

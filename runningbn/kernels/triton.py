@@ -127,6 +127,8 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
         # Subclasses and modes want to see operations, and may have no memory.
         and type(x) in (Tensor, Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
+        # A negated view and a tensor of zeros do not mean what lies at their address.
+        and not (x.is_neg() or x._is_zerotensor())
         and x.numel() > 0
         and (x.dim() < 2 or (x.shape[1] <= _MOST_CHANNELS and x.numel() // x.shape[1] <= _LARGEST_SIZE))
         and _can_use(x.get_device())
