@@ -48,6 +48,14 @@ class _Layer(PooledStatistics):
         value: Tensor | None = getattr(self, name)
         return value
 
+    def _weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self._own("weight"), self._own("bias")
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            # functional_call passes on whatever it is given, and kernels take it for C numbers.
+            if parameter is not None and parameter.numel() != self.num_features:
+                raise RuntimeError(f"{name}: expected shape ({self.num_features},), got {tuple(parameter.shape)}")
+        return weight, bias
+
     def _ranks(self) -> RankGroup | None:
         """The ranks to pool this forward over."""
         return ranks_of(self.process_group) if self.sync and self.training and self.num_features > 0 else None
@@ -60,7 +68,8 @@ class _Layer(PooledStatistics):
 
     def _normalize_only(self, x: Tensor, ranks: RankGroup | None) -> Tensor:
         """Normalise by the running statistics, or by the batch where ``nn.BatchNorm`` would, and update nothing."""
-        mean, var, weight, bias = (self._own(name) for name in ("running_mean", "running_var", "weight", "bias"))
+        mean, var = self._own("running_mean"), self._own("running_var")
+        weight, bias = self._weight_and_bias()
         if mean is None or (self.training and not self.track_running_stats):
             if ranks is not None:
                 step = functional.batch_step(x, torch.float32 if is_narrow(x) else x.dtype, ranks)
@@ -185,7 +194,8 @@ class RunningBatchNorm(_Layer):
         if not self._absorbs(input, ranks):
             return self._normalize_only(input, ranks)
         gradient = None if self.gradient == "exact" else self._gradient_state
-        return functional.running(input, self.weight, self.bias, self.eps, self._state, gradient, self.momentum, ranks)
+        weight, bias = self._weight_and_bias()
+        return functional.running(input, weight, bias, self.eps, self._state, gradient, self.momentum, ranks)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -208,7 +218,7 @@ class PreciseBatchNorm(_Layer):
         # Of the other ranks' values nothing is known here without waiting for them on the host.
         if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        weight, bias = self._own("weight"), self._own("bias")
+        weight, bias = self._weight_and_bias()
         return functional.precise(input, weight, bias, self.eps, self._state, self.momentum, ranks)
 
 

@@ -109,7 +109,8 @@ class Observer:
             self._note(_single(number, x, dtype))
         # One element normalised by itself would be 0 whatever it is.
         mean, var = (moment.to(x.device, dtype) for moment in by or self.so_far(number))
-        return kernels.normalize(x, mean, var, weight, bias, eps) if n else torch.empty_like(x)
+        # By the operation of evaluation, rounding for rounding: deep layers are to see what they will see there.
+        return kernels.aten.normalize(x, mean, var, weight, bias, eps) if n else torch.empty_like(x)
 
     def _update_scratch(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """For a layer that computes by itself: let it train on scratch buffers and see what it makes of them."""

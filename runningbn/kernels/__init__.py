@@ -120,7 +120,7 @@ def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:
 
 def fused(x: Tensor, state: tuple[Tensor, ...], momentum: Momentum) -> tuple[Backend, Any] | None:
     """A backend that can do a whole training step on these, and the buffers as it takes them."""
-    if x.numel() == 0 or type(momentum) not in _KNOWN_MOMENTA:
+    if type(momentum) not in _KNOWN_MOMENTA or x.numel() == 0 or len(state[0]) != x.shape[1]:
         return None
     backend = backend_for(x, state[0].dtype)
     if backend is aten or (buffers := backend.prepared(state)) is None:
@@ -139,7 +139,10 @@ def prepared(backend: Backend, dy: Tensor, x: Tensor, fixed: Tensor, gradient: t
     # The gradient may be another kind of tensor, as may what was saved, and it may be compiled.
     if torch.compiler.is_compiling() or not (backend.serves(dy, fixed.dtype) and backend.serves(x, fixed.dtype)):
         return None
-    return () if gradient is None else backend.prepared(gradient)
+    if gradient is None:
+        return ()
+    fits = gradient[0].dtype is fixed.dtype and len(gradient[0]) == fixed.shape[1]
+    return backend.prepared(gradient) if fits else None
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
@@ -167,7 +170,7 @@ def batch_norm(
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Σdy and Σdy·z per channel, z = (x − mean)·rstd, in the dtype of mean."""
-    sums: tuple[Tensor, Tensor] = backend_for(x, mean.dtype).gradient_sums(dy, x, mean, rstd)
+    sums: tuple[Tensor, Tensor] = _backend_for_both(dy, x, mean.dtype).gradient_sums(dy, x, mean, rstd)
     return sums
 
 
@@ -175,7 +178,7 @@ def input_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
 ) -> Tensor:
     """dx = weight·rstd·(dy − m0 − z·m1) with z = (x − mean)·rstd, in the dtype and layout of x."""
-    dx: Tensor = backend_for(x, mean.dtype).input_gradient(dy, x, mean, rstd, weight, m0, m1)
+    dx: Tensor = _backend_for_both(dy, x, mean.dtype).input_gradient(dy, x, mean, rstd, weight, m0, m1)
     return dx
 
 
@@ -183,8 +186,15 @@ def batch_norm_gradients(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, Σdy, Σdy·z) of batch normalisation proper: `input_gradient` with m0 = Σdy/n, m1 = Σdy·z/n."""
-    results: tuple[Tensor, Tensor, Tensor] = backend_for(x, mean.dtype).batch_norm_gradients(dy, x, mean, rstd, weight)
+    results: tuple[Tensor, Tensor, Tensor] = _backend_for_both(dy, x, mean.dtype).batch_norm_gradients(
+        dy, x, mean, rstd, weight
+    )
     return results
+
+
+def _backend_for_both(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Backend:
+    backend = backend_for(x, dtype)
+    return backend if backend is aten or backend.serves(dy, dtype) else aten
 
 
 def _checked(name: str, source: str) -> str:

@@ -294,7 +294,10 @@ static int execute(Job *job, int64_t dtype, int64_t threads) {
     s->first = memory + 6 * columns, s->second = s->first + sums;
     if (job->stages & SUMS) {
         if (job->forward) {
-            job->loops->pivots(job->x, job->channels, job->rows ? 1 : job->inner, s->pivot);
+            /* Of rows, elements of a channel are `channels` apart; of planes, some are next to each other. */
+            const int64_t last = (job->outer - 1) * job->channels * job->inner + job->inner - 1;
+            const int64_t middle = job->outer / 2 * job->channels * job->inner + job->inner / 2;
+            job->loops->pivots(job->x, job->channels, job->inner, middle, last, s->pivot);
         } else if (dtype == DOUBLE) {
             memcpy(s->pivot, job->backward->mean, sizeof(double) * (size_t)job->channels);
         } else {

@@ -75,7 +75,7 @@ typedef struct {
                        int64_t inner_begin, int64_t inner_end);
     void (*rows_map)(const void *dy, const void *x, void *out, const Scratch *scratch, int64_t columns, int64_t begin,
                      int64_t end);
-    void (*pivots)(const void *x, int64_t channels, int64_t stride, double *pivot);
+    void (*pivots)(const void *x, int64_t channels, int64_t stride, int64_t middle, int64_t last, double *pivot);
     void (*finish_forward)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t end);
     void (*finish_backward)(const Backward *b, const Scratch *scratch, int64_t begin, int64_t end);
     int64_t element_size;

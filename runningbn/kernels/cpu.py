@@ -24,6 +24,7 @@ from torch.nn import Parameter
 
 from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
 from ..statistics import GradientState, State, Sums
+from .layout import are_vectors
 
 # The structs of cpu.h, whose fields are 8 bytes each: q and Q are integers and pointers, d doubles.
 _FORWARD = Struct("@7q4Qd11Q4q3dQd13Q")
@@ -64,6 +65,7 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         # A negated view and a tensor of zeros do not mean what lies at their address.
         and not (x.is_neg() or x._is_zerotensor())
+        and x.numel() > 0
         and _library()[1] is None
     )
 
@@ -72,11 +74,10 @@ def prepared(buffers: tuple[Tensor, ...]) -> Prepared | None:
     """The buffers of a layer, and where they lie; None if they are no memory that the library can update."""
     pointers = tuple([tensor.data_ptr() for tensor in buffers])
     found = _prepared.get(id(buffers[0]))
-    # The same tensors at the same place as when they were looked at: what they hold has not become something else.
+    # The same tensors at the same place as when they were looked at, so at least their storage is what it was.
     if found is not None and found[0] == pointers and all(map(is_, [known() for known in found[1]], buffers)):
         return buffers, pointers
-    dtype = buffers[0].dtype
-    if not all(t.is_contiguous() and t.is_cpu and (t.dtype is dtype or t.dtype is torch.int64) for t in buffers):
+    if not are_vectors(buffers):
         return None
     if len(_prepared) >= _MOST_PREPARED:
         _prepared.clear()
@@ -252,7 +253,9 @@ def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     outer, channels, *inner = x.shape
     size = math.prod(inner)
     if x.is_contiguous():
-        return x, (0, outer, channels, size) if size > 1 or channels == 1 else (1, outer, channels, 1)
+        if channels == 1:
+            return x, (0, 1, 1, outer * size)
+        return x, (0, outer, channels, size) if size > 1 else (1, outer, channels, 1)
     if inner and x.movedim(1, -1).is_contiguous():
         return x, (1, outer * size, channels, 1)
     return _laid_out(x.contiguous())

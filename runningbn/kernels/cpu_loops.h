@@ -232,9 +232,16 @@ TARGET static void NAME(rows_map)(const void *dy_, const void *x_, void *out_, c
     }
 }
 
-/* The first element of each channel. */
-TARGET static void NAME(pivots)(const void *x, int64_t channels, int64_t stride, double *pivot) {
-    for (int64_t c = 0; c < channels; c++) pivot[c] = (double)LOAD((const ELEMENT *)x + c * stride);
+/* The median of three elements of each channel, at 0, `middle` and `last`: one outlier does not make a pivot. */
+TARGET static void NAME(pivots)(const void *x_, int64_t channels, int64_t stride, int64_t middle, int64_t last,
+                                double *pivot) {
+    const ELEMENT *x = x_;
+    for (int64_t c = 0; c < channels; c++) {
+        const double a = (double)LOAD(x + c * stride), b = (double)LOAD(x + c * stride + middle);
+        const double z = (double)LOAD(x + c * stride + last);
+        const double low = a < b ? a : b, high = a < b ? b : a;
+        pivot[c] = z < low ? low : z > high ? high : z;
+    }
 }
 
 static const Loops NAME(loops) = {

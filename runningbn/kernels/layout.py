@@ -1,4 +1,4 @@
-"""How the elements of an input lie in memory, as the kernels see it.
+"""How the elements of an input, and the buffers of a layer, lie in memory, as the kernels see it.
 
 Two layouts are swept at full speed: planes, (N, C, S) contiguous, and rows, (M, C) contiguous with M = N·S, which is
 what (N, C) and channels_last inputs are. Anything else is copied into one of them.
@@ -30,3 +30,17 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
         return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
+
+
+def are_vectors(buffers: tuple[Tensor, ...]) -> bool:
+    """Whether the buffers of a layer are memory as kernels update it.
+
+    All are contiguous vectors like the first, but for `num_batches_tracked`, which has no dimensions.
+    """
+    first = buffers[0]
+    return all(
+        (t.dtype is first.dtype and t.shape == first.shape if t.dim() else t.dtype is torch.int64)
+        and t.device == first.device
+        and t.is_contiguous()
+        for t in buffers
+    )

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
 from ..statistics import GradientState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
-from .layout import dense, empty_like, is_rows
+from .layout import are_vectors, dense, empty_like, is_rows
 
 __all__ = [
     "absorb",
@@ -137,9 +137,7 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
 
 def prepared(buffers: Buffers) -> Buffers | None:
     """The buffers of a layer as they are; None if they are no memory that the kernels can update."""
-    dtype, device = buffers[0].dtype, buffers[0].device
-    fits = all(t.is_contiguous() and t.device == device and t.dtype in (dtype, torch.int64) for t in buffers)
-    return buffers if fits else None
+    return buffers if are_vectors(buffers) else None
 
 
 def training_forward(

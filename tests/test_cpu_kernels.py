@@ -1,0 +1,785 @@
+"""The C backend: its updates against those in torch, its steps against float64, and what its memory may look like."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import RAGGED, RULES, assert_near, each_dtype, each_rule, noise
+from steps import assert_identical, buffers_of, training_step
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, functional, kernels
+from runningbn.kernels import cpu, use_backend
+from runningbn.momentum import batch_weight, weighs_whole_batches
+from runningbn.statistics import GradientState, State, Sums, moments
+from runningbn.update import absorb_gradient, absorb_precise, absorb_running
+
+if cpu.unavailable() is not None:
+    pytest.skip(f"the C backend cannot serve here: {cpu.unavailable()}", allow_module_level=True)
+
+EPS = 1e-5
+MODES = ("running gradient", "exact gradient", "precise")
+# For a thread of its own a share of 2**15 elements is needed, so the large ones are what threads cut.
+ROWS = ((1, 5), (7, 1), (2, 1), (33, 37), (64, 65), (401, 260), (40_001, 3), (1_100, 65), (3_000, 37))
+PLANES = (
+    (1, 5, 1), (5, 37, 2), (4, 65, 7, 7), (9, 1, 4, 4), (1, 1, 300, 400), (13, 2, 60, 60), (1, 4, 20_001),
+    (1, 37, 56, 56), (2, 3, 56, 56), (2, 2, 300, 400), (2, 2048, 7, 7),
+)  # fmt: skip
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "planes": lambda x: x,
+    "rows": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+THREADS = (1, 2, 3)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """The C library held to an instruction set."""
+    library, _, usual = cpu._library()
+    torch_library = Path(torch.__file__).parent / "lib" / cpu._TORCH_LIBRARY.get(cpu.sys.platform, "libtorch_cpu.so")
+    parallel_for = ctypes.CDLL(str(torch_library)).torch_parallel_for
+    try:
+        if library.runningbn_initialize(parallel_for, name.encode()) != name.encode():
+            pytest.skip(f"this machine has no {name}")
+        yield
+    finally:
+        assert library.runningbn_initialize(parallel_for, usual.encode()) == usual.encode()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def data(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal with mean 1 and std 2, the same for every dtype up to rounding."""
+    return (noise(shape, seed, torch.float64) * 2 + 1).to(dtype)
+
+
+def empty_state(channels: int, dtype: torch.dtype) -> State:
+    state = RunningBatchNorm(channels, dtype=dtype)._state
+    return State(*(buffer.clone() for buffer in state))
+
+
+def seeded_state(channels: int, dtype: torch.dtype) -> State:
+    layer = RunningBatchNorm(channels, dtype=dtype)
+    layer.running_mean, layer.running_var = torch.linspace(-1, 2, channels), torch.linspace(0.5, 3, channels)
+    state = State(*(buffer.clone() for buffer in layer._state))
+    assert state.count.eq(1).all()
+    assert state.count_sqrs.eq(0).all()
+    assert state.samples.eq(torch.finfo(torch.float32).max).all()
+    return state
+
+
+def gradient_state(channels: int, dtype: torch.dtype) -> GradientState:
+    return GradientState(*torch.zeros(3, channels, dtype=dtype).unbind())
+
+
+def converted(state: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [t.clone() if t.dtype == torch.int64 else t.to(dtype, copy=True) for t in state]
+
+
+def assert_same_state(actual: State, expected: State, roundings: float) -> None:
+    """The same statistics, whatever their pivots."""
+    (mean, var), (expected_mean, expected_var) = moments(Sums(*actual[:4])), moments(Sums(*expected[:4]))
+    spread = expected_mean.abs().max() + expected_var.max().sqrt()
+    assert_near(mean, expected_mean, roundings, spread)
+    # About another pivot, what cancels is of the order of the squared distance of the means.
+    assert_near(var, expected_var, roundings, spread.square())
+    for name in ("count", "count_sqrs", "debias", "samples", "steps", "last_keep", "last_gain"):
+        assert_near(getattr(actual, name), getattr(expected, name), roundings)
+    assert_near(actual.running_mean, expected.running_mean, roundings, spread)
+    # Without many elements, Bessel's correction multiplies what roundings were there.
+    assert_near(actual.running_var, expected.running_var, roundings, spread.square() + expected.running_var.max())
+    assert torch.equal(actual.num_batches_tracked, expected.num_batches_tracked)
+
+
+# ------------------------------------------------------------------------------------------------- the update by itself
+
+
+@pytest.mark.parametrize("whole_batches", [False, True])
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("start", [empty_state, seeded_state])
+@each_dtype(torch.float32, torch.float64)
+@each_rule()
+def test_the_update_is_that_of_torch(momentum, dtype, start, running, whole_batches):
+    channels, absorb = 6, absorb_running if running else absorb_precise
+    states = {name: start(channels, dtype) for name in ("cpu", "aten")}
+    for step, size in enumerate(RAGGED):
+        x = data((size, channels, 7), dtype, step) * (1 + step) + step
+        batch, _ = kernels.batch_sums(x, dtype)
+        found = {}
+        for name, state in states.items():
+            weight = batch_weight(momentum, size, state.samples, state.steps)
+            samples = size if step % 2 else torch.tensor(size, dtype=dtype)  # as of one process, as of a pool
+            with use_backend(name):
+                found[name] = absorb(state, batch, weight, samples, whole_batches)
+        # The torch side rounds some ten times a batch, and each leaves its trace until it decays.
+        roundings = 16 * (step + 1)
+        assert_same_state(states["cpu"], states["aten"], roundings)
+        scale = max(t.abs().max().item() for t in moments(Sums(*states["aten"][:4]))) + moments(batch)[1].max().item()
+        for part, expected in zip(found["cpu"][:2], found["aten"][:2]):
+            assert_near(part, expected, roundings, scale)
+        for part, expected in zip(found["cpu"][2:], found["aten"][2:]):
+            if running:
+                assert_near(part, expected, roundings)
+            else:
+                assert part is expected is None
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), "far"])
+@pytest.mark.parametrize("running", [False, True])
+@each_dtype(torch.float32, torch.float64)
+@each_rule()
+def test_what_is_not_finite_leaves_a_channel_bit_for_bit_as_it_was(momentum, dtype, running, poison):
+    absorb = absorb_running if running else absorb_precise
+    state = seeded_state(4, dtype)
+    batch, _ = kernels.batch_sums(data((8, 4, 3), dtype), dtype)
+    with use_backend("cpu"):
+        absorb(state, batch, batch_weight(momentum, 8, state.samples, state.steps), 8, weighs_whole_batches(momentum))
+        before = State(*(t.clone() for t in state))
+        bad = Sums(*(t.clone() for t in batch))
+        if poison == "far":
+            bad.shift[2] = torch.finfo(dtype).max ** 0.5
+        else:
+            bad.sqrs[2] = poison
+        weight = batch_weight(momentum, 8, state.samples, state.steps)
+        found = absorb(state, bad, weight, 8, weighs_whole_batches(momentum))
+    for name, old, new in zip(State._fields, before, state):
+        if name not in ("num_batches_tracked", "last_keep", "last_gain"):
+            assert old[2] == new[2], name
+    assert (state.last_keep[2], state.last_gain[2]) == (1, 0)
+    assert state.num_batches_tracked == before.num_batches_tracked + 1
+    assert (state.steps - before.steps).tolist() == [1, 1, 0, 1]
+    if running:
+        assert found.mean[2] == before.running_mean[2]
+        assert found.var[2] == before.running_var[2]
+        assert found.kappa_mean[2] == 0
+
+
+@each_dtype(torch.float32, torch.float64)
+def test_a_batch_without_samples_is_not_counted(dtype):
+    state = seeded_state(3, dtype)
+    before = [t.clone() for t in state]
+    with use_backend("cpu"):
+        zero = torch.zeros(3, dtype=dtype)
+        absorb_running(state, Sums(zero, zero, zero, zero), zero, torch.tensor(0.0, dtype=dtype), True)
+    for name, old, new in zip(State._fields, before, state):
+        if name not in ("steps", "last_keep"):
+            assert torch.equal(old, new), name
+
+
+@each_dtype(torch.float32, torch.float64)
+def test_the_gradient_update_is_that_of_torch(dtype):
+    states = {name: gradient_state(4, dtype) for name in ("cpu", "aten")}
+    for step, n in enumerate(RAGGED):
+        sums = [data((4,), dtype, 10 + step) * n, data((4,), dtype, 20 + step) * n]
+        keep, gain = torch.full((4,), 0.75, dtype=dtype), torch.full((4,), 0.3, dtype=dtype)
+        sums[step % 2][2] = [float("nan"), float("inf"), 1.0][step % 3]
+        before = states["cpu"].sum_dy[2].item()
+        number = n if step % 2 else torch.full((4,), float(n), dtype=dtype)
+        found = {}
+        for name, state in states.items():
+            with use_backend(name):
+                found[name] = absorb_gradient(state, *sums, keep, gain, number)
+        if step % 3 < 2:
+            assert states["cpu"].sum_dy[2] == before
+        # Three roundings a batch on the side of torch, one here, and those of a quotient.
+        for part, expected in zip((*states["cpu"], *found["cpu"]), (*states["aten"], *found["aten"])):
+            assert_near(part, expected, 4 * (step + 1), max(s.nan_to_num(0, 0).abs().max() for s in (expected, *sums)))
+
+
+@each_dtype(torch.float32, torch.float64)
+@pytest.mark.parametrize("momentum", [*RULES.values(), 1, 0])
+def test_the_weight_of_a_batch_is_that_of_the_rule(momentum, dtype):
+    state, weights = empty_state(2, dtype), []
+    for step, size in enumerate((*RAGGED, 1_000, 3, 3)):
+        expected = batch_weight(momentum, size, state.samples.double(), state.steps.double())
+        cpu.training_forward(data((size, 2), dtype, step), None, None, EPS, cpu.prepared(state), momentum, True, True)
+        # 1 − a is rounded once where it is stored, and again in the subtraction here.
+        assert_near(1 - state.last_keep, expected, 2, scale=1)
+        weights.append(expected[0].item())
+        if not weighs_whole_batches(momentum):
+            assert_near(state.last_gain, expected, 1, scale=1)
+    assert state.steps.eq(len(weights)).all()
+
+
+# --------------------------------------------------------------------------------------------------------- whole steps
+
+
+class Outcome(NamedTuple):
+    y: Tensor
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    state: State
+    gradient: GradientState
+
+
+def affine(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight, bias = noise((2, channels), 77, torch.float64).abs().add(0.5).to(dtype).unbind()
+    return weight, bias
+
+
+def started(channels: int, dtype: torch.dtype) -> tuple[State, GradientState]:
+    """Buffers that are not as they were made."""
+    state, gradient = empty_state(channels, torch.float64), gradient_state(channels, torch.float64)
+    with use_backend("aten"):
+        batch, _ = kernels.batch_sums(data((5, channels, 4), torch.float64, 3), torch.float64)
+        fixed = absorb_running(state, batch, torch.full((channels,), 0.4).double(), 5, False)
+        sums = data((2, channels), torch.float64, 4).unbind()
+        absorb_gradient(gradient, *sums, fixed.keep, fixed.gain, 20)
+    # Rounded to float32, whatever the dtype: all start from the same.
+    state, gradient = converted(state, torch.float32), converted(gradient, torch.float32)
+    return State(*converted(state, dtype)), GradientState(*converted(gradient, dtype))
+
+
+def train(
+    backend: str, mode: str, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Outcome:
+    """One step, forward and backward, from buffers that are always the same."""
+    state, gradient = started(x.shape[1], dtype)
+    x = x.detach().requires_grad_()
+    weight, bias = (None if t is None else t.detach().to(dtype).requires_grad_() for t in (weight, bias))
+    with use_backend(backend):
+        if mode == "precise":
+            y = functional.precise(x, weight, bias, EPS, state, Horizon(), None)
+        else:
+            running = gradient if mode == "running gradient" else None
+            y = functional.running(x, weight, bias, EPS, state, running, Horizon(), None)
+        wanted = [t for t in (x, weight, bias) if t is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy))
+        none = torch.zeros(x.shape[1], dtype=dtype)
+        dx, dweight, dbias = (none if t is None else next(found) for t in (x, weight, bias))
+    return Outcome(y.detach(), dx, dweight, dbias, state, gradient)
+
+
+def reference(mode: str, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Outcome:
+    return train("aten", mode, x.double().contiguous(), dy.double().contiguous(), weight, bias, torch.float64)
+
+
+def assert_step_near(
+    mode: str, actual: Outcome, x: Tensor, dy: Tensor, weight: Tensor | None, expected: Outcome
+) -> None:
+    """Equal up to one rounding of what comes out and some of the statistics, of which sums in float64 lose √n more."""
+    columns, g = x.double().transpose(0, 1).flatten(1), dy.double().abs().transpose(0, 1).flatten(1)
+    if mode == "precise":
+        mean, var = columns.mean(1), columns.var(1, correction=0)
+    else:
+        mean, var = expected.state.running_mean, expected.state.running_var
+    rstd = (var + EPS).rsqrt()
+    # The largest z and what a rounding of its mean, or of the x that went into that, counts for.
+    z = ((columns - mean[:, None]).abs() * rstd[:, None]).max().item() + 4 * rstd.max().item()
+    scale = 1.0 if weight is None else weight.abs().max().item()
+    n = columns.shape[1]
+    sums = n**0.5 if x.dtype == torch.float64 else 1
+    roundings = 1 + (16 + sums) * torch.finfo(actual.state.shift.dtype).eps / torch.finfo(x.dtype).eps
+    assert actual.y.dtype == actual.dx.dtype == x.dtype
+    assert_near(actual.y, expected.y, roundings, scale * z + 2)
+    assert_near(actual.dx, expected.dx, roundings, scale * rstd.max() * g.max() * (2 + z * z))
+    total = g.sum(1).max().item() + 1
+    assert_near(actual.dbias, expected.dbias, 4 * sums, total)
+    assert_near(actual.dweight, expected.dweight, 4 * sums, total * z)
+    assert_same_state(actual.state, expected.state, 16 * sums)
+    for mine, theirs in zip(actual.gradient, expected.gradient):
+        assert_near(mine, theirs, 8 * sums, total * z)
+
+
+def shapes_and_layouts() -> Iterator[pytest.param]:
+    for shape in ROWS:
+        yield pytest.param(shape, "planes", id="x".join(map(str, shape)))
+    for shape in PLANES:
+        for layout in LAYOUTS:
+            yield pytest.param(shape, layout, id="x".join(map(str, shape)) + f"-{layout}")
+
+
+each_shape = pytest.mark.parametrize(("shape", "layout"), list(shapes_and_layouts()))
+
+
+@each_shape
+@each_dtype(*DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_training_step(mode, dtype, shape, layout):
+    x, dy = LAYOUTS[layout](data(shape, dtype)), LAYOUTS[layout](data(shape, dtype, 1))
+    weight, bias = affine(shape[1], wide(dtype))
+    expected = reference(mode, x, dy, weight, bias)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        actual = train("cpu", mode, x, dy, weight, bias, wide(dtype))
+        assert actual.y.stride() == actual.dx.stride() == x.stride()
+        assert_step_near(mode, actual, x, dy, weight, expected)
+
+
+@pytest.mark.parametrize("given", ["neither", "weight", "bias"])
+@pytest.mark.parametrize("shape", [(33, 37), (3, 5, 7, 7), (3_000, 37)])
+@each_dtype(*DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_weight_and_bias_may_be_absent(mode, dtype, shape, given):
+    x, dy = data(shape, dtype), data(shape, dtype, 1)
+    weight, bias = affine(shape[1], wide(dtype))
+    weight, bias = weight if given == "weight" else None, bias if given == "bias" else None
+    actual = train("cpu", mode, x, dy, weight, bias, wide(dtype))
+    assert_step_near(mode, actual, x, dy, weight, reference(mode, x, dy, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(33, 37), (3, 5, 7, 7), (2, 2, 300, 400), (3_000, 37)])
+@each_dtype(*DTYPES)
+@pytest.mark.parametrize("running", [False, True])
+def test_a_forward_that_does_not_absorb_repeats_the_last_and_touches_no_buffer(running, dtype, shape):
+    x, (weight, bias) = data(shape, dtype), affine(shape[1], wide(dtype))
+    state, _ = started(shape[1], wide(dtype))
+    torch.set_num_threads(2)
+    first = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, True)
+    before = {name: t.clone() for name, t in state._asdict().items()}
+    second = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, False)
+    assert_identical(dict(enumerate(second)), dict(enumerate(first)))
+    assert_identical(state._asdict(), before)
+
+
+def bits(outcome: Outcome) -> dict[str, Tensor]:
+    parts = outcome._asdict()
+    return {**parts.pop("state")._asdict(), **parts.pop("gradient")._asdict(), **parts}
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("shape", [(40_001, 3), (2, 2, 300, 400), (2, 2048, 7, 7)])
+@each_dtype(*DTYPES)
+def test_a_step_is_the_same_bit_for_bit_whatever_else_the_machine_does(dtype, shape, threads):
+    x, dy, (weight, bias) = data(shape, dtype), data(shape, dtype, 1), affine(shape[1], wide(dtype))
+    torch.set_num_threads(threads)
+    first = bits(train("cpu", "running gradient", x, dy, weight, bias, wide(dtype)))
+    enough = threading.Event()
+
+    def compete() -> None:
+        matrix = torch.ones(150, 150)
+        while not enough.is_set():
+            matrix = matrix @ matrix * 0
+
+    others = [threading.Thread(target=compete) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(5):
+            assert_identical(bits(train("cpu", "running gradient", x, dy, weight, bias, wide(dtype))), first)
+    finally:
+        enough.set()
+        for other in others:
+            other.join()
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@each_shape
+@each_dtype(*DTYPES)
+def test_instruction_sets_agree(dtype, shape, layout, name):
+    mode = "running gradient"
+    x, dy = LAYOUTS[layout](data(shape, dtype)), LAYOUTS[layout](data(shape, dtype, 1))
+    weight, bias = affine(shape[1], wide(dtype))
+    torch.set_num_threads(2)
+    usual = train("cpu", mode, x, dy, weight, bias, wide(dtype))
+    with instruction_set(name):
+        step = train("cpu", mode, x, dy, weight, bias, wide(dtype))
+    assert_step_near(mode, step, x, dy, weight, usual)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nobody has written holds NaN."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@each_shape
+@each_dtype(*DTYPES)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_nothing_is_left_unwritten(dtype, shape, layout):
+    x, dy = LAYOUTS[layout](data(shape, dtype)), LAYOUTS[layout](data(shape, dtype, 1))
+    weight, bias = affine(shape[1], wide(dtype))
+    torch.set_num_threads(3)
+    for mode in MODES:
+        for name, part in bits(train("cpu", mode, x, dy, weight, bias, wide(dtype))).items():
+            assert part.isfinite().all(), name
+    state, _ = started(shape[1], wide(dtype))
+    batch, _ = cpu.batch_sums(x, wide(dtype))
+    mean, var = moments(batch)
+    rstd = (var + EPS).rsqrt()
+    sums = cpu.gradient_sums(dy, x, mean, rstd)
+    results = (
+        *batch,
+        cpu.normalize(x, mean, var, weight, bias, EPS),
+        *cpu.batch_norm(x, weight, bias, EPS, wide(dtype)),
+        *sums,
+        cpu.input_gradient(dy, x, mean, rstd, weight, *sums),
+        *cpu.batch_norm_gradients(dy, x, mean, rstd, weight),
+        *cpu.absorb(state, batch, torch.full_like(mean, 0.5), 3, True, True),
+        *cpu.absorb(state, batch, torch.full_like(mean, 0.5), 3, True, False),
+    )
+    assert all(part.isfinite().all() for part in results)
+
+
+# --------------------------------------------------------------------------------------- how the data may lie in memory
+
+
+def displaced(x: Tensor) -> Tensor:
+    """Aligned to an element and no more."""
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    assert shifted.data_ptr() % 8 == x.element_size() % 8
+    return shifted
+
+
+def displaced_rows(x: Tensor) -> Tensor:
+    return displaced(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def odd_strides(x: Tensor) -> Tensor:
+    """Where a size is 1, its stride says nothing."""
+    strides = [stride if size > 1 else 12_345 for size, stride in zip(x.shape, x.stride())]
+    return x.as_strided(x.shape, strides)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    **LAYOUTS,
+    "displaced": displaced,
+    "displaced rows": displaced_rows,
+    "odd strides": odd_strides,
+    "odd strides of rows": lambda x: odd_strides(LAYOUTS["rows"](x)),
+    "every other": lambda x: torch.stack([x, x * 0], -1).flatten(-2)[..., ::2],
+    "channels of more": lambda x: torch.cat([x * 0, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "channels of more rows": lambda x: LAYOUTS["rows"](torch.cat([x, x], 1))[:, : x.shape[1]],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+}
+
+
+def assert_views_do_not_matter(of_x: str, of_dy: str, shape: tuple[int, ...]) -> None:
+    weight, bias = affine(shape[1], torch.float32)
+    for dtype in DTYPES:
+        x, dy = data(shape, dtype), data(shape, dtype, 1)
+        step = train("cpu", MODES[0], VIEWS[of_x](x), VIEWS[of_dy](dy), weight, bias, wide(dtype))
+        assert_step_near(MODES[0], step, x, dy, weight, reference(MODES[0], x, dy, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 5), (1, 5), (6, 1), (6, 5, 3), (1, 5, 3, 1), (6, 5, 1, 1), (6, 1, 3, 7), (6, 5, 3, 2, 4)]
+)
+@pytest.mark.parametrize("view", VIEWS)
+def test_results_do_not_depend_on_strides_and_offsets(view, shape):
+    assert_views_do_not_matter(view, view, shape)
+
+
+@pytest.mark.parametrize("of_dy", VIEWS)
+@pytest.mark.parametrize("of_x", VIEWS)
+def test_x_and_its_gradient_may_lie_differently(of_x, of_dy):
+    assert_views_do_not_matter(of_x, of_dy, (6, 5, 3, 7))
+
+
+@pytest.mark.parametrize("expanded", ["samples", "positions", "one value"])
+@each_dtype(*DTYPES)
+def test_inputs_and_gradients_may_be_expanded(dtype, expanded):
+    shape, (weight, bias) = (6, 5, 3, 7), affine(5, torch.float32)
+    part = {"samples": (1, 5, 3, 7), "positions": (6, 5, 1, 1), "one value": (1, 1, 1, 1)}[expanded]
+    x, dy, whole = data(part, dtype), data(part, dtype, 1), data(shape, dtype, 2)
+    for x_, dy_ in ((x.expand(shape), whole), (whole, dy.expand(shape)), (x.expand(shape), dy.expand(shape))):
+        step = train("cpu", MODES[0], x_, dy_, weight, bias, wide(dtype))
+        assert_step_near(MODES[0], step, x_, dy_, weight, reference(MODES[0], x_, dy_, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory_format"), [((6, 5, 3, 7), torch.channels_last), ((6, 5, 3, 2, 4), torch.channels_last_3d)]
+)
+@each_dtype(*DTYPES)
+def test_channels_last_stays_channels_last(dtype, shape, memory_format):
+    x, dy = data(shape, dtype).to(memory_format=memory_format), data(shape, dtype, 1)
+    weight, bias = affine(5, torch.float32)
+    step = train("cpu", MODES[0], x, dy, weight, bias, wide(dtype))
+    assert step.y.is_contiguous(memory_format=memory_format)
+    assert step.dx.is_contiguous(memory_format=memory_format)
+    assert_step_near(MODES[0], step, x, dy, weight, reference(MODES[0], x, dy, weight, bias))
+
+
+# ------------------------------------------------------------------------------------------------------------- numerics
+
+
+@pytest.mark.parametrize("outlier", [False, True])
+@pytest.mark.parametrize("ratio", [1e4, 1e6])
+@pytest.mark.parametrize("shape", [(400, 6), (16, 6, 24, 24), (40_001, 3), (2, 2, 300, 400)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(layout, shape, ratio, outlier):
+    x = noise(shape, 0) + ratio
+    if outlier:
+        x[0].view(shape[1], -1)[:, 0] += 1e4
+    x = LAYOUTS[layout](x)
+    expected = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
+    torch.set_num_threads(2)
+    for found in (
+        moments(cpu.batch_sums(x, torch.float32)[0])[1],
+        cpu.batch_norm(x, None, None, EPS, torch.float32)[2],
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    for running in (False, True):
+        state = empty_state(shape[1], torch.float32)
+        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), 1.0, running, True)
+        n = x.numel() / shape[1]
+        unbiased = state.running_var.double() * (1 if running else (n - 1) / n)
+        torch.testing.assert_close(unbiased, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("shape", [(16, 4, 24, 24), (2, 2, 300, 400), (40_000, 4)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_variance_of_bfloat16_is_as_good_as_that_of_float32(layout, shape, mean):
+    x = LAYOUTS[layout]((noise(shape, 0) + mean).bfloat16())
+    expected = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
+    found = moments(cpu.batch_sums(x, torch.float32)[0])[1]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (4, 5, 6, 7), (9_000, 5), (4, 5, 60, 70)])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("place", ["first", "last"])
+@each_dtype(torch.float32, torch.bfloat16)
+def test_a_channel_that_is_not_finite_keeps_its_state_and_leaves_the_others_alone(dtype, place, poison, shape):
+    torch.set_num_threads(2)
+    layers = []
+    for poisoned in (False, True):
+        layer = RunningBatchNorm(5)
+        training_step(layer, data(shape, dtype, 1))
+        before = buffers_of(layer)
+        x = data(shape, dtype)
+        if poisoned:
+            x[(0, 3) if place == "first" else (-1, 3)] = poison
+        with use_backend("cpu"):
+            step = training_step(layer, x)
+        layers.append((buffers_of(layer), step))
+    (clean, clean_step), (dirty, dirty_step) = layers
+    for name, buffer in dirty.items():
+        if buffer.dim():
+            others = [0, 1, 2, 4]
+            assert torch.equal(buffer[others], clean[name][others]), name
+            if name not in ("last_keep", "last_gain", *layer.gradient_buffers):
+                assert buffer[3] == before[name][3], name
+            assert buffer[3].isfinite(), name
+    for name in ("y", "dx"):
+        assert torch.equal(dirty_step[name][:, others], clean_step[name][:, others]), name
+
+
+# ------------------------------------------------------------------------------------- buffers, tensors and their kinds
+
+
+def assert_trains_as_in_torch(make: Callable[[], RunningBatchNorm], step: Callable[[RunningBatchNorm], Tensor]) -> None:
+    """The same output and the same buffers; `step` is done twice."""
+    found = {}
+    for name in ("cpu", "aten"):
+        torch.manual_seed(0)
+        with use_backend(name):
+            layer = make()
+            y = step(layer), step(layer)
+        found[name] = {"first": y[0].detach(), "second": y[1].detach(), **buffers_of(layer)}
+    for name, expected in found["aten"].items():
+        # Pivots may differ, by less than the spread of what they are about.
+        if name not in ("shift", "sums", "sqrs"):
+            torch.testing.assert_close(
+                found["cpu"][name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_buffers_may_have_gaps():
+    given = {}
+
+    def step(layer: RunningBatchNorm) -> Tensor:
+        buffers = {
+            name: torch.stack([buffer, buffer], -1)[..., 0] if buffer.dim() else buffer.clone()
+            for name, buffer in layer.named_buffers()
+        }
+        assert not buffers["sums"].is_contiguous()
+        beside = {name: buffer._base[..., 1].clone() for name, buffer in buffers.items() if buffer.dim()}
+        y = torch.func.functional_call(layer, buffers, (noise((8, 4, 3), 0),))
+        for name, values in beside.items():
+            assert torch.equal(buffers[name]._base[..., 1], values), name
+        given[kernels._forced] = {name: buffer.clone() for name, buffer in buffers.items()}
+        return y
+
+    assert_trains_as_in_torch(lambda: RunningBatchNorm(4), step)
+    torch.testing.assert_close(given["cpu"]["running_var"], given["aten"]["running_var"], rtol=1e-5, atol=0)
+
+
+HALVES = {
+    "all": State._fields + GradientState._fields,
+    "state": State._fields,
+    "first": ("shift",),
+    "last": ("last_gain",),
+    "one of the gradient": ("count_dy",),
+}
+
+
+@pytest.mark.parametrize("names", HALVES.values(), ids=HALVES.keys())
+def test_buffers_that_became_narrow_are_refused_or_taken_as_torch_takes_them(names):
+    def step(layer: RunningBatchNorm) -> Tensor | None:
+        x = noise((8, 4, 3), 0)
+        training_step(layer, x)
+        for name in names:
+            buffer = getattr(layer, name)
+            if buffer.is_floating_point():
+                # NaN behind the numbers shows who writes there.
+                memory = torch.full((64,), float("nan"), dtype=torch.float16)
+                buffer.data = memory[: buffer.numel()].copy_(buffer)
+        refused = False
+        try:
+            y = layer(x.requires_grad_())
+            y.backward(noise(y.shape, 1))
+        except RuntimeError as error:
+            refused = any(part in str(error) for part in ("dtype", "type Float", "cannot take"))
+            if not refused:
+                raise
+        for name in names:
+            buffer = getattr(layer, name)
+            if buffer.is_floating_point():
+                behind = torch.empty(0, dtype=torch.float16).set_(buffer.untyped_storage())[buffer.numel() :]
+                assert behind.isnan().all(), name
+                buffer.data = buffer.data.float()
+        return None if refused else y.detach()
+
+    found = {}
+    for name in ("cpu", "aten"):
+        layer = RunningBatchNorm(4)
+        with use_backend(name):
+            found[name] = step(layer), buffers_of(layer)
+    (y, buffers), (expected_y, expected) = found["cpu"], found["aten"]
+    if y is not None and expected_y is not None:
+        torch.testing.assert_close(y, expected_y, rtol=1e-2, atol=1e-2)
+        for name in names:
+            if name not in ("shift", "sums", "sqrs"):
+                torch.testing.assert_close(buffers[name], expected[name], rtol=1e-2, atol=1e-2)
+
+
+def test_a_negated_view_is_the_negative():
+    x = noise((8, 3, 4), 0)
+    found, expected = (kernels.batch_sums(t, torch.float32)[0] for t in (torch._neg_view(x), -x))
+    torch.testing.assert_close(moments(found), moments(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_zeros_that_have_no_memory_are_zeros():
+    batch, _ = kernels.batch_sums(torch._efficientzerotensor((8, 3, 4)), torch.float32)
+    assert all(part.eq(0).all() for part in moments(batch))
+
+
+def test_a_layer_may_move_to_shared_memory():
+    def step(layer: RunningBatchNorm) -> Tensor:
+        y = layer(noise((8, 4, 3), 0))
+        layer.share_memory()
+        return y
+
+    assert_trains_as_in_torch(lambda: RunningBatchNorm(4), step)
+
+
+def test_layers_may_follow_each_other_in_the_same_memory():
+    for seed in range(8):
+        for channels in (4, 3):
+
+            def step(layer: RunningBatchNorm, channels=channels, seed=seed) -> Tensor:
+                x = noise((8, channels, 3), seed)
+                y = layer(x.requires_grad_())
+                y.sum().backward()
+                return y
+
+            assert_trains_as_in_torch(lambda channels=channels: RunningBatchNorm(channels), step)
+        gc.collect()
+
+
+def test_a_rule_of_ones_own_is_honoured():
+    class Half(Horizon):
+        def weight(self, batch, samples, steps):
+            return torch.full_like(samples, 0.5)
+
+    layer = RunningBatchNorm(3, momentum=Half())
+    with use_backend("cpu"):
+        for _ in range(3):
+            layer(noise((4, 3), 0))
+    assert layer.last_keep.eq(0.5).all()
+    assert layer.debias.eq(1 - 0.5**3).all()
+
+
+def test_fake_tensors_are_left_to_torch():
+    with FakeTensorMode():
+        layer = RunningBatchNorm(3)
+        y = layer(torch.randn(4, 3, requires_grad=True))
+        y.sum().backward()
+    assert y.shape == (4, 3)
+
+
+def test_a_dispatch_mode_sees_the_operations_of_torch():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            seen.append(str(function))
+            return function(*arguments, **(named or {}))
+
+    seen: list[str] = []
+    x, layers = noise((8, 3, 4), 0), [RunningBatchNorm(3), RunningBatchNorm(3)]
+    expected = layers[0](x)
+    with Seen():
+        y = layers[1](x)
+    assert any("native_batch_norm" in name for name in seen)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_precise_layers_take_one_sample_of_several_positions():
+    for layer, shape in ((PreciseBatchNorm1d(3), (1, 3, 2)), (PreciseBatchNorm2d(3), (1, 3, 2, 1))):
+        with use_backend("cpu"):
+            step = training_step(layer, noise(shape, 0))
+        expected = torch.nn.functional.batch_norm(noise(shape, 0), None, None, training=True)
+        torch.testing.assert_close(step["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- sanitizers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizer, tmp_path):
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no gcc")
+    flags = [
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+        "-std=gnu11",
+        "-fopenmp-simd",
+        "-O1",
+        "-g",
+        "-pthread",
+    ]
+    probe = tmp_path / "probe.c"
+    probe.write_text("int main(void) { return 0; }")
+    compiled = subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True)
+    if compiled.returncode or subprocess.run([str(tmp_path / "probe")], capture_output=True).returncode:
+        pytest.skip(f"gcc has no sanitizer {sanitizer} that runs here")
+    sources = [Path(cpu.__file__).parent / "cpu.c", Path(__file__).parent / "cpu_harness.c"]
+    program = tmp_path / "harness"
+    include = f"-I{sources[0].parent}"
+    subprocess.run([compiler, *flags, include, *map(str, sources), "-lm", "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4_000:]
