@@ -85,7 +85,7 @@ def _run_backends(arguments: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     forced = kernels.forced_backend()
-    print(f"\nRUNNINGBN_BACKEND forces {forced!r}." if forced else "\nThe first that can takes an input.")
+    print(f"\n{forced!r} is forced." if forced else "\nThe first that can takes an input.")
     print("torch.compile traces plain torch operations and fuses them itself.")
     return 0
 

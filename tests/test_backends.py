@@ -15,6 +15,7 @@ from steps import buffers_of, training_step
 from torch import Tensor
 
 from runningbn import RunningBatchNorm, kernels
+from runningbn.__main__ import main
 from runningbn.kernels import BACKENDS, aten, backend_for, cpu, use_backend
 
 CHOICES = f"expected one of {', '.join(map(repr, BACKENDS))}, got 'fast'"
@@ -220,3 +221,19 @@ def test_no_more_of_the_processor_is_used_than_torch_is_allowed(capability, used
     if used != "baseline" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this machine has no AVX2")
     assert run(code, ATEN_CPU_CAPABILITY=capability).stdout.strip() == used
+
+
+def test_the_command_line_says_which_serve_and_why_others_do_not(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable", lambda: "there is no compiler")
+    assert main(["backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    by_name = {line.split()[0]: line for line in lines[1 : 1 + len(BACKENDS)]}
+    assert list(by_name) == list(BACKENDS)
+    assert by_name["cpu"].endswith("no: there is no compiler")
+    assert by_name["aten"].endswith("yes")
+
+
+def test_the_command_line_says_what_is_forced(capsys):
+    with use_backend("aten"):
+        main(["backends"])
+    assert "'aten'" in capsys.readouterr().out
