@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import noise, with_random_affine
 from torch import Tensor, nn
 
@@ -28,6 +29,23 @@ def pretrained(layer: nn.Module, seed: int = 0) -> nn.Module:
             module.num_batches_tracked.fill_(17)
             with_random_affine(module, seed)
     return layer
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """What timm.layers.BatchNormAct2d is: batch norm, then drop, then act, with a forward of its own."""
+
+    def __init__(self, num_features: int, act_layer=nn.ReLU, inplace: bool = True, drop_layer=None, **kwargs) -> None:
+        super().__init__(num_features, **kwargs)
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = act_layer(inplace=inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+        return self.act(self.drop(x))
 
 
 class Tangle(nn.Module):

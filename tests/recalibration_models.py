@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import noise
-from models import pretrained
+from models import BatchNormAct2d, pretrained
 from steps import train
 from torch import Tensor, nn
 
@@ -20,21 +19,11 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 SIZES = (2, 2, 4, 8, 16, 32, 64)  # the batches of fvcore's own test
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
-    """What timm.layers.BatchNormAct2d is: batch norm, then drop, then act, with a forward of its own."""
+class DroppingBatchNormAct2d(BatchNormAct2d):
+    """With a dropout that would be seen if recalibration turned it on."""
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
-        super().__init__(num_features, **kwargs)
-        self.drop = nn.Dropout(0.5)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-        x = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
-        return self.act(self.drop(x))
+        super().__init__(num_features, drop_layer=nn.Dropout, **kwargs)
 
 
 class ChannelsLastBatchNorm(nn.BatchNorm1d):

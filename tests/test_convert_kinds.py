@@ -5,9 +5,8 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import noise
-from models import TARGETS, each_of_ours, pretrained
+from models import TARGETS, BatchNormAct2d, each_of_ours, pretrained
 from steps import assert_identical, evaluate, train, training_step
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -23,23 +22,6 @@ class TaggedBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, num_features: int, tag: str = "mine") -> None:
         super().__init__(num_features)
         self.tag = tag
-
-
-class BatchNormAct2d(nn.BatchNorm2d):
-    """What timm.layers.BatchNormAct2d is: batch norm, then drop, then act, with a forward of its own."""
-
-    def __init__(self, num_features: int, act_layer=nn.ReLU, inplace: bool = True, drop_layer=None) -> None:
-        super().__init__(num_features)
-        self.drop = nn.Identity() if drop_layer is None else drop_layer()
-        self.act = act_layer(inplace=inplace)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-        x = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
-        return self.act(self.drop(x))
 
 
 class NamedBatchNormAct2d(BatchNormAct2d):

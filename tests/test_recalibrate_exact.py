@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from models import pretrained
 from recalibration_models import (
     SIZES,
-    BatchNormAct2d,
     ChannelsLastBatchNorm,
+    DroppingBatchNormAct2d,
     OwnArithmetic,
     Rebinding,
     assert_statistics,
@@ -46,7 +46,7 @@ LAYERS = {
     "3d": (nn.BatchNorm3d, VOLUMES),
     "sync flat": (nn.SyncBatchNorm, FLAT),
     "sync": (nn.SyncBatchNorm, IMAGES),
-    "act": (BatchNormAct2d, IMAGES),
+    "act": (DroppingBatchNormAct2d, IMAGES),
     "own": (OwnArithmetic, IMAGES),
     "rebinding": (Rebinding, IMAGES),
     "precise1d": (PreciseBatchNorm1d, SERIES),
@@ -84,7 +84,7 @@ def test_two_layers_in_a_row(cls, shape, affine):
     model = pretrained(nn.Sequential(cls(shape[0], affine=affine), nn.Tanh(), cls(shape[0], affine=affine)))
     data = inputs(shape)
     twin = nn.Sequential(plain(model[0]), nn.Tanh(), plain(model[2]))
-    if cls is BatchNormAct2d:
+    if cls is DroppingBatchNormAct2d:
         twin.insert(1, nn.ReLU())
     parts = [torch.cat(seen) for seen in inputs_by_batch(twin, data).values()]
     expected = {name: moments(seen, correction_of(model[0])) for name, seen in zip(("0", "2"), parts)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import pretrained
 from recalibration_models import (
-    BatchNormAct2d,
+    DroppingBatchNormAct2d,
     assert_statistics,
     in_rows,
     inputs_by_batch,
@@ -155,7 +155,7 @@ def test_lazy_module_is_refused_until_it_has_seen_a_batch(lazy):
 def test_get_bn_modules_lists_each_layer_once_in_the_order_of_the_model():
     model = residual()
     model.again = model.stem
-    act = BatchNormAct2d(4)
+    act = DroppingBatchNormAct2d(4)
     model.late = nn.ModuleList([act, nn.BatchNorm1d(3, track_running_stats=False)])
     batchnormify(model.blocks, "running")
     expected = [model.stem[1], model.blocks[0][1], model.blocks[0][4], act]
