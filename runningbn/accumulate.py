@@ -10,6 +10,7 @@ survey sampling: Cochran, "Sampling Techniques", 3rd ed., section 2.11). Both ar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,24 +20,24 @@ from torch import Tensor
 from .statistics import nonzero
 
 
-class Estimator:
+class Estimator(ABC):
     """How batches become statistics. All arguments and results are (F,) or stacks of such."""
 
+    @abstractmethod
     def terms(self, mean: Tensor, var: Tensor, n: Tensor) -> Tensor:
         """t, (3, F), of a batch with this mean about the pivot, biased variance and n elements; 0 where n is 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, d: Tensor) -> Tensor:
         """The matrices M, (3, 3, F), that take t about a pivot to t about that pivot + d."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moments(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """Mean about the pivot and variance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def influence(self, totals: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of mean and variance by T, each (3, F): a·t is what a batch pulls the statistic by."""
-        raise NotImplementedError
 
 
 class Population(Estimator):
