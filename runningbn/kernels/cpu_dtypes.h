@@ -47,12 +47,6 @@
 #define STORE(p, value) (*(p) = (value))
 #define LOAD_VECTOR(p) VECTOR_OF_FLOATS(p)
 #include "cpu_loops.h"
-#undef DTYPE
-#undef SINGLE_RUNS
-#undef ELEMENT
-#undef LOAD
-#undef STORE
-#undef LOAD_VECTOR
 
 #define DTYPE bfloat16
 #define SINGLE_RUNS (LANES > 2)
@@ -61,12 +55,6 @@
 #define STORE(p, value) (*(p) = to_bfloat16(value))
 #define LOAD_VECTOR(p) VECTOR_OF_BFLOAT16S(p)
 #include "cpu_loops.h"
-#undef DTYPE
-#undef SINGLE_RUNS
-#undef ELEMENT
-#undef LOAD
-#undef STORE
-#undef LOAD_VECTOR
 #undef REAL
 #undef MAXIMUM
 #undef TINY
@@ -85,12 +73,6 @@
 #define STORE(p, value) (*(p) = (value))
 #define LOAD_VECTOR(p) VECTOR_OF_DOUBLES(p)
 #include "cpu_loops.h"
-#undef DTYPE
-#undef SINGLE_RUNS
-#undef ELEMENT
-#undef LOAD
-#undef STORE
-#undef LOAD_VECTOR
 #undef REAL
 #undef MAXIMUM
 #undef TINY

@@ -7,6 +7,8 @@
        SINGLE_RUNS whether runs of RUN additions are in float, for data of few digits; then with
        FLOATS, LOAD_FLOATS(p), LOW(v), HIGH(v), FLOATS_OF(low, high): 2 LANES floats, their halves as doubles, and back
 
+   What depends on the dtype is undefined at the end, for the next.
+
    Sums are taken in double, about a pivot: no run of additions is long enough, and no mean far enough, to matter.
    Several accumulators hide the latency of an addition. */
 
@@ -249,3 +251,9 @@ static const Loops NAME(loops) = {
     STATE_NAME(finish_forward), STATE_NAME(finish_backward), sizeof(ELEMENT),
 };
 #undef VECTOR
+#undef DTYPE
+#undef SINGLE_RUNS
+#undef ELEMENT
+#undef LOAD
+#undef STORE
+#undef LOAD_VECTOR
