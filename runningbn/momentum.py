@@ -93,6 +93,7 @@ class SquareRoot:
 
 Rule = Union[Horizon, SquareRoot]
 Momentum = Union[float, None, Rule]
+CONSTANT, CUMULATIVE, HORIZON, SQUARE_ROOT = range(4)  # in the kernels, too
 
 
 def check_momentum(momentum: Momentum) -> None:
@@ -128,6 +129,22 @@ def batch_weight(momentum: Momentum, batch: int | Tensor, samples: Tensor, steps
 def weighs_whole_batches(momentum: Momentum) -> bool:
     """Whether each batch weighs a as a whole, rather than every element in it alike."""
     return isinstance(momentum, Horizon)
+
+
+def has_code(momentum: Momentum) -> bool:
+    """Whether `encoded` can say it: a rule that somebody has derived from one of ours may mean something else."""
+    return type(momentum) in (float, int, type(None), Horizon, SquareRoot)
+
+
+def encoded(momentum: Momentum) -> tuple[int, float, float, float]:
+    """A momentum as kernels take it: which rule, and up to three arguments of it, padded by ones."""
+    if momentum is None:
+        return CUMULATIVE, 1.0, 1.0, 1.0
+    if isinstance(momentum, Horizon):
+        return HORIZON, float(momentum.samples), float(momentum.start), float(momentum.fraction)
+    if isinstance(momentum, SquareRoot):
+        return SQUARE_ROOT, float(momentum.momentum), 1.0, 1.0
+    return CONSTANT, float(momentum), 1.0, 1.0
 
 
 def _check_unit_interval(value: float, message: str) -> None:

@@ -47,7 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..momentum import Horizon, Momentum, SquareRoot
+from ..momentum import Momentum, has_code
 from ..statistics import Sums
 from . import aten, cpu, triton
 
@@ -60,8 +60,6 @@ TAKES = {
 }
 
 _FUSED = [backend for backend in BACKENDS.values() if hasattr(backend, "training_forward")]
-# A rule that somebody has derived from one of these may say something else.
-_KNOWN_MOMENTA = (float, int, type(None), Horizon, SquareRoot)
 _forced: str | None = None
 
 
@@ -120,7 +118,7 @@ def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:
 
 def fused(x: Tensor, state: tuple[Tensor, ...], momentum: Momentum) -> tuple[Backend, Any] | None:
     """A backend that can do a whole training step on these, and the buffers as it takes them."""
-    if type(momentum) not in _KNOWN_MOMENTA or x.numel() == 0 or len(state[0]) != x.shape[1]:
+    if not has_code(momentum) or x.numel() == 0 or len(state[0]) != x.shape[1]:
         return None
     backend = backend_for(x, state[0].dtype)
     if backend is aten or (buffers := backend.prepared(state)) is None:

@@ -21,6 +21,7 @@
 #define RUN 16                 /* additions in float to one accumulator, at most */
 #define LARGE (1 << 15)        /* elements that are worth a thread */
 #define NARROW 256             /* rows with fewer columns are widened */
+#define MANY 512               /* channels whose statistics are worth sharing out among the threads */
 
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
@@ -118,6 +119,12 @@ static void finish(const Job *job, int64_t begin, int64_t end) {
         job->loops->finish_forward(job->forward, &job->scratch, begin, end);
     else
         job->loops->finish_backward(job->backward, &job->scratch, begin, end);
+}
+
+static void finish_of_parts(int64_t begin, int64_t end, void *context) {
+    const Job *job = context;
+    for (int64_t t = begin; t < end; t++)
+        finish(job, job->channels * t / job->threads, job->channels * (t + 1) / job->threads);
 }
 
 static void sums_of_group(const Job *job, int64_t begin, int64_t end) {
@@ -248,7 +255,10 @@ static void by_parts(Job *job) {
             sums_by_parts(job);
         }
     }
-    finish(job, 0, channels);
+    if (channels >= MANY)
+        run(job->threads, finish_of_parts, job);
+    else
+        finish(job, 0, channels);
     if (!(job->stages & APPLY)) return;
     run(job->threads, map_of_parts, job);
     if (job->rows && whole < job->outer)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
+from ..momentum import SQUARE_ROOT, Momentum, encoded, weighs_whole_batches
 from ..statistics import GradientState, State, Sums
 from .layout import are_vectors
 
@@ -31,7 +31,7 @@ _FORWARD = Struct("@7q4Qd11Q4q3dQd13Q")
 _BACKWARD = Struct("@7q18Q")
 _STRUCTS = {"version": 1, "forward_size": _FORWARD.size, "backward_size": _BACKWARD.size}
 _SUMS, _ABSORB, _APPLY = 1, 2, 4
-_CONSTANT, _CUMULATIVE, _HORIZON, _SQUARE_ROOT, _GIVEN = range(5)
+_GIVEN = SQUARE_ROOT + 1  # a weight per channel instead of a rule
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _STATISTICS = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
@@ -158,7 +158,7 @@ def training_forward(
         stages |= _SUMS
     if absorbs or running:
         stages |= _ABSORB
-    update = (running, absorbs, weighs_whole_batches(momentum), *_rule(momentum), 0, len(x), *state[1])
+    update = (running, absorbs, weighs_whole_batches(momentum), *encoded(momentum), 0, len(x), *state[1])
     if absorbs:
         _note_change(state[0])
     _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, (first, 0, first + row, *others), update)
@@ -289,16 +289,6 @@ def _pointer(tensor: Tensor | None) -> int:
 
 def _pointers(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple([tensor.data_ptr() for tensor in tensors])
-
-
-def _rule(momentum: Momentum) -> tuple[int, float, float, float]:
-    if momentum is None:
-        return _CUMULATIVE, 0.0, 0.0, 0.0
-    if isinstance(momentum, Horizon):
-        return _HORIZON, momentum.samples, momentum.start, momentum.fraction
-    if isinstance(momentum, SquareRoot):
-        return _SQUARE_ROOT, momentum.momentum, 0.0, 0.0
-    return _CONSTANT, momentum, 0.0, 0.0
 
 
 def _check(failed: int) -> None:

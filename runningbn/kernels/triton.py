@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..momentum import Horizon, Momentum, SquareRoot, weighs_whole_batches
+from ..momentum import Momentum, encoded, weighs_whole_batches
 from ..statistics import GradientState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 from .layout import are_vectors, dense, empty_like, is_rows
@@ -53,9 +53,6 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 _OLDEST_TRITON = (3, 3)
 # The first generation of GPUs that Triton supports.
 _OLDEST_GPU = (8, 0)
-
-# The code in triton_kernels for the rule of a batch's weight.
-_CONSTANT, _CUMULATIVE, _HORIZON, _SQUARE_ROOT = range(4)
 
 # Threads of a program, and elements of a tile for each: whole vectors of every dtype, and sums that stay in registers.
 _THREADS, _PER_THREAD = 256, 16
@@ -154,10 +151,10 @@ def training_forward(
     weight, bias = _vector(weight), _vector(bias)
     with _on(x.device):
         if absorbs or not running:
-            rule, *parameters = _rule(momentum)
+            rule, *parameters = encoded(momentum)
             kernels.batch_statistics[(plan.blocks * splits,)](
                 data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, state,
-                *plan.sizes, splits, tiles, len(x), _bits(eps), *parameters,
+                *plan.sizes, splits, tiles, len(x), _bits(eps), *map(_bits, parameters),
                 RULE=rule, WHOLE_BATCHES=weighs_whole_batches(momentum), RUNNING=running, ABSORBS=absorbs,
                 BP=plan.at_once, **plan.tile, **_OPTIONS,
             )  # fmt: skip
@@ -290,25 +287,11 @@ def _plan(rows: bool, outer: int, channels: int, inner: int, double: bool, multi
     return _Plan((outer, channels, inner), summing, mapping, shape, at_once, blocks)
 
 
-def _rule(momentum: Momentum) -> tuple[int, int, int, int]:
-    """The code of a rule, and its arguments as the kernels take them."""
-    if momentum is None:
-        return _CUMULATIVE, *_NO_ARGUMENTS
-    if isinstance(momentum, Horizon):
-        return _HORIZON, _bits(momentum.samples), _bits(momentum.start), _bits(momentum.fraction)
-    if isinstance(momentum, SquareRoot):
-        return _SQUARE_ROOT, _bits(momentum.momentum), *_NO_ARGUMENTS[1:]
-    return _CONSTANT, _bits(momentum), *_NO_ARGUMENTS[1:]
-
-
 @functools.lru_cache(maxsize=1024)
 def _bits(value: float) -> int:
     """A float64 as the integer of the same bits: Triton would pass a float as float32."""
     bits: int = unpack("<q", pack("<d", value))[0]
     return bits
-
-
-_NO_ARGUMENTS = (_bits(1.0),) * 3
 
 
 def _counter(device: torch.device, blocks: int) -> Tensor:
