@@ -117,12 +117,11 @@ class PooledStatistics(_BatchNorm):
         assert mean is not None
         return mean
 
-    @property
+    # Methods, not properties: torch.jit reads the properties of a module, and not every layer has these buffers.
     def _state(self) -> State:
         buffers = self._buffers
         return State(*[buffers[name] for name in State._fields])  # type: ignore[arg-type]
 
-    @property
     def _gradient_state(self) -> GradientState:
         buffers = self._buffers
         return GradientState(*[buffers[name] for name in GradientState._fields])  # type: ignore[arg-type]
@@ -133,7 +132,7 @@ class PooledStatistics(_BatchNorm):
 
         A mean of 0 and a variance of 1 with no batches tracked leave an empty state instead.
         """
-        state = self._state
+        state = self._state()
         if state.running_mean.is_meta:
             return
         if _untouched(state):
@@ -156,7 +155,7 @@ class PooledStatistics(_BatchNorm):
 
         The next batch then weighs what it would have weighed. An empty state is seeded.
         """
-        state = self._state
+        state = self._state()
         self._write("running_mean", mean.to(state.running_mean))
         self._write("running_var", var.to(state.running_var))
         if not state.count.all():

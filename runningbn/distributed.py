@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import Sums, move_pivot
+from .statistics import Sums, move_pivot, without_empty
 
 
 class RankGroup(NamedTuple):
@@ -99,7 +99,7 @@ def all_gather(vector: Tensor, ranks: RankGroup, witness: Tensor | None) -> Tens
     return gathered
 
 
-def pool(batch: Sums, samples: int, ranks: RankGroup, witness: Tensor | None) -> tuple[Sums, Tensor]:
+def pool(batch: Sums, samples: int | Tensor, ranks: RankGroup, witness: Tensor | None) -> tuple[Sums, Tensor]:
     """The sums of the batch of all ranks together, about their common mean pivot, and its samples, ().
 
     Each rank's sums are moved to the mean p of the pivots, weighted by their counts. As each pivot lies near its
@@ -107,21 +107,23 @@ def pool(batch: Sums, samples: int, ranks: RankGroup, witness: Tensor | None) ->
 
     Args:
         batch: this rank's sums; with a count of 0 they contribute nothing.
-        samples: N of this rank, 0 where its count is.
+        samples: N of this rank, 0 where its count is; a tensor, (), where only the device knows it.
         ranks, witness: see `all_gather`.
 
     Where all ranks are empty, the squares are infinite: to the statistics, a batch that must not enter.
     """
-    scalars = batch.shift.new_full((1,), samples)
+    if isinstance(samples, Tensor):
+        scalars = samples.reshape(1).to(batch.shift.dtype)
+    else:
+        scalars = batch.shift.new_full((1,), samples)
     vector = torch.cat((batch.shift, batch.sums, batch.sqrs, batch.count[:1], scalars))
     c = len(batch.shift)
     shift, sums, sqrs, counts, all_samples = all_gather(vector, ranks, witness).split([c, c, c, 1, 1], dim=1)
     total = counts.sum(0)
-    count = total.clamp_min(1)
-    pivot = (shift * (counts / count)).sum(0)
+    pivot = (shift * (counts / total.clamp_min(1))).sum(0)
     moved = move_pivot(Sums(shift, sums, sqrs, counts), pivot)
-    pooled_sqrs = moved.sqrs.sum(0).masked_fill(total == 0, torch.inf)
-    return Sums(pivot, moved.sums.sum(0), pooled_sqrs, count.expand(c)), all_samples.sum()
+    pooled = Sums(pivot, moved.sums.sum(0), moved.sqrs.sum(0), total.expand(c))
+    return without_empty(pooled), all_samples.sum()
 
 
 def pool_gradients(

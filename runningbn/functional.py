@@ -27,23 +27,25 @@ from .gradients import (
     refuse_second_derivative,
     running_gradients,
 )
+from .masks import blank, fill, real_sums
 from .momentum import Momentum, batch_weight, weighs_whole_batches
-from .statistics import GradientState, State, Sums, moments
+from .statistics import GradientState, State, Sums, moments, without_empty
 from .update import Coefficients, absorb_precise, absorb_running, is_recomputation
 
 
 def running(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    state: State, gradient: GradientState | None, momentum: Momentum, ranks: RankGroup | None,
+    state: State, gradient: GradientState | None, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`.
 
-    Where `gradient` is given, the sums in backward are running averages, too: see `normalize_running`.
+    Where `gradient` is given, the sums in backward are running averages, too: see `normalize_running`. Where there is a
+    `mask`, only the elements count that it says are real: see `masks`.
     """
-    if ranks is None and (prepared := kernels.fused(x, state, momentum)) is not None:
+    if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
         y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True)
         return y
-    step = _step(absorb_running, x, state, momentum, ranks)
+    step = _step(absorb_running, x, state, momentum, ranks, mask)
     if gradient is None:
         return normalize(x, weight, bias, step, eps)
     return normalize_running(x, weight, bias, step, eps, gradient)
@@ -51,13 +53,13 @@ def running(
 
 def precise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    state: State, momentum: Momentum, ranks: RankGroup | None,
+    state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    if ranks is None and (prepared := kernels.fused(x, state, momentum)) is not None:
+    if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
         y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False)
         return y
-    return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks), eps)
+    return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks, mask), eps)
 
 
 class Step(NamedTuple):
@@ -67,8 +69,9 @@ class Step(NamedTuple):
         fixed: what to normalise by.
         scratch: (p, x − p) as the statistics left it, for the output to be made in, once; None where there is none.
         ranks: the ranks that the batch was pooled over, and its gradients have to be; None where it was not.
-        n: elements per channel of the pooled batch.
+        n: elements per channel of a batch that was pooled or masked.
         witness: see `distributed.all_gather`.
+        mask: which positions count, see `masks`; None for all.
     """
 
     fixed: Coefficients
@@ -76,33 +79,47 @@ class Step(NamedTuple):
     ranks: RankGroup | None = None
     n: Tensor | None = None
     witness: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @torch.no_grad()
 def _step(
     absorb: Callable[[State, Sums, Tensor, int | Tensor, bool], Coefficients],
-    x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None,
+    x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None,
 ) -> Step:  # fmt: skip
-    batch, scratch = _batch_sums(x, state.shift.dtype)
-    samples: int | Tensor = len(x)
-    if ranks is not None:
-        batch, samples = pool(batch, len(x) if x.numel() > 0 else 0, ranks, state.last_keep)
+    batch, samples, scratch = _batch_sums(x, state.shift.dtype, ranks, mask, state.last_keep)
     weight = batch_weight(momentum, samples, state.samples, state.steps)
     fixed = absorb(state, batch, weight, samples, weighs_whole_batches(momentum))
-    if ranks is None:
+    if ranks is None and mask is None:
         return Step(fixed, scratch)
-    return Step(_with_pooled_kappa(fixed, batch), scratch, ranks, batch.count, state.last_keep)
+    return Step(_with_pooled_kappa(fixed, batch), scratch, ranks, batch.count, state.last_keep, mask)
 
 
 @torch.no_grad()
-def batch_step(x: Tensor, dtype: torch.dtype, ranks: RankGroup) -> Step:
+def batch_step(x: Tensor, dtype: torch.dtype, ranks: RankGroup | None, mask: Tensor | None) -> Step:
     """Normalise by the statistics of the batch over all ranks, in `dtype`, and keep none."""
-    batch, scratch = _batch_sums(x, dtype)
-    batch, _ = pool(batch, 0, ranks, None)
-    return Step(_with_pooled_kappa(Coefficients(*moments(batch)), batch), scratch, ranks, batch.count)
+    batch, _, scratch = _batch_sums(x, dtype, ranks, mask, None)
+    fixed = _with_pooled_kappa(Coefficients(*moments(batch)), batch)
+    return Step(fixed, scratch, ranks, batch.count, None, mask)
 
 
-def _batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, tuple[Tensor, Tensor] | None]:
+def _batch_sums(
+    x: Tensor, dtype: torch.dtype, ranks: RankGroup | None, mask: Tensor | None, witness: Tensor | None
+) -> tuple[Sums, int | Tensor, tuple[Tensor, Tensor] | None]:
+    """Sums of the batch, pooled over the ranks where there are any, its samples, and the scratch of a `Step`."""
+    samples: int | Tensor = len(x) if x.numel() > 0 else 0
+    if mask is not None:
+        (batch, samples), scratch = real_sums(x, mask, dtype), None
+    else:
+        batch, scratch = _sums_and_scratch(x, dtype)
+    if ranks is not None:
+        batch, samples = pool(batch, samples, ranks, witness)
+    elif mask is not None:
+        batch = without_empty(batch)
+    return batch, samples, scratch
+
+
+def _sums_and_scratch(x: Tensor, dtype: torch.dtype) -> tuple[Sums, tuple[Tensor, Tensor] | None]:
     """Sums of this rank's batch, which with other ranks to pool with may be empty; and the scratch of a `Step`."""
     if x.numel() == 0:
         return Sums(*torch.zeros((4, x.shape[1]), dtype=dtype, device=x.device).unbind()), None
@@ -112,7 +129,7 @@ def _batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, tuple[Tensor, Tens
 
 
 def _with_pooled_kappa(fixed: Coefficients, batch: Sums) -> Coefficients:
-    """κ = 1/n of the pooled batch where x is normalised by its own statistics, which x does not tell."""
+    """κ = 1/n of a pooled or masked batch where x is normalised by its own statistics, which x does not tell."""
     if fixed.kappa_mean is not None:
         return fixed
     kappa = batch.count.reciprocal()
@@ -133,12 +150,12 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: Step,
     In a batch pooled over ranks the sums in dx run over all of them: it is the gradient of the ranks' total loss.
     dweight and dbias are those of this rank.
     """
-    fixed = step.fixed
+    fixed, mask = step.fixed, step.mask
     y: Tensor = _NormalizeExact.apply(
-        x, weight, bias, eps, step.scratch, step.ranks,
+        x if mask is None else fill(x, mask, fixed.mean), weight, bias, eps, step.scratch, step.ranks,
         fixed.mean, fixed.var, fixed.kappa_mean, fixed.kappa_var, step.witness,
     )  # fmt: skip
-    return y
+    return y if mask is None else blank(y, mask)
 
 
 def normalize_running(
@@ -155,12 +172,12 @@ def normalize_running(
     The nearest published relative is MABN: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation
     of Batch Normalization", ICLR 2020.
     """
-    fixed = step.fixed
+    fixed, mask = step.fixed, step.mask
     y: Tensor = _NormalizeRunning.apply(
-        x, weight, bias, eps, step.scratch, step.ranks,
+        x if mask is None else fill(x, mask, fixed.mean), weight, bias, eps, step.scratch, step.ranks,
         fixed.mean, fixed.var, fixed.keep, fixed.gain, step.n, *gradient,
     )  # fmt: skip
-    return y
+    return y if mask is None else blank(y, mask)
 
 
 class _Fused(Function):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import functional
 from .buffers import PooledStatistics, is_narrow
 from .distributed import RankGroup, ranks_of
+from .masks import blank, check_mask, fill
 from .momentum import Horizon, Momentum
 from .statistics import GradientState
 
@@ -23,7 +24,7 @@ Gradient = Literal["running", "exact"]
 class _Layer(PooledStatistics):
     """What all layers do alike: refuse a bad input, and normalise where there is nothing to absorb."""
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         self._check_input_dim(x)
         if x.shape[1] != self.num_features:
             raise RuntimeError(f"expected {self.num_features} channels in dimension 1, got shape {tuple(x.shape)}")
@@ -37,6 +38,8 @@ class _Layer(PooledStatistics):
             raise RuntimeError(f"expected a floating-point input of {expected}{also} as in the layer, got {dtype}")
         if self.training and self.eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, got eps={self.eps}")
+        if mask is not None:
+            check_mask(mask, x)
 
     def _own(self, name: str) -> Tensor | None:
         """``getattr(self, name)`` of a parameter or buffer, for which nn.Module looks everywhere else first."""
@@ -66,20 +69,23 @@ class _Layer(PooledStatistics):
         # With others to wait for it, a rank takes part whatever it has.
         return x.numel() > 0 or ranks is not None
 
-    def _normalize_only(self, x: Tensor, ranks: RankGroup | None) -> Tensor:
+    def _normalize_only(self, x: Tensor, ranks: RankGroup | None, mask: Tensor | None) -> Tensor:
         """Normalise by the running statistics, or by the batch where ``nn.BatchNorm`` would, and update nothing."""
         mean, var = self._own("running_mean"), self._own("running_var")
         weight, bias = self._weight_and_bias()
         if mean is None or (self.training and not self.track_running_stats):
-            if ranks is not None:
-                step = functional.batch_step(x, torch.float32 if is_narrow(x) else x.dtype, ranks)
+            if ranks is not None or mask is not None:
+                step = functional.batch_step(x, torch.float32 if is_narrow(x) else x.dtype, ranks, mask)
                 return functional.normalize(x, weight, bias, step, self.eps)
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
         weight = None if weight is None else weight.to(mean.dtype)
         bias = None if bias is None else bias.to(mean.dtype)
+        if mask is not None:
+            x = fill(x, mask, mean)
         # What F.batch_norm calls, without its way there, which is long for a small input.
-        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled)
+        y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled)
+        return y if mask is None else blank(y, mask)
 
 
 class RunningBatchNorm(_Layer):
@@ -106,6 +112,9 @@ class RunningBatchNorm(_Layer):
     A channel whose batch is not finite keeps its state and is normalised by it. An empty batch changes nothing. No
     step synchronises with the host.
 
+    ``layer(x, mask)`` leaves padding out: positions where the mask is False count for nothing, in the statistics, in N
+    and in the gradients, whatever stands there, and the output is 0 there.
+
     Args:
         num_features: C.
         eps: added to the variance; > 0.
@@ -124,12 +133,13 @@ class RunningBatchNorm(_Layer):
     Shape:
         - Input: (N, C, *), any number of trailing dimensions, also none; float16 and bfloat16 inputs may meet float32
           parameters.
+        - Mask: (N, *), bool, True where the input is real.
         - Output: as the input, in its dtype and, if it is dense and torch has a name for that, its memory format.
 
     Raises:
         ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], eps ≤ 0
-            in training, or a `process_group` without `sync`.
-        TypeError: for a `sync` that is no bool or a `process_group` that is none.
+            in training, a mask of another shape, or a `process_group` without `sync`.
+        TypeError: for a mask that is not bool, a `sync` that is no bool or a `process_group` that is none.
         RuntimeError: for a wrong number of channels, a dtype that does not go with the parameters, or a second
             derivative with ``gradient="running"`` or over several processes.
 
@@ -185,17 +195,17 @@ class RunningBatchNorm(_Layer):
         )  # fmt: skip
         self.gradient = check_gradient(gradient)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, *); in training, absorb it first."""
-        self._check_input(input)
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise (N, C, *); in training, absorb it first. `mask`, (N, *), is True where the input is real."""
+        self._check_input(input, mask)
         if self.input_dim != input.dim() and not torch.compiler.is_compiling():
             self.input_dim = input.dim()
         ranks = self._ranks()
         if not self._absorbs(input, ranks):
-            return self._normalize_only(input, ranks)
-        gradient = None if self.gradient == "exact" else self._gradient_state
+            return self._normalize_only(input, ranks, mask)
+        gradient = None if self.gradient == "exact" else self._gradient_state()
         weight, bias = self._weight_and_bias()
-        return functional.running(input, weight, bias, self.eps, self._state, gradient, self.momentum, ranks)
+        return functional.running(input, weight, bias, self.eps, self._state(), gradient, self.momentum, ranks, mask)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -209,17 +219,20 @@ class RunningBatchNorm(_Layer):
 class PreciseBatchNorm(_Layer):
     """What the three layers below share; only their input shapes differ."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, *): in training by the batch, which is absorbed, in evaluation by the pooled statistics."""
-        self._check_input(input)
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise (N, C, *): in training by the batch, which is absorbed, in evaluation by the pooled statistics.
+
+        `mask`, (N, *), is True where the input is real.
+        """
+        self._check_input(input, mask)
         ranks = self._ranks()
         if not self._absorbs(input, ranks):
-            return self._normalize_only(input, ranks)
+            return self._normalize_only(input, ranks, mask)
         # Of the other ranks' values nothing is known here without waiting for them on the host.
         if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         weight, bias = self._weight_and_bias()
-        return functional.precise(input, weight, bias, self.eps, self._state, self.momentum, ranks)
+        return functional.precise(input, weight, bias, self.eps, self._state(), self.momentum, ranks, mask)
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):
@@ -241,7 +254,7 @@ class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):
 
     A channel whose batch is not finite keeps its statistics; its output shows the NaN, as in ``nn.BatchNorm``. An empty
     batch changes nothing. While a backward pass is running, as in a recomputation under activation checkpointing, the
-    statistics are not updated.
+    statistics are not updated. ``layer(x, mask)`` leaves padding out, as in `RunningBatchNorm`.
 
     Args:
         num_features: C.
@@ -256,13 +269,14 @@ class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):
 
     Shape:
         - Input: (N, C) or (N, C, L); float16 and bfloat16 inputs may meet float32 parameters.
+        - Mask: (N,) or (N, L), bool, True where the input is real.
         - Output: as the input, in its dtype and memory format.
 
     Raises:
         ValueError: for a wrong number of dimensions, one value per channel or eps ≤ 0 in training, a momentum outside
-            [0, 1], or a `process_group` without `sync`. Over several processes one value per channel is let pass, since
-            only waiting for the others would tell whether it is the only one.
-        TypeError: for a `sync` that is no bool or a `process_group` that is none.
+            [0, 1], a mask of another shape, or a `process_group` without `sync`. With a mask or over several processes
+            one value per channel is let pass, since only waiting for the device or the others would tell.
+        TypeError: for a mask that is not bool, a `sync` that is no bool or a `process_group` that is none.
         RuntimeError: for a wrong number of channels, a dtype that does not go with the parameters, or a second
             derivative over several processes.
 

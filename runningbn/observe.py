@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import kernels
 from .accumulate import Call
+from .buffers import PooledStatistics
 
 Moments = tuple[Tensor, Tensor]
 
@@ -82,16 +83,31 @@ class Observer:
             layer._check_input_dim(x)
             return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         if number not in self._compute_by_themselves:
-            with _TakeOver(self, number) as taken:
+            mask = args[1] if len(args) > 1 else kwargs.get("mask")
+            with _TakeOver(self, number, mask if isinstance(layer, PooledStatistics) else None) as taken:
                 y = forward(*args, **kwargs)
             if taken.reached:
                 return y
             self._compute_by_themselves.add(number)
         return self._update_scratch(number, forward, *args, **kwargs)
 
-    def normalize(self, number: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """y = (x − mean)·(var + eps)^−½·weight + bias by the batch or by what is fixed; the moments of x are noted."""
-        layer = self.layers[number]
+    def normalize_real(
+        self, number: int, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """`normalize` for the elements that a mask says are real, and 0 elsewhere."""
+        y = torch.zeros_like(x)
+        samples = int(mask.flatten(1).any(1).sum()) if mask.dim() > 1 else None
+        y.movedim(1, -1)[mask] = self.normalize(number, x.movedim(1, -1)[mask], weight, bias, eps, samples)
+        return y
+
+    def normalize(
+        self, number: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, samples: int | None = None
+    ) -> Tensor:
+        """y = (x − mean)·(var + eps)^−½·weight + bias by the batch or by what is fixed; the moments of x are noted.
+
+        `samples` is N where the first dimension of x does not say it.
+        """
+        layer, samples = self.layers[number], len(x) if samples is None else samples
         if x.dim() < 2 or x.shape[1] != layer.num_features or not x.is_floating_point():
             raise RuntimeError(
                 f"{type(layer).__name__}: expected a floating-point input of shape (N, {layer.num_features}, *), "
@@ -102,7 +118,7 @@ class Observer:
         if n > 1 and (by is None or number in self.watched):
             affine = (weight, bias, eps) if by is None else (None, None, 1.0)
             y, mean, var = kernels.batch_norm(x, *affine, dtype)
-            self._note(Call(number, mean, var, n, len(x)))
+            self._note(Call(number, mean, var, n, samples))
             if by is None:
                 return y
         elif n == 1:
@@ -158,9 +174,9 @@ def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:
 class _TakeOver(TorchFunctionMode):
     """Hands the layer's call of ``batch_norm`` to the observer; `reached` says whether there was one."""
 
-    def __init__(self, observer: Observer, number: int) -> None:
+    def __init__(self, observer: Observer, number: int, mask: Tensor | None) -> None:
         super().__init__()
-        self.observer, self.number = observer, number
+        self.observer, self.number, self.mask = observer, number, mask
         self.statistics = observer.layers[number].running_mean
         self.reached = False
 
@@ -170,6 +186,8 @@ class _TakeOver(TorchFunctionMode):
             if call["running_mean"] is self.statistics:
                 self.reached = True
                 affine = call.get("weight"), call.get("bias"), call.get("eps", 1e-5)
+                if self.mask is not None:
+                    return self.observer.normalize_real(self.number, call["input"], self.mask, *affine)
                 return self.observer.normalize(self.number, call["input"], *affine)
         return func(*args, **(kwargs or {}))
 

@@ -133,6 +133,11 @@ def combine(old: Sums, new: Sums, keep: Tensor, gain: Tensor) -> Sums:
     return Sums(pivot, *(torch.addcmul(keep * a, gain, b) for a, b in zip(old[1:], new[1:])))
 
 
+def without_empty(batch: Sums) -> Sums:
+    """The same, but where nothing was counted, which only the device knows, sums that are not finite: not to enter."""
+    return batch._replace(sqrs=batch.sqrs.masked_fill(batch.count == 0, torch.inf), count=batch.count.clamp_min(1))
+
+
 def nonzero(count: Tensor) -> Tensor:
     """A count to divide by. Where it is 0 so is the dividend, and the quotient then too."""
     return count.clamp_min(torch.finfo(count.dtype).tiny)

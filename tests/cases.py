@@ -100,8 +100,10 @@ PRECISE = (
 LAYERS = RUNNING + PRECISE
 
 
-def from_this_state(layer: nn.Module) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def from_this_state(layer: nn.Module, *further: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The layer as a function of x and its parameters, from the present buffers at every call; and the parameters.
+
+    `further` arguments of the layer are fixed.
 
     What gradcheck needs: it calls a function many times, and a training forward leaves its trace in the buffers.
     """
@@ -109,7 +111,8 @@ def from_this_state(layer: nn.Module) -> tuple[Callable[..., Tensor], tuple[Tens
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-        return torch.func.functional_call(layer, {**dict(zip(names, parameters, strict=True)), **buffers}, (x,))
+        state = {**dict(zip(names, parameters, strict=True)), **buffers}
+        return torch.func.functional_call(layer, state, (x, *further))
 
     return function, tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
 

@@ -78,14 +78,14 @@ def data(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def empty_state(channels: int, dtype: torch.dtype) -> State:
-    state = RunningBatchNorm(channels, dtype=dtype)._state
+    state = RunningBatchNorm(channels, dtype=dtype)._state()
     return State(*(buffer.clone() for buffer in state))
 
 
 def seeded_state(channels: int, dtype: torch.dtype) -> State:
     layer = RunningBatchNorm(channels, dtype=dtype)
     layer.running_mean, layer.running_var = torch.linspace(-1, 2, channels), torch.linspace(0.5, 3, channels)
-    state = State(*(buffer.clone() for buffer in layer._state))
+    state = State(*(buffer.clone() for buffer in layer._state()))
     assert state.count.eq(1).all()
     assert state.count_sqrs.eq(0).all()
     assert state.samples.eq(torch.finfo(torch.float32).max).all()

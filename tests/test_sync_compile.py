@@ -102,7 +102,7 @@ def test_the_collective_is_a_sound_operator():
 def test_the_pooled_updates_are_sound_operators(name, samples):
     layer = RunningBatchNorm(3)
     layer(noise((6, *SHAPE), 1))
-    state = [buffer.clone() for buffer in layer._state]
+    state = [buffer.clone() for buffer in layer._state()]
     batch = [noise((3,), 2), torch.zeros(3), noise((3,), 3).square(), torch.full((3,), 10.0)]
     operator = getattr(torch.ops.runningbn, name).default
     torch.library.opcheck(operator, (*state, *batch, torch.full((3,), 0.3), torch.tensor(samples), True))
