@@ -2,17 +2,27 @@
 
 Each command is one `Command`: its name, its help, its arguments and the function that runs it. That function imports
 what the command needs, so that ``--help`` and the other commands work without its extra.
+
+Exit statuses: 0 for success; 1 where ``inspect`` or ``diff`` found something, each says what in its help; 2 for wrong
+arguments, a file that cannot be read or a package that is not installed; 130 after Ctrl-C, 141 where the reader of a
+pipe went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runningbn.checkpoints.criteria import CRITERIA
+from runningbn.checkpoints.reading import CheckpointError
+
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)
+PIPE_CLOSED = 141  # and for one that wrote into a pipe that nobody reads (128 + SIGPIPE)
 USAGE_ERROR = 2  # what argparse exits with
 
 
@@ -90,6 +100,59 @@ def _run_backends(arguments: argparse.Namespace) -> int:
     return 0
 
 
+CHECKPOINT_HELP = "a file of torch.save or safetensors, an index of shards, or a folder of save_pretrained"
+
+INSPECT_EPILOG = """\
+What is looked for:
+
+{criteria}
+
+Exit status: 0 without an error (there may be warnings), 1 with one, since evaluation is wrong then,
+2 for a file that cannot be read or has no BatchNorm statistics in it."""
+
+DIFF_EPILOG = """\
+The numbers are those of the report of update_bn_stats, with A as old and B as new:
+mean moved/std is |mean_B - mean_A| / sqrt(var_B + eps), var B/A the ratio of the variances.
+
+Exit status: 0 where all was compared, however far it moved, 1 where something could not be (a layer in
+one of the two only, other channels, numbers that are not finite), 2 for a file that cannot be read."""
+
+
+def _described(name: str, severity: str, sentence: str) -> str:
+    return textwrap.fill(f"{name} ({severity}): {sentence}", 96, initial_indent="  ", subsequent_indent="      ")
+
+
+def _add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    _add_json_argument(parser)
+    criteria = "\n".join(_described(each.name, each.severity, each.sentence) for each in CRITERIA)
+    parser.epilog = INSPECT_EPILOG.format(criteria=criteria)
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    from runningbn.checkpoints.commands import run_inspect
+
+    return run_inspect(arguments.checkpoint, as_json=arguments.json)
+
+
+def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", type=Path, metavar="A", help=CHECKPOINT_HELP)
+    parser.add_argument("b", type=Path, metavar="B", help="another")
+    _add_json_argument(parser)
+    parser.epilog = DIFF_EPILOG
+
+
+def _run_diff(arguments: argparse.Namespace) -> int:
+    from runningbn.checkpoints.commands import run_diff
+
+    return run_diff(arguments.a, arguments.b, as_json=arguments.json)
+
+
 COMMANDS = (
     Command(
         name="demo",
@@ -98,6 +161,22 @@ COMMANDS = (
         run=_run_demo,
         extra="demo",
         modules=("matplotlib", "rich", "sklearn"),
+    ),
+    Command(
+        name="inspect",
+        help="judge the BatchNorm statistics in a checkpoint, without the code of its model",
+        add_arguments=_add_inspect_arguments,
+        run=_run_inspect,
+        extra="cli",
+        modules=("rich", "safetensors"),
+    ),
+    Command(
+        name="diff",
+        help="show how far the BatchNorm statistics moved from one checkpoint to another",
+        add_arguments=_add_diff_arguments,
+        run=_run_diff,
+        extra="cli",
+        modules=("rich", "safetensors"),
     ),
     Command(
         name="backends",
@@ -125,7 +204,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
     try:
-        return command.run(arguments)
+        status = command.run(arguments)
+        sys.stdout.flush()
+        return status
+    except CheckpointError as error:
+        print(f"runningbn {command.name}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:
+        # What is still in the buffer goes nowhere, rather than into another error as Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in command.modules:

@@ -1,0 +1,1 @@
+"""Statistics in files: reading checkpoints without their models, judging and comparing the layers, printing it."""

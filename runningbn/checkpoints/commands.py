@@ -1,0 +1,172 @@
+"""``python -m runningbn inspect`` and ``diff``: what they find, as JSON or as tables, and their exit status.
+
+The tables need rich, so they are imported when they are printed; JSON does not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .comparison import Comparison, compare, pairs
+from .criteria import EPS, ERROR, Finding, Judged, judge, mean_over_std, spread
+from .reading import Layer, StateDict, read_checkpoint
+
+# Exit statuses. Those of diff(1): 0 for nothing to report, 1 for something, 2 for trouble (see __main__).
+FINE, WRONG = 0, 1
+
+
+def run_inspect(path: Path, *, as_json: bool) -> int:
+    """Judge every layer of a checkpoint and print that.
+
+    Returns:
+        1 where a finding is an error, so that evaluation is wrong; else 0.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read.
+    """
+    judged = [(state_dict, judge(state_dict)) for state_dict in read_checkpoint(path)]
+    if as_json:
+        _print_json(inspection_as_json(path, judged))
+    else:
+        from .tables import print_inspection
+
+        for state_dict, layers in judged:
+            print_inspection(path, state_dict, layers)
+    severities = {finding.criterion.severity for _, layers in judged for _, found in layers for finding in found}
+    return WRONG if ERROR in severities else FINE
+
+
+def run_diff(path_a: Path, path_b: Path, *, as_json: bool) -> int:
+    """Compare the statistics of two checkpoints, layer by layer, and print that.
+
+    Returns:
+        1 where something could not be compared, else 0, however far the statistics moved.
+
+    Raises:
+        CheckpointError: if a checkpoint cannot be read.
+    """
+    a, b = read_checkpoint(path_a), read_checkpoint(path_b)
+    comparisons = [compare(*pair) for pair in pairs(a, b)]
+    unpaired_a = [entry.place for entry in a if entry.place not in {each.place_a for each in comparisons}]
+    unpaired_b = [entry.place for entry in b if entry.place not in {each.place_b for each in comparisons}]
+    if as_json:
+        contents = {
+            "a": str(path_a),
+            "b": str(path_b),
+            "eps": EPS,
+            "comparisons": [comparison_as_json(comparison) for comparison in comparisons],
+            "only_in_a": unpaired_a,
+            "only_in_b": unpaired_b,
+        }
+        _print_json(contents)
+    else:
+        from .tables import print_comparison, print_unpaired
+
+        for comparison in comparisons:
+            print_comparison(path_a, path_b, comparison)
+        print_unpaired(path_a, unpaired_a)
+        print_unpaired(path_b, unpaired_b)
+    complete = not (unpaired_a or unpaired_b) and all(_complete(comparison) for comparison in comparisons)
+    return FINE if complete else WRONG
+
+
+def _complete(comparison: Comparison) -> bool:
+    missing = (
+        comparison.only_a,
+        comparison.only_b,
+        comparison.other_shapes,
+        comparison.left_out_a,
+        comparison.left_out_b,
+    )
+    return not any(missing) and all(math.isfinite(layer.moved) for layer in comparison.layers)
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _print_json(contents: dict[str, Any]) -> None:
+    print(json.dumps(contents, indent=1, allow_nan=False))
+
+
+def inspection_as_json(path: Path, judged: Iterable[tuple[StateDict, Judged]]) -> dict[str, Any]:
+    """Everything that ``inspect`` tells. Keys are stable: new ones may come, these stay."""
+    return {
+        "checkpoint": str(path),
+        "eps": EPS,
+        "state_dicts": [
+            {
+                "place": state_dict.place,
+                "layers": [_layer_as_json(layer, found) for layer, found in layers],
+                "left_out": [{"name": name, "reason": reason} for name, reason in state_dict.left_out],
+            }
+            for state_dict, layers in judged
+        ],
+    }
+
+
+def _layer_as_json(layer: Layer, found: Iterable[Finding]) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "channels": layer.channels,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "batches_tracked": layer.batches,
+        "mean_over_std": spread(mean_over_std(layer)),
+        "var": spread(layer.var),
+        "state": _state_as_json(layer) if layer.state else None,
+        "findings": [
+            {
+                "name": finding.criterion.name,
+                "severity": finding.criterion.severity,
+                "channels": len(finding.indices),
+                "indices": list(finding.indices),
+                "sentence": finding.criterion.sentence,
+            }
+            for finding in found
+        ],
+    }
+
+
+def _state_as_json(layer: Layer) -> dict[str, Any]:
+    """What only our layers know. Of statistics taken over from elsewhere, it is not known how much data they saw."""
+    return {
+        "taken_over": layer.taken_over,
+        "samples": None if layer.taken_over else spread(layer.state["samples"])["max"],
+        "batches": spread(layer.state["steps"])["max"],
+        "effective_elements": None if layer.taken_over else spread(layer.effective_elements)["median"],
+    }
+
+
+def comparison_as_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything that ``diff`` tells of two state dicts. Keys are stable: new ones may come, these stay."""
+    return {
+        "place_a": comparison.place_a,
+        "place_b": comparison.place_b,
+        "prefix_a": comparison.prefix_a,
+        "prefix_b": comparison.prefix_b,
+        "layers": [
+            {
+                "name": layer.name,
+                "channels": len(layer.mean),
+                "mean_shift": _finite(layer.mean_shift),
+                "mean_shift_max": _finite(layer.mean_shift_max),
+                "std_shift": _finite(layer.std_shift),
+                "var_ratio": _finite(layer.var_ratio),
+                "var_ratio_extreme": _finite(layer.var_ratio_extreme),
+            }
+            for layer in comparison.layers
+        ],
+        "only_in_a": list(comparison.only_a),
+        "only_in_b": list(comparison.only_b),
+        "other_shapes": [{"name": name, "channels_a": a, "channels_b": b} for name, a, b in comparison.other_shapes],
+        "left_out_a": [{"name": name, "reason": reason} for name, reason in comparison.left_out_a],
+        "left_out_b": [{"name": name, "reason": reason} for name, reason in comparison.left_out_b],
+    }
+
+
+def _finite(number: float) -> float | None:
+    """The number, or None, which is null: JSON has no NaN."""
+    return number if math.isfinite(number) else None
