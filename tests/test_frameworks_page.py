@@ -1,0 +1,29 @@
+"""The page on training frameworks: its code runs and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "frameworks.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_there_are_three_blocks():
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["GradScaler", "averaged weights", "schedule-free"])
+def test_blocks_run(block):
+    if "schedulefree" in block:
+        pytest.importorskip("schedulefree")
+    exec(compile(block, PAGE.name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)]+)\)", TEXT))
+def test_links_lead_somewhere(link):
+    page, _, anchor = link.partition("#")
+    text = (PAGE.parent / page).read_text(encoding="utf-8") if page else TEXT
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    assert not anchor or anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
