@@ -18,7 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .buffers import PooledStatistics
-from .converted import PRECISE, NormAct, PreciseBatchNormAct2d, RunningBatchNormAct2d
+from .converted import PRECISE, PRECISE_ACT, NormAct, RunningBatchNormAct, is_norm_act
 from .distributed import check_synchronisation
 from .modules import PreciseBatchNorm, RunningBatchNorm, check_gradient
 from .momentum import Horizon, check_momentum
@@ -45,12 +45,13 @@ def batchnormify(
 
     Kept: parameters (the same objects), statistics, eps, affine, dtype, device, training flag, requires_grad, hooks,
     and the identity of every layer. Evaluation gives what it gave before, from each target to each other. timm's
-    ``BatchNormAct2d`` keeps its drop and act, ``nn.SyncBatchNorm`` its process group: it becomes a layer with
-    ``sync=True``, for inputs of any dimensions.
+    ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their drop and act, ``nn.SyncBatchNorm`` its process group: it
+    becomes a layer with ``sync=True``, for inputs of any dimensions.
 
     Left alone, and named in the log with the reason: lazy layers without parameters yet, layers without running
-    statistics, parametrised layers, scripted layers, and subclasses with a forward of their own, as timm's
-    ``SyncBatchNormAct``. One line is logged to the logger ``runningbn``, as a warning if a layer was left alone.
+    statistics, parametrised layers, scripted layers, subclasses with a forward of their own, and what is BatchNorm by
+    its name and its statistics and no ``nn.BatchNorm``, as the frozen layers of torchvision, timm and transformers.
+    One line is logged to the logger ``runningbn``, as a warning if a layer was left alone.
 
     Args:
         model: any module, a single layer included.
@@ -63,7 +64,7 @@ def batchnormify(
               the statistics take the dtype of the weight;
             - a callable, which is given each layer and returns its replacement.
         where: ``where(name, module)`` says whether to convert a layer; one with several names is converted if it says
-            so for any of them.
+            so for any of them. It is asked about ``nn.BatchNorm`` and its subclasses only.
         **layer_kwargs: `momentum`, `sync`, `process_group` (running and precise) and `gradient` (running) for the
             converted layers. A layer that is of the target kind already takes these, too.
 
@@ -90,6 +91,11 @@ def batchnormify(
     convertible: list[nn.Module] = []
     left_alone: dict[str, str] = {}
     for names, layer in _batch_norms(model):
+        if _is_foreign(layer):
+            # Not asked about: it need not have what nn.BatchNorm has. Who selects layers knows what they left out.
+            if where is None:
+                left_alone[_shown(names)] = _reason_to_leave_foreign(layer)
+            continue
         if where is not None and not any(where(name, layer) for name in names):
             continue
         reason = None if callable(to) else _reason_to_leave(layer, to)
@@ -98,7 +104,7 @@ def batchnormify(
         if reason is None:
             convertible.append(layer)
         else:
-            left_alone[names[0] or "the model itself"] = reason
+            left_alone[_shown(names)] = reason
     if callable(to):
         model = _replace(model, {layer: to(layer) for layer in convertible})
     else:
@@ -140,13 +146,31 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
     """Every BatchNorm layer once, with all its names."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _BatchNorm) or _is_scripted_batch_norm(module):
+        if isinstance(module, _BatchNorm) or _is_scripted_batch_norm(module) or _is_foreign(module):
             names.setdefault(module, []).append(name)
     yield from ((found, module) for module, found in names.items())
 
 
 def _is_scripted_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) and str(module.original_name).startswith("BatchNorm")
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether it is BatchNorm by its name and its statistics, and no ``nn.BatchNorm``."""
+    if "BatchNorm" not in type(module).__name__ or isinstance(module, _BatchNorm):
+        return False
+    return {"running_mean", "running_var"} <= {name for name, _ in module.named_buffers(recurse=False)}
+
+
+def _reason_to_leave_foreign(layer: nn.Module) -> str:
+    if not layer._parameters:
+        return "it is frozen; its statistics and affine parameters are constants"
+    return f"{type(layer).__name__} is no subclass of nn.BatchNorm"
+
+
+def _shown(names: list[str]) -> str:
+    """How the log names a layer."""
+    return names[0] or "the model itself"
 
 
 def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
@@ -162,7 +186,7 @@ def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
     has_statistics = layer.running_mean is not None and layer.running_var is not None and layer.track_running_stats
     if not has_statistics and not removes_own:
         return "it keeps no running statistics"
-    if "forward" in vars(layer) or not (_has_known_forward(type(layer)) or _is_norm_act(type(layer))):
+    if "forward" in vars(layer) or not (_has_known_forward(type(layer)) or is_norm_act(layer)):
         return f"{type(layer).__name__} has a forward of its own"
     if isinstance(layer, RunningBatchNorm) and to != "running" and _torch_type(layer) is None:
         if layer.input_dim is None:
@@ -182,12 +206,6 @@ def _has_known_forward(cls: type[nn.Module]) -> bool:
     return cls.forward is _BatchNorm.forward and issubclass(cls, tuple(PRECISE))
 
 
-def _is_norm_act(cls: type[nn.Module]) -> bool:
-    """Whether it is timm's BatchNormAct2d, or a subclass that keeps its forward; by name, without importing timm."""
-    origin = next((base for base in cls.__mro__ if base.__name__ == "BatchNormAct2d"), None)
-    return origin is not None and issubclass(cls, nn.BatchNorm2d) and cls.forward is origin.__dict__.get("forward")
-
-
 def _torch_type(layer: nn.Module) -> type[nn.Module] | None:
     """The class to return to: what the layer was, or the ``nn.BatchNorm`` for inputs such as it has seen."""
     if not isinstance(layer, PooledStatistics):
@@ -203,7 +221,7 @@ def _torch_type(layer: nn.Module) -> type[nn.Module] | None:
 
 def _to_running(layer: Any, **options: Any) -> None:
     if not isinstance(layer, RunningBatchNorm):
-        _become(layer, RunningBatchNormAct2d if _is_norm_act(type(layer)) else RunningBatchNorm)
+        _become(layer, RunningBatchNormAct if is_norm_act(layer) else RunningBatchNorm)
         layer.momentum, layer.gradient = Horizon(), "running"
     _set_options(layer, options)
 
@@ -212,8 +230,8 @@ def _to_precise(layer: Any, **options: Any) -> None:
     if not isinstance(layer, PreciseBatchNorm):
         origin = _torch_type(layer)
         assert origin is not None
-        precise = next(precise for plain, precise in PRECISE.items() if issubclass(origin, plain))
-        _become(layer, PreciseBatchNormAct2d if _is_norm_act(origin) else precise)
+        counterparts = PRECISE_ACT if is_norm_act(layer) else PRECISE
+        _become(layer, next(precise for plain, precise in counterparts.items() if issubclass(origin, plain)))
         layer.__dict__.pop("gradient", None)
     _set_options(layer, options)
 
@@ -276,7 +294,10 @@ def _report(to: Target, converted: int, left_alone: dict[str, str]) -> None:
     target = to if isinstance(to, str) else getattr(to, "__name__", repr(to))
     line = f"batchnormify: {converted} layer{'' if converted == 1 else 's'} converted to {target}"
     if left_alone:
-        reasons = "; ".join(f"{name} ({reason})" for name, reason in left_alone.items())
+        names: dict[str, list[str]] = {}
+        for name, reason in left_alone.items():
+            names.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{', '.join(together)} ({reason})" for reason, together in names.items())
         logger.warning("%s, %d left alone: %s", line, len(left_alone), reasons)
     else:
         logger.info("%s", line)

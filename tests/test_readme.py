@@ -19,8 +19,8 @@ def test_examples_run(example):
     exec(compile(example, "README.md", "exec"), {})
 
 
-def test_there_are_four_examples():
-    assert len(EXAMPLES) == 4
+def test_there_are_five_examples():
+    assert len(EXAMPLES) == 5
 
 
 def test_tables_are_those_of_the_committed_results():
