@@ -116,7 +116,7 @@ class RunningBatchNorm(_Layer):
     and in the gradients, whatever stands there, and the output is 0 there.
 
     Args:
-        num_features: C.
+        num_features: how many channels, C.
         eps: added to the variance; > 0.
         momentum: weight a of a new batch: a rule (`Horizon`, `SquareRoot`), a float as in ``nn.BatchNorm``, or None for
             the cumulative average.
@@ -257,7 +257,7 @@ class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):
     statistics are not updated. ``layer(x, mask)`` leaves padding out, as in `RunningBatchNorm`.
 
     Args:
-        num_features: C.
+        num_features: how many channels, C.
         eps: added to the variance; > 0 in training.
         momentum: weight a of a new batch: a float, None for the cumulative average a = 1/t, or a rule (`Horizon`,
             `SquareRoot`).

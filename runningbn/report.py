@@ -25,7 +25,7 @@ class LayerReport:
         eps: of the layer.
         batches, samples, elements: how much data the layer saw: batches, the sum of N, and elements per channel.
         residual: with ``normalize="population"``, how far the moments that evaluation shows are from `mean` and `var`,
-            the largest of |difference of means|/std and |difference of variances|/var; NaN otherwise.
+            the largest distance of means in std, or of variances in var; NaN otherwise.
         feeds_itself: whether it was called more than once in a forward pass.
     """
 
@@ -45,17 +45,17 @@ class LayerReport:
 
     @property
     def std(self) -> Tensor:
-        """(var + eps)^½, what the layer divides by: the unit of the numbers below."""
+        """(var + eps)^½, what the layer divides by, and the unit of the numbers below."""
         return (self.var + self.eps).sqrt()
 
     @property
     def mean_shift(self) -> float:
-        """|mean − old_mean| in std, root mean square over channels."""
+        """Distance of mean and old_mean in std, root mean square over channels."""
         return _rms((self.mean - self.old_mean) / self.std)
 
     @property
     def std_shift(self) -> float:
-        """|log(std/old std)|, about the relative change of the std, root mean square over channels."""
+        """Absolute log(std/old std), about the relative change of the std, root mean square over channels."""
         return _rms(torch.log(self.std.square() / (self.old_var + self.eps)) / 2)
 
     @property
@@ -70,7 +70,7 @@ class LayerReport:
 
     @property
     def std_standard_error(self) -> float:
-        """Standard error of the std, relative to it, root mean square over channels: that of var divided by 2·var."""
+        """Standard error of the std, relative to it, root mean square over channels; that of var divided by 2·var."""
         return _rms(self.var_error / (2 * self.std.square()))
 
     @property
@@ -81,7 +81,7 @@ class LayerReport:
 
     @property
     def moved(self) -> float:
-        """How far the layer moved: √(mean_shift² + std_shift²), in std."""
+        """How far the layer moved, √(mean_shift² + std_shift²), in std."""
         return float((self.mean_shift**2 + self.std_shift**2) ** 0.5)
 
 

@@ -17,7 +17,7 @@ class LayerSummary:
 
     Attributes:
         name: of the layer in the model.
-        channels: C.
+        channels: how many, C.
         mean_mean, mean_std: of `running_mean`.
         var_mean, var_std: of `running_var`.
         batches: `num_batches_tracked`, None where there is none.

@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 import torch._inductor.config
 import torch.fx.experimental.optimization
-from models import each_of_ours
+from models import OURS, each_of_ours
 from real_models import gradients
 from real_models_elsewhere import ELSEWHERE
 from real_models_images import IMAGES
@@ -62,6 +62,8 @@ def served(id: str, to: str) -> tuple[nn.Module, nn.Module]:
 
 
 each_served = pytest.mark.parametrize("id", SERVED)
+# Exporters take their time, and see the same operations of either layer.
+each_in_turn = pytest.mark.parametrize(("id", "to"), list(zip(SERVED, OURS)))
 quiet_exporters = pytest.mark.filterwarnings(
     # torch.onnx and what it is written with warn of their own futures.
     "ignore::DeprecationWarning",
@@ -164,11 +166,10 @@ def count(model: nn.Module, cls: type[nn.Module]) -> int:
 
 
 @pytest.mark.slow
-@each_of_ours
 @torch.no_grad()
-def test_compiled_model_evaluates_any_size_in_no_more_graphs_than_its_torch_form(to: str):
+def test_compiled_model_evaluates_any_size_in_no_more_graphs_than_its_torch_form():
     graphs = [torch._dynamo.testing.CompileCounter() for _ in range(2)]
-    model, plain = served("resnet", to)
+    model, plain = served("resnet", "running")
     torch._dynamo.reset()
     compiled, compiled_plain = (
         torch.compile(form, backend=counter, fullgraph=True, dynamic=True)
@@ -183,10 +184,9 @@ def test_compiled_model_evaluates_any_size_in_no_more_graphs_than_its_torch_form
 
 
 @pytest.mark.slow
-@each_of_ours
 @torch.no_grad()
-def test_inductor_freezes_the_normalisation_into_the_convolutions(to: str):
-    model, plain = served("resnet", to)
+def test_inductor_freezes_the_normalisation_into_the_convolutions():
+    model, plain = served("resnet", "running")
     torch._dynamo.reset()
     with torch._inductor.config.patch(freezing=True):
         compiled = torch.compile(model, fullgraph=True)
@@ -203,8 +203,7 @@ FREE_SIZES = {
 
 
 @pytest.mark.slow
-@each_of_ours
-@each_served
+@each_in_turn
 @torch.no_grad()
 def test_exported_program_evaluates_batches_and_images_of_other_sizes(id: str, to: str):
     model, plain = served(id, to)
@@ -217,8 +216,7 @@ def test_exported_program_evaluates_batches_and_images_of_other_sizes(id: str, t
 
 @pytest.mark.slow
 @quiet_exporters
-@each_of_ours
-@each_served
+@each_in_turn
 @torch.no_grad()
 def test_onnx_runtime_evaluates_other_batches(id: str, to: str, tmp_path):
     model, plain = served(id, to)

@@ -1,0 +1,48 @@
+"""For Sphinx: ``sphinx-build -W docs docs/_build`` makes a site of these pages and of the public names' docstrings."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import runningbn
+
+# Of Lightning one base class is needed, and to import it all takes as long as to build the site.
+sys.modules["lightning.pytorch"] = SimpleNamespace(Callback=object)  # type: ignore[assignment]
+
+project = "runningbn"
+version = release = runningbn.__version__
+html_title = f"runningbn {release}"
+html_theme = "furo"
+html_show_copyright = False
+exclude_patterns = ["_build"]
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath"]  # the formulas, which GitHub shows, too
+myst_heading_anchors = 2  # links to sections, as on GitHub
+
+autodoc_typehints = "none"  # what the docstrings say about an argument tells more
+autodoc_member_order = "bysource"
+napoleon_custom_sections = ["Shape"]
+
+# A name in single backticks is a link where there is something to link to. Public names have to be found. Arguments,
+# attributes and modules are written alike and have no place of their own, as have the exceptions and classes of Python
+# and torch.
+default_role = "py:obj"
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:obj", r"[a-z_.]+|PreciseBatchNorm1d/2d/3d"),
+    ("py:obj", r"LayerReport|LayerSummary|Recalibration|StatsReport"),  # from a module other than theirs
+    ("py:exc", r".*"),
+]
+
+
+def escape_stars(app: Any, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:
+    """Of a shape (N, C, *), the star is a star: docstrings are to be read as plain text, too."""
+    lines[:] = [line.replace(", *)", r", \*)") for line in lines]
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", escape_stars)
