@@ -1,0 +1,142 @@
+"""The file of results, and what it says about a contender in a cell.
+
+It holds one JSON object per line. A line with a "part" says on what machine the lines after it were made; every other
+line is what one run, or the recalibration after it, came to. Lines are only ever appended, so a run that is killed
+loses itself and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+Record = dict[str, Any]
+
+SWEEP_SEEDS, MORE_SEEDS = tuple(range(5)), tuple(range(5, 15))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained on what, and by what optimizer."""
+
+    task: str
+    batch: int
+    one_class: bool
+    optimizer: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """A contender at one rate over all its seeds."""
+
+    rate: float
+    test: tuple[float, ...]
+    diverged: int  # runs whose test loss is not finite
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return fmean(self.test)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the seeds."""
+        return stdev(self.test) if len(self.test) > 1 else 0.0
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean."""
+        return self.std / math.sqrt(len(self.test))
+
+
+class Results:
+    """All records, by cell and contender."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._records: dict[tuple[Cell, str], list[Record]] = {}
+        self.parts: list[Record] = []
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Take a line of the file."""
+        if "part" in record:
+            self.parts.append(record["part"])
+            return
+        cell = Cell(record["task"], record["batch"], record["one_class"], record["optimizer"])
+        self._records.setdefault((cell, record["contender"]), []).append(record)
+
+    def cells(self) -> list[Cell]:
+        """Those with any result, in the order of the file."""
+        return list(dict.fromkeys(cell for cell, _ in self._records))
+
+    def missing(self, cell: Cell, name: str, rates: Sequence[float], seeds: Sequence[int]) -> tuple[float, ...]:
+        """The rates at which these seeds were not run; none where the contender cannot train."""
+        if self.error(cell, name):
+            return ()
+        records = [record for record in self._records.get((cell, name), ()) if record["seeds"] == list(seeds)]
+        return tuple(rate for rate in rates if not any(rate in record["rates"] for record in records))
+
+    def error(self, cell: Cell, name: str) -> str | None:
+        """Why a contender cannot train there."""
+        return next((record["error"] for record in self._records.get((cell, name), ()) if "error" in record), None)
+
+    def scores(self, cell: Cell, name: str) -> list[Score]:
+        """One for each rate of the sweep; empty where there is no result."""
+        rates = [rate for record in self._sweeps(cell, name) for rate in record["rates"]]
+        return [self._score(cell, name, rate) for rate in rates]
+
+    def best_rate(self, cell: Cell, name: str) -> float | None:
+        """The rate with the best mean on the validation part, over the seeds of the sweep; None without results."""
+        means = {
+            rate: fmean(values)
+            for record in self._sweeps(cell, name)
+            for rate, values in zip(record["rates"], record["validation"], strict=True)
+        }
+        return max(means, key=lambda rate: means[rate]) if means else None
+
+    def best(self, cell: Cell, name: str) -> Score | None:
+        """The score at the best rate."""
+        rate = self.best_rate(cell, name)
+        return None if rate is None else self._score(cell, name, rate)
+
+    def worst(self, cell: Cell, name: str) -> Score | None:
+        """The lowest mean of the sweep."""
+        return min(self.scores(cell, name), key=lambda score: score.mean, default=None)
+
+    def _sweeps(self, cell: Cell, name: str) -> list[Record]:
+        records = self._records.get((cell, name), ())
+        return [record for record in records if "error" not in record and record["seeds"] == list(SWEEP_SEEDS)]
+
+    def _score(self, cell: Cell, name: str, rate: float) -> Score:
+        test, losses = [], []
+        for record in self._records[cell, name]:
+            if rate in record["rates"]:
+                row = record["rates"].index(rate)
+                test += record["test"][row]
+                losses += record["loss"][row]
+        return Score(rate, tuple(test), losses.count(None))
+
+
+def load(path: Path) -> Results:
+    """What is in a file; nothing where there is none. A last line without its end is that of a killed run."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return Results(json.loads(line) for line in lines if line.endswith("\n"))
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed run has left of its line, before another is appended to it."""
+    if path.exists():
+        contents = path.read_bytes()
+        path.write_bytes(contents[: contents.rfind(b"\n") + 1])
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Write whole lines, at once."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))

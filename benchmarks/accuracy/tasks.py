@@ -1,0 +1,173 @@
+"""The tasks: data in three parts, and how an answer is scored.
+
+All is made of scikit-learn's handwritten digits, 1797 images of 8x8 pixels. The learning rate is chosen by the
+validation part, the tables show the test part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from . import networks
+from .networks import Network
+
+SAMPLES = 1088  # trained on in every run, whatever the batch size: the training images once, 34 batches of 32
+VALIDATION, TEST = 259, 450
+CANVAS, CANVASES = 24, 160
+BACKGROUND = 10  # the class of pixels without ink
+
+
+class Part(NamedTuple):
+    """Inputs (E, C, *), what to answer, (E,) or (E, H, W), and the class that batches of one class go by, (E,)."""
+
+    inputs: Tensor
+    labels: Tensor
+    classes: Tensor
+
+
+class Data(NamedTuple):
+    """Standardised by mean and std of the training part."""
+
+    train: Part
+    validation: Part
+    test: Part
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its data, and a score in [0, 1] of answers (E, M, *) to labels (E, *), (M,)."""
+
+    name: str
+    network: Network
+    data: Callable[[bool], Data]  # whether batches are of one class
+    score: Callable[[Tensor, Tensor], Tensor]
+    measure: str
+
+
+@cache
+def digits() -> Data:
+    """Images (E, 1, 8, 8) and digits; always the same split."""
+    images, labels = load_digits(return_X_y=True)
+    rest, test, rest_labels, test_labels = train_test_split(
+        images, labels, test_size=TEST, stratify=labels, random_state=0
+    )
+    train, validation, train_labels, validation_labels = train_test_split(
+        rest, rest_labels, test_size=VALIDATION, stratify=rest_labels, random_state=0
+    )
+    parts = ((train, train_labels), (validation, validation_labels), (test, test_labels))
+    return standardised(*(_part(images, labels) for images, labels in parts))
+
+
+def _part(images: object, labels: object) -> Part:
+    numbers = torch.as_tensor(labels, dtype=torch.int64)
+    return Part(torch.as_tensor(images, dtype=torch.float32).view(-1, 1, 8, 8), numbers, numbers)
+
+
+def standardised(*parts: Part) -> Data:
+    """Inputs less the mean of the first part, over its std."""
+    mean, std = parts[0].inputs.mean(), parts[0].inputs.std()
+    return Data(*(part._replace(inputs=(part.inputs - mean) / std) for part in parts))
+
+
+def images(one_class: bool) -> Data:
+    """(E, 1, 8, 8)."""
+    return digits()
+
+
+def vectors(one_class: bool) -> Data:
+    """The pixels as 64 channels of one position, (E, 64, 1)."""
+    return Data(*(part._replace(inputs=part.inputs.view(-1, 64, 1)) for part in digits()))
+
+
+def sequences(one_class: bool) -> Data:
+    """The pixels, row after row, as a sequence, (E, 1, 64)."""
+    return Data(*(part._replace(inputs=part.inputs.view(-1, 1, 64)) for part in digits()))
+
+
+@cache
+def canvases(one_class: bool) -> Data:
+    """Four digits on a canvas, (E, 1, 24, 24); what to answer for a pixel is its digit, or `BACKGROUND`.
+
+    With `one_class`, the digits of a training canvas are alike; those to validate and test on are mixed in any case.
+    """
+    plain = digits()
+    generator = torch.Generator().manual_seed(0)
+    wanted = (SAMPLES, CANVASES, CANVASES)
+    alike = (one_class, False, False)
+    return standardised(*map(_compose, plain, wanted, alike, [generator] * 3))
+
+
+def _compose(part: Part, number: int, alike: bool, generator: torch.Generator) -> Part:
+    """Canvases with a digit in each quarter, at a random place in it."""
+    background = part.inputs.min()
+    inputs = background.expand(number, 1, CANVAS, CANVAS).clone()
+    labels = torch.full((number, CANVAS, CANVAS), BACKGROUND)
+    classes = torch.randint(10, (number,), generator=generator)
+    half, room = CANVAS // 2, CANVAS // 2 - 8 + 1
+    for i in range(number):
+        choices = (part.classes == classes[i]).nonzero().flatten() if alike else torch.arange(len(part.classes))
+        for quarter in range(4):
+            chosen = choices[torch.randint(len(choices), (), generator=generator)]
+            top, left = (torch.randint(room, (2,), generator=generator)).tolist()
+            rows = slice(top + half * (quarter // 2), top + half * (quarter // 2) + 8)
+            columns = slice(left + half * (quarter % 2), left + half * (quarter % 2) + 8)
+            image = part.inputs[chosen, 0]
+            inputs[i, 0, rows, columns] = image
+            labels[i, rows, columns][image > background] = part.labels[chosen]
+    return Part(inputs, labels, classes)
+
+
+def accuracy(answers: Tensor, labels: Tensor) -> Tensor:
+    """The share of right answers, (M,)."""
+    return (answers == labels.unsqueeze(1)).double().mean(0)
+
+
+def mean_iou(answers: Tensor, labels: Tensor) -> Tensor:
+    """Intersection over union of the pixels of a class, mean over the eleven classes, (M,)."""
+    labels = labels.unsqueeze(1)
+    pixels = [0, *range(2, answers.dim())]
+    ratios = []
+    for number in range(BACKGROUND + 1):
+        answered, right = answers == number, labels == number
+        intersection, union = (answered & right).sum(pixels), (answered | right).sum(pixels)
+        ratios.append(intersection / union.clamp(min=1))
+    return torch.stack(ratios).double().mean(0)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("plain conv net", networks.plain_net, images, accuracy, "accuracy"),
+        Task("residual net", networks.residual_net, images, accuracy, "accuracy"),
+        Task("29-layer residual net", networks.deep_residual_net, images, accuracy, "accuracy"),
+        Task("perceptron", networks.perceptron, vectors, accuracy, "accuracy"),
+        Task("fastai's net", networks.fastai_net, images, accuracy, "accuracy"),
+        Task("segmentation", networks.segmentation_net, canvases, mean_iou, "mean IoU"),
+        Task("sequence", networks.sequence_net, sequences, accuracy, "accuracy"),
+    )
+}
+
+
+def schedule(classes: Tensor, batch: int, one_class: bool, samples: int, seed: int) -> Tensor:
+    """Which training samples make up each batch of a run, (steps, batch): epochs of full batches, shuffled.
+
+    With `one_class` the samples of a batch are of one class.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = (
+        [(classes == c).nonzero().flatten() for c in classes.unique()] if one_class else [torch.arange(len(classes))]
+    )
+    steps, batches = samples // batch, torch.empty(0, batch, dtype=torch.int64)
+    while len(batches) < steps:
+        shuffled = [group[torch.randperm(len(group), generator=generator)] for group in groups]
+        full = torch.cat([group[: len(group) // batch * batch].view(-1, batch) for group in shuffled])
+        batches = torch.cat([batches, full[torch.randperm(len(full), generator=generator)]])
+    return batches[:steps]
