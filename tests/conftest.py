@@ -1,6 +1,19 @@
 """What holds for all tests."""
 
+import pytest
 import torch
 
 # Most tensors here are tiny, and two threads that wait for each other are then several times slower than one.
 torch.set_num_threads(1)
+
+# torch 2.4 warns of what it does itself, in a reentrant checkpoint and in torch.export.load.
+WARNINGS_OF_TORCH_2_4 = (
+    r"ignore:`torch.cpu.amp.autocast.args...\)` is deprecated:FutureWarning",
+    r"ignore:You are using `torch.load` with `weights_only=False`:FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.__version__ < (2, 5):
+        for line in WARNINGS_OF_TORCH_2_4:
+            config.addinivalue_line("filterwarnings", line)

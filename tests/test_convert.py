@@ -15,6 +15,7 @@ from cases import noise
 from models import CLASSES, PLAIN, TARGETS, each_of_ours, each_target, images, pretrained, small_net, tangle
 from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import nn
+from versions import needs_batch_norm_without_bias, needs_state_dict_post_hooks
 
 from runningbn import RunningBatchNorm, batchnormify
 
@@ -128,6 +129,7 @@ def test_eps_and_affine_are_kept(to, affine):
     assert (layer.eps, layer.affine, layer.weight is not None) == (0.125, affine, affine)
 
 
+@needs_batch_norm_without_bias
 @each_target
 def test_missing_bias_is_kept(to):
     layer = batchnormify(pretrained(nn.BatchNorm2d(3, bias=False)), to)
@@ -164,6 +166,7 @@ def use(layer: nn.Module) -> None:
     layer.load_state_dict(layer.state_dict())
 
 
+@needs_state_dict_post_hooks
 @each_target
 def test_hooks_still_run(to):
     layer = nn.BatchNorm2d(3)
@@ -174,6 +177,7 @@ def test_hooks_still_run(to):
     ]  # fmt: skip
 
 
+@needs_state_dict_post_hooks
 @each_target
 def test_hooks_from_before_the_conversion_can_be_removed_after_it(to):
     layer = nn.BatchNorm2d(3)

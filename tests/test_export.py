@@ -10,6 +10,7 @@ from models import each_of_ours, pretrained
 from steps import evaluate, train, trained
 from torch import nn
 from torch.export import Dim
+from versions import needs_onnx_dynamic_shapes
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm, batchnormify
 
@@ -45,6 +46,7 @@ def test_exported_layer_survives_a_file(cls):
 
 # torch.onnx and what it is written with warn of their own futures.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@needs_onnx_dynamic_shapes
 @each_of_ours
 def test_onnx_runtime_agrees_on_batches_of_any_size(to, tmp_path):
     torch.manual_seed(0)

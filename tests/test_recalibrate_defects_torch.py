@@ -18,6 +18,7 @@ from recalibration_models import (
 )
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from versions import needs_compiled_function_modes
 
 from runningbn import update_bn_stats
 
@@ -158,6 +159,7 @@ def test_torch_has_no_limit_to_what_it_draws():
     assert len(drawn) == 3
 
 
+@needs_compiled_function_modes
 def test_torch_15_model_compiled_as_one_graph_is_a_compiler_error():
     other, model = (torch.compile(mlp(1), backend="eager", fullgraph=True).train() for _ in range(2))
     expected = {f"_orig_mod.{name}": moments for name, moments in reference(mlp(1), rows(40).split(8)).items()}
