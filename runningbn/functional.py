@@ -35,7 +35,8 @@ from .update import Coefficients, absorb_precise, absorb_running, is_recomputati
 
 def running(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    state: State, gradient: GradientState | None, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None,
+    state: State, gradient: GradientState | None, momentum: Momentum, ranks: RankGroup | None,
+    mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`.
 
@@ -53,7 +54,7 @@ def running(
 
 def precise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None,
+    state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
     if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
