@@ -15,6 +15,7 @@ from torch.autograd.function import Function
 
 from . import kernels
 from .distributed import RankGroup, pool_gradients
+from .kernels.layout import spread
 from .statistics import GradientState
 from .update import absorb_gradient
 
@@ -93,19 +94,16 @@ def differentiable_gradients(
         kappa_mean = kappa_var = torch.full_like(mean, x.shape[1] / x.numel())
     all_but_channels = [d for d in range(x.dim()) if d != 1]
 
-    def spread(vector: Tensor) -> Tensor:
-        return vector.view(-1, *[1] * (x.dim() - 2))
-
     def change(total: Tensor) -> Tensor:
         return total - total.detach()
 
-    centred = x.to(mean.dtype) - spread(mean)
+    centred = x.to(mean.dtype) - spread(mean, x)
     mean_change = _times(kappa_mean, change(centred.sum(all_but_channels)))
     # var = Σx²/n − mean²: the square of the change of the mean is zero up to its second derivative.
     var_change = _times(kappa_var, change(centred.square().sum(all_but_channels)))
     var_change = var_change - torch.where(kappa_var == 0, 0, mean_change.square())
-    z = (centred - spread(mean_change)) * spread((rstd.pow(-2) + var_change).rsqrt())
-    y = (z if weight is None else z * spread(weight.to(z.dtype))).to(x.dtype)
+    z = (centred - spread(mean_change, x)) * spread((rstd.pow(-2) + var_change).rsqrt(), x)
+    y = (z if weight is None else z * spread(weight.to(z.dtype), x)).to(x.dtype)
     wanted = [t if needed else None for t, needed in zip((x, weight), needs)]
     inputs = [t for t in wanted if t is not None]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True) if inputs else ())

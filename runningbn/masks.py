@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.layout import spread
 from .statistics import Sums
 
 
@@ -40,7 +41,7 @@ def real_sums(x: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor
     all_but_channels = [d for d in range(x.dim()) if d != 1]
     count = mask.sum().to(dtype)
     pivot = torch.where(real, x, 0).sum(all_but_channels) / count.clamp_min(1)
-    centred = torch.where(real, x - _spread(pivot, x), 0)
+    centred = torch.where(real, x - spread(pivot, x), 0)
     sums = Sums(pivot, centred.sum(all_but_channels), centred.square().sum(all_but_channels), count.expand_as(pivot))
     return sums, mask.flatten(1).any(1).sum().to(dtype) if mask.dim() > 1 else count
 
@@ -48,13 +49,9 @@ def real_sums(x: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor
 def fill(x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
     """x with the mean, (C,), at the positions that are not real."""
     limits = torch.finfo(x.dtype)
-    return torch.where(mask.unsqueeze(1), x, _spread(mean.clamp(limits.min, limits.max).to(x.dtype), x))
+    return torch.where(mask.unsqueeze(1), x, spread(mean.clamp(limits.min, limits.max).to(x.dtype), x))
 
 
 def blank(y: Tensor, mask: Tensor) -> Tensor:
     """y with 0 at the positions that are not real."""
     return torch.where(mask.unsqueeze(1), y, 0)
-
-
-def _spread(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (x.dim() - 2))

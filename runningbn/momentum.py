@@ -137,7 +137,10 @@ def has_code(momentum: Momentum) -> bool:
 
 
 def encoded(momentum: Momentum) -> tuple[int, float, float, float]:
-    """A momentum as kernels take it: which rule, and up to three arguments of it, padded by ones."""
+    """A momentum as kernels take it: which rule, and up to three arguments of it.
+
+    Padded by ones: their bits are as wide an integer as those of other arguments, which Triton compiles for.
+    """
     if momentum is None:
         return CUMULATIVE, 1.0, 1.0, 1.0
     if isinstance(momentum, Horizon):

@@ -163,7 +163,7 @@ class StatsReport:
         ]
         lines = [table(header, rows)] if rows else []
         passes = f" in {self.passes} passes" if self.passes > 1 else ""
-        lines.append(f"{_counted(len(self.layers), 'layer')} updated from {_counted(self.batches, 'batch')}{passes}")
+        lines.append(f"{counted(len(self.layers), 'layer')} updated from {counted(self.batches, 'batch')}{passes}")
         measured = [layer for layer in self.layers if layer.residual == layer.residual]
         settled = [layer.residual for layer in measured if not layer.feeds_itself]
         if settled:
@@ -174,7 +174,7 @@ class StatsReport:
             if layer.feeds_itself:
                 lines.append(f"{layer.name} is called repeatedly and feeds itself: to within {layer.residual:.1e} only")
         if self.not_finite:
-            lines.append(f"{_counted(self.not_finite, 'batch')} left out: not finite")
+            lines.append(f"{counted(self.not_finite, 'batch')} left out: not finite")
         if self.unused:
             lines.append(f"unused, statistics kept: {', '.join(self.unused)}")
         return "\n".join(lines)
@@ -215,7 +215,7 @@ class StatsReport:
         axes.set_xlim(left=0)
         axes.grid(axis="x", alpha=0.3)
         axes.set_xlabel("how far the statistics moved (root mean square over channels; bars: ± 2 standard errors)")
-        axes.set_title(f"Recalibrated from {_counted(self.batches, 'batch')}: first layer on top", fontsize=10)
+        axes.set_title(f"Recalibrated from {counted(self.batches, 'batch')}: first layer on top", fontsize=10)
         axes.legend(loc="best", fontsize=8)
         if path is not None:
             figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -234,6 +234,7 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is 1."""
     plural = noun + ("es" if noun.endswith("ch") else "s")
     return f"{number:,} {noun if number == 1 else plural}"

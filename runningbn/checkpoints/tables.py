@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..report import counted
 from .comparison import Comparison, Movement
 from .criteria import CRITERIA, EPS, ERROR, Criterion, Finding, Judged, mean_over_std, spread
 from .reading import Layer, StateDict, printable
@@ -30,8 +31,8 @@ NO_LIMIT = 100_000  # columns of a pipe
 def print_inspection(path: Path, state_dict: StateDict, judged: Judged) -> None:
     """The layers of one state dict, then what was found, criterion by criterion."""
     console = _console()
-    counted = f"{_counted(len(judged), 'layer')}, {_counted(state_dict.channels, 'channel')}"
-    _print(console, f"{_whole(path, state_dict.place)}: {counted}", style="bold")
+    contents = f"{counted(len(judged), 'layer')}, {counted(state_dict.channels, 'channel')}"
+    _print(console, f"{_whole(path, state_dict.place)}: {contents}", style="bold")
     header = ("layer", "channels", "batches", "mean/std", "max", "var min", "median", "max")
     _print_table(console, header, [_inspection_row(layer, found) for layer, found in judged])
     _print(console, f"mean/std: median and largest |running_mean| / sqrt(running_var + {EPS:g})")
@@ -92,9 +93,9 @@ def _print_states(console: Console, state_dict: StateDict) -> None:
     if samples:
         least, most = f"{min(samples):,.0f}", f"{max(samples):,.0f}"
         seen = least if least == most else f"{least} to {most}"
-        _print(console, f"{_counted(len(samples), 'layer')} with pooled sums, of {seen} samples seen")
+        _print(console, f"{counted(len(samples), 'layer')} with pooled sums, of {seen} samples seen")
     if len(ours) > len(samples):
-        _print(console, f"{_counted(len(ours) - len(samples), 'layer')} with pooled sums that went on from other "
+        _print(console, f"{counted(len(ours) - len(samples), 'layer')} with pooled sums that went on from other "
                         "statistics, of an unknown number of samples")  # fmt: skip
 
 
@@ -107,13 +108,13 @@ def _print_finding(console: Console, criterion: Criterion, judged: Judged) -> No
         return
     number = sum(number for _, number in concerned)
     style = "bold red" if criterion.severity == ERROR else "bold yellow"
-    _print(console, f"{criterion.severity}: {criterion.name}, {_counted(number, 'channel')}", style=style)
+    _print(console, f"{criterion.severity}: {criterion.name}, {counted(number, 'channel')}", style=style)
     _print(console, criterion.sentence)
     if len(concerned) > 1 and number == sum(layer.channels for layer, _ in judged):
         _print(console, "all channels of all layers")
     else:
         listed = [f"{_shown(layer.name)} ({number:,} of {layer.channels:,})" for layer, number in concerned]
-        more = [f"{_counted(len(listed) - LISTED, 'more layer')}: see --json"] if len(listed) > LISTED else []
+        more = [f"{counted(len(listed) - LISTED, 'more layer')}: see --json"] if len(listed) > LISTED else []
         _print(console, ", ".join([*listed[:LISTED], *more]))
     console.print()
 
@@ -184,7 +185,3 @@ def _whole(path: Path, place: str) -> str:
 
 def _short(number: float | None) -> str:
     return "-" if number is None else f"{number:.3g}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

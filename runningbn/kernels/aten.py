@@ -12,7 +12,7 @@ from einops import reduce
 from torch import Tensor
 
 from ..statistics import Sums, moments
-from .layout import dense, empty_like, is_rows
+from .layout import dense, empty_like, is_rows, spread
 
 # Up to this size of a plane, torch's batch-norm reduction may add up its elements one by one per vector lane in
 # float32: some 1e-6 of rounding. For larger planes, and for rows, torch's plain sums take over, which add pairwise.
@@ -56,7 +56,7 @@ def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
     if torch.compiler.is_compiling():
         x = x.to(dtype)
         pivot = reduce(x[: _eighth(x)], "n c ... -> c", "mean")
-        deviation = x - _spread(pivot, x)
+        deviation = x - spread(pivot, x)
         sums, sqrs = (reduce(t, "n c ... -> c", "sum") for t in (deviation, deviation * deviation))
         return Sums(pivot, sums, sqrs, torch.full_like(pivot, n)), None
     centred = empty_like(x, dtype)
@@ -79,8 +79,8 @@ def normalize(
     """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x; overwrites `centred` = x − pivot."""
     if torch.compiler.is_compiling():
         rstd = (var + eps).rsqrt()
-        y = (x - _spread(mean, x)) * _spread(rstd if weight is None else rstd * weight, x)
-        return (y if bias is None else y + _spread(bias, x)).to(x.dtype)
+        y = (x - spread(mean, x)) * spread(rstd if weight is None else rstd * weight, x)
+        return (y if bias is None else y + spread(bias, x)).to(x.dtype)
     # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
     weight = None if weight is None else weight.to(mean.dtype)
     bias = None if bias is None else bias.to(mean.dtype)
@@ -122,7 +122,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Te
     """Σdy and Σdy·z per channel, z = (x − mean)·rstd, in the dtype of mean."""
     if torch.compiler.is_compiling():
         dy = dy.to(mean.dtype)
-        z = (x - _spread(mean, x)) * _spread(rstd, x)
+        z = (x - spread(mean, x)) * spread(rstd, x)
         return reduce(dy, "n c ... -> c", "sum"), reduce(dy * z, "n c ... -> c", "sum")
     # The reduction of torch's own backward, asked for the gradients of weight and bias only.
     only_weight_and_bias = [False, True, True]
@@ -138,13 +138,13 @@ def input_gradient(
     """dx = weight·rstd·(dy − m0 − z·m1) with z = (x − mean)·rstd, in the dtype and layout of x."""
     scale = rstd if weight is None else rstd * weight
     if torch.compiler.is_compiling():
-        z = (x - _spread(mean, x)) * _spread(rstd, x)
-        return (_spread(scale, x) * (dy - _spread(m0, x) - z * _spread(m1, x))).to(x.dtype)
+        z = (x - spread(mean, x)) * spread(rstd, x)
+        return (spread(scale, x) * (dy - spread(m0, x) - z * spread(m1, x))).to(x.dtype)
     # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more sweep is left for dy.
     wide = x.to(mean.dtype)
     one = torch.ones_like(mean)
     dx = _affine_map(wide, mean, one, -scale * rstd * m1, -scale * m0, 0.0, out=empty_like(wide))
-    return dx.addcmul_(dy.to(mean.dtype), _spread(scale, x)).to(x.dtype)
+    return dx.addcmul_(dy.to(mean.dtype), spread(scale, x)).to(x.dtype)
 
 
 def batch_norm_gradients(
@@ -174,11 +174,6 @@ def _affine_map(
         out=dense(out, like=x), save_mean=unused[0], save_invstd=unused[1],
     )  # fmt: skip
     return out
-
-
-def _spread(vector: Tensor, like: Tensor) -> Tensor:
-    """A per-channel vector, (C,), shaped to broadcast over (N, C, ...)."""
-    return vector.view(-1, *[1] * (like.dim() - 2))
 
 
 def _eighth(x: Tensor) -> int:

@@ -32,6 +32,11 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
+def spread(vector: Tensor, like: Tensor) -> Tensor:
+    """A per-channel vector, (C,), shaped to broadcast over (N, C, ...)."""
+    return vector.view(-1, *[1] * (like.dim() - 2))
+
+
 def are_vectors(buffers: tuple[Tensor, ...]) -> bool:
     """Whether the buffers of a layer are memory as kernels update it.
 
