@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union, overload
 
 import torch
 from torch import nn
@@ -23,7 +23,10 @@ from .distributed import check_synchronisation
 from .modules import PreciseBatchNorm, RunningBatchNorm, check_gradient
 from .momentum import Horizon, check_momentum
 
-Target = Union[Literal["running", "precise", "torch"], Callable[[nn.Module], nn.Module]]
+Kind = Literal["running", "precise", "torch"]
+Target = Union[Kind, Callable[[nn.Module], nn.Module]]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Where = Callable[[str, nn.Module], bool]
 
 logger = logging.getLogger("runningbn")
 
@@ -34,12 +37,19 @@ _OPTIONS = {
 }
 
 
+# A model keeps its class; a layer that is converted itself does not.
+@overload
 def batchnormify(
-    model: nn.Module,
-    to: Target = "running",
-    *,
-    where: Callable[[str, nn.Module], bool] | None = None,
-    **layer_kwargs: Any,
+    model: _BatchNorm, to: Target = "running", *, where: Where | None = None, **layer_kwargs: Any
+) -> nn.Module: ...
+@overload
+def batchnormify(model: ModelT, to: Kind = "running", *, where: Where | None = None, **layer_kwargs: Any) -> ModelT: ...
+@overload
+def batchnormify(
+    model: nn.Module, to: Callable[[nn.Module], nn.Module], *, where: Where | None = None
+) -> nn.Module: ...
+def batchnormify(
+    model: nn.Module, to: Target = "running", *, where: Where | None = None, **layer_kwargs: Any
 ) -> nn.Module:
     """Convert the BatchNorm layers of a model, in place.
 

@@ -51,7 +51,8 @@ assert_type(layer.running_mean, Tensor | None)
 layer.momentum = 0.1
 
 model = Net()
-assert_type(batchnormify(model), nn.Module)
+assert_type(batchnormify(model), Net)
+assert_type(batchnormify(nn.BatchNorm2d(8), "precise"), nn.Module)
 batchnormify(model, "precise", where=lambda name, module: name != "norm", momentum=None)
 assert_type(batchnormify(model, lambda layer: nn.Identity()), nn.Module)
 
@@ -80,8 +81,8 @@ MISTAKES = {
     'PreciseBatchNorm2d(8, gradient="exact")': "call-arg",
     "Horizon(sample=64)": "call-arg",
     "SquareRoot(None)": "arg-type",
-    'batchnormify(nn.ReLU(), "runing")': "arg-type",
-    'batchnormify("model")': "arg-type",
+    'batchnormify(nn.ReLU(), "runing")': "call-overload",
+    'batchnormify("model")': "call-overload",
     'update_bn_stats(nn.ReLU(), [], normalize="batches")': "arg-type",
     "update_bn_stats(nn.ReLU(), [], num_iters=0.5)": "arg-type",
     "update_bn_stats(nn.ReLU(), []).report": "attr-defined",
