@@ -33,7 +33,7 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"[a-z_.]+|PreciseBatchNorm1d/2d/3d"),
-    ("py:obj", r"LayerReport|LayerSummary|Recalibration|StatsReport"),  # from a module other than theirs
+    ("py:obj", r"LayerReport|LayerShift|LayerSummary|Recalibration|StatsReport"),  # from a module other than theirs
     ("py:exc", r".*"),
 ]
 

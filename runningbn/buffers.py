@@ -18,15 +18,15 @@ from .statistics import GradientState, State
 
 # Samples that statistics taken over from elsewhere count for: more than any horizon needs to be at full length. Finite,
 # since weight averaging takes differences of buffers.
-_SETTLED = torch.finfo(torch.float32).max
+SETTLED = torch.finfo(torch.float32).max
 
-_OWN_BUFFERS = tuple(
-    name for name in State._fields if name not in ("running_mean", "running_var", "num_batches_tracked")
-)
+# The statistics of nn.BatchNorm, which are a view of the state.
+VIEW = ("running_mean", "running_var")
+_OWN_BUFFERS = tuple(name for name in State._fields if name not in (*VIEW, "num_batches_tracked"))
 
 # Of no use beyond the backward pass that follows, so no part of a checkpoint.
 _PASSING = ("last_keep", "last_gain")
-_CHECKPOINTED = tuple(name for name in _OWN_BUFFERS if name not in _PASSING)
+CHECKPOINTED = tuple(name for name in _OWN_BUFFERS if name not in _PASSING)
 
 
 class PooledStatistics(_BatchNorm):
@@ -43,7 +43,7 @@ class PooledStatistics(_BatchNorm):
     # Whether `running_var` has Bessel's correction, as in nn.BatchNorm.
     corrects_variance = True
     # What `replace_statistics` writes.
-    statistics_names = (*_CHECKPOINTED, "running_mean", "running_var")
+    statistics_names = (*CHECKPOINTED, *VIEW)
     # Which of the running sums of the backward pass the class has.
     gradient_buffers: tuple[str, ...] = ()
     # The class that batchnormify has to return a layer to.
@@ -80,7 +80,7 @@ class PooledStatistics(_BatchNorm):
 
     def install_state(self) -> None:
         """Register an empty state beside `running_mean` and `running_var`."""
-        for name in ("running_mean", "running_var"):
+        for name in VIEW:
             self._buffers[name] = _at_least_float32(self._buffers[name])
         mean = self._mean
         if self.num_batches_tracked is None:
@@ -146,7 +146,7 @@ class PooledStatistics(_BatchNorm):
         self._write("count", zero + 1)
         self._write("count_sqrs", zero)
         self._write("debias", zero + 1)
-        self._write("samples", zero + _SETTLED)
+        self._write("samples", zero + SETTLED)
         self._write("steps", zero + state.num_batches_tracked)
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class PooledStatistics(_BatchNorm):
         self._clear((*_OWN_BUFFERS, *self.gradient_buffers))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        reseeds = name in ("running_mean", "running_var") and isinstance(value, Tensor) and "sums" in self._buffers
+        reseeds = name in VIEW and isinstance(value, Tensor) and "sums" in self._buffers
         if name == "momentum":
             check_momentum(value)
         if not reseeds or self._loading:
@@ -220,13 +220,10 @@ class PooledStatistics(_BatchNorm):
             )
             return
         brought = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        own, gradient, view = (
-            brought.intersection(names)
-            for names in (_CHECKPOINTED, GradientState._fields, ("running_mean", "running_var"))
-        )
+        own, gradient, view = (brought.intersection(names) for names in (CHECKPOINTED, GradientState._fields, VIEW))
         # Counts do not fit 16 bits; and a part of a state is none, nor is one without its view.
         narrow = any(is_narrow(state_dict[prefix + name]) for name in own)
-        usable = len(own) == len(_CHECKPOINTED) and len(view) == 2 and not narrow
+        usable = len(own) == len(CHECKPOINTED) and len(view) == 2 and not narrow
         seeds = len(view) == 2 and not usable
         refused = set() if usable else own | gradient
         if len(view) == 1:
@@ -252,7 +249,7 @@ class PooledStatistics(_BatchNorm):
                 self._buffers[name] = buffer.copy_(values)
             return
         # nn.BatchNorm has no state and PreciseBatchNorm no sums of gradients: not missing, but parts of them are.
-        forgiven = {prefix + name for name in _CHECKPOINTED if seeds and (narrow or not own)}
+        forgiven = {prefix + name for name in CHECKPOINTED if seeds and (narrow or not own)}
         forgiven |= {prefix + name for name in GradientState._fields if view and (narrow or not gradient)}
         missing_keys[:] = [key for key in missing_keys if key not in forgiven]
         if seeds:

@@ -339,7 +339,7 @@ class Recalibration:
         tensors = (*found.stored, layer.running_mean, layer.running_var, found.mean_error, found.var_error)
         mean, var, old_mean, old_var, *errors = (t.detach().to("cpu", torch.float64, copy=True) for t in tensors)
         return LayerReport(
-            self.names[number], mean, var, old_mean, old_var, errors[0], errors[1], layer.eps,
+            self.names[number], mean, var, old_mean, old_var, layer.eps, errors[0], errors[1],
             found.batches, found.samples, found.elements, found.residual, number in self._repeated,
         )  # fmt: skip
 

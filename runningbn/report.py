@@ -14,19 +14,14 @@ from .summary import table
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """How the statistics of one layer moved. C channels; the tensors are (C,), float64, on the CPU.
+class LayerShift:
+    """From one layer's old statistics to new ones. C channels; the tensors are (C,), float64, on the CPU.
 
     Attributes:
         name: of the layer in the model.
         mean, var: the new statistics, as `running_mean` and `running_var` hold them.
         old_mean, old_var: those before.
-        mean_error, var_error: standard errors of the new ones; NaN where they come from a single batch.
         eps: of the layer.
-        batches, samples, elements: how much data the layer saw: batches, the sum of N, and elements per channel.
-        residual: with ``normalize="population"``, how far the moments that evaluation shows are from `mean` and `var`,
-            the largest distance of means in std, or of variances in var; NaN otherwise.
-        feeds_itself: whether it was called more than once in a forward pass.
     """
 
     name: str
@@ -34,14 +29,7 @@ class LayerReport:
     var: Tensor
     old_mean: Tensor
     old_var: Tensor
-    mean_error: Tensor
-    var_error: Tensor
     eps: float
-    batches: int
-    samples: int
-    elements: int
-    residual: float = float("nan")
-    feeds_itself: bool = False
 
     @property
     def std(self) -> Tensor:
@@ -64,6 +52,32 @@ class LayerReport:
         return float(torch.log(self.std.square() / (self.old_var + self.eps)).mean().exp())
 
     @property
+    def moved(self) -> float:
+        """How far the layer moved, √(mean_shift² + std_shift²), in std."""
+        return float((self.mean_shift**2 + self.std_shift**2) ** 0.5)
+
+
+@dataclass(frozen=True)
+class LayerReport(LayerShift):
+    """How a recalibration moved the statistics of one layer, and how well it knows the new ones.
+
+    Attributes:
+        mean_error, var_error: standard errors of the new statistics; NaN where they come from a single batch.
+        batches, samples, elements: how much data the layer saw: batches, the sum of N, and elements per channel.
+        residual: with ``normalize="population"``, how far the moments that evaluation shows are from `mean` and `var`,
+            the largest distance of means in std, or of variances in var; NaN otherwise.
+        feeds_itself: whether it was called more than once in a forward pass.
+    """
+
+    mean_error: Tensor
+    var_error: Tensor
+    batches: int
+    samples: int
+    elements: int
+    residual: float = float("nan")
+    feeds_itself: bool = False
+
+    @property
     def mean_standard_error(self) -> float:
         """Standard error of the mean in std, root mean square over channels."""
         return _rms(self.mean_error / self.std)
@@ -78,11 +92,6 @@ class LayerReport:
         """The larger of the two standard errors."""
         mean, std = self.mean_standard_error, self.std_standard_error
         return mean if mean != mean or mean > std else std
-
-    @property
-    def moved(self) -> float:
-        """How far the layer moved, √(mean_shift² + std_shift²), in std."""
-        return float((self.mean_shift**2 + self.std_shift**2) ** 0.5)
 
 
 @dataclass

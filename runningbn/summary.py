@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,12 @@ class Summary(Sequence[LayerSummary]):
     def __init__(self, layers: Iterable[LayerSummary]) -> None:
         self._layers = list(layers)
 
-    def __getitem__(self, index: Any) -> Any:
-        """The summary of a layer by its place."""
+    @overload
+    def __getitem__(self, index: int) -> LayerSummary: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LayerSummary]: ...
+    def __getitem__(self, index: int | slice) -> LayerSummary | list[LayerSummary]:
+        """The summary of a layer by its place, or a list of several."""
         return self._layers[index]
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ assert recalibration.report is not None
 assert_type(recalibration.report.batches, int)
 assert_type(get_bn_modules(model), list[nn.Module])
 assert_type([row.name for row in bn_summary(model)], list[str])
-bn_summary(model.state_dict())
+assert_type(bn_summary(model.state_dict())[0].mean_std, float)
 """
 
 MISTAKES = {

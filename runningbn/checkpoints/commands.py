@@ -13,7 +13,8 @@ from typing import Any
 
 from .comparison import Comparison, compare, pairs
 from .criteria import EPS, ERROR, Finding, Judged, judge, mean_over_std, spread
-from .reading import Layer, StateDict, read_checkpoint
+from .layers import Layer, StateDict
+from .reading import read_checkpoint
 
 # Exit statuses. Those of diff(1): 0 for nothing to report, 1 for something, 2 for trouble (see __main__).
 FINE, WRONG = 0, 1

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from ..report import LayerReport
+from ..report import LayerShift
 from .criteria import EPS
-from .reading import Layer, StateDict
+from .layers import Layer, StateDict
 
 
 @dataclass(frozen=True)
-class Movement(LayerReport):
-    """A `LayerReport` from the checkpoint A (old) to B (new), so with the numbers that `update_bn_stats` would report.
-
-    What only a recalibration knows, standard errors and how much data was seen, is NaN and 0.
-    """
+class Movement(LayerShift):
+    """From the checkpoint A (old) to B (new), in the units of `update_bn_stats`."""
 
     @property
     def mean_shift_max(self) -> float:
@@ -91,8 +86,7 @@ def compare(a: StateDict, b: StateDict) -> Comparison:
 
 def movement(name: str, a: Layer, b: Layer) -> Movement:
     """From the statistics of one layer to those of another of as many channels."""
-    unknown = torch.full_like(b.mean, torch.nan)
-    return Movement(name, b.mean, b.var, a.mean, a.var, unknown, unknown, eps=EPS, batches=0, samples=0, elements=0)
+    return Movement(name, b.mean, b.var, a.mean, a.var, EPS)
 
 
 def _wrapper(wrapped: Sequence[str], plain: Sequence[str]) -> str:

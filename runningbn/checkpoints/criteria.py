@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import moments
-from .reading import Layer, StateDict
+from .layers import Layer, StateDict
 
 ERROR, WARNING = "error", "warning"
 

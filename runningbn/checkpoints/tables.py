@@ -18,7 +18,8 @@ from rich.table import Table
 from ..report import counted
 from .comparison import Comparison, Movement
 from .criteria import CRITERIA, EPS, ERROR, Criterion, Finding, Judged, mean_over_std, spread
-from .reading import Layer, StateDict, printable
+from .layers import Layer, StateDict
+from .reading import printable
 
 # Layers listed with a finding; --json has all.
 LISTED = 8
