@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from .buffers import PooledStatistics
 from .converted import PRECISE, PRECISE_ACT, NormAct, RunningBatchNormAct, is_norm_act
 from .distributed import check_synchronisation
-from .modules import PreciseBatchNorm, RunningBatchNorm, check_gradient
+from .modules import PreciseBatchNorm, RunningBatchNorm, check_gradient, check_max_lag
 from .momentum import Horizon, check_momentum
 
 Kind = Literal["running", "precise", "torch"]
@@ -31,7 +31,7 @@ Where = Callable[[str, nn.Module], bool]
 logger = logging.getLogger("runningbn")
 
 _OPTIONS = {
-    "running": {"momentum", "gradient", "sync", "process_group"},
+    "running": {"momentum", "gradient", "max_lag", "sync", "process_group"},
     "precise": {"momentum", "sync", "process_group"},
     "torch": set[str](),
 }
@@ -75,8 +75,8 @@ def batchnormify(
             - a callable, which is given each layer and returns its replacement.
         where: ``where(name, module)`` says whether to convert a layer; one with several names is converted if it says
             so for any of them. It is asked about ``nn.BatchNorm`` and its subclasses only.
-        **layer_kwargs: `momentum`, `sync`, `process_group` (running and precise) and `gradient` (running) for the
-            converted layers. A layer that is of the target kind already takes these, too.
+        **layer_kwargs: for the converted layers: `momentum`, `sync`, `process_group` (running and precise), `gradient`
+            and `max_lag` (running). A layer that is of the target kind already takes these, too.
 
     Returns:
         The model; its replacement where a callable replaces the model itself.
@@ -149,6 +149,8 @@ def _check_options(to: Target, options: dict[str, Any]) -> None:
         check_momentum(options["momentum"])
     if "gradient" in options:
         check_gradient(options["gradient"])
+    if "max_lag" in options:
+        check_max_lag(options["max_lag"])
     check_synchronisation(options.get("sync", False), options.get("process_group"))
 
 
@@ -243,6 +245,7 @@ def _to_precise(layer: Any, **options: Any) -> None:
         counterparts = PRECISE_ACT if is_norm_act(layer) else PRECISE
         _become(layer, next(precise for plain, precise in counterparts.items() if issubclass(origin, plain)))
         layer.__dict__.pop("gradient", None)
+        layer.__dict__.pop("max_lag", None)
     _set_options(layer, options)
 
 
@@ -282,7 +285,7 @@ def _to_torch(layer: Any) -> None:
             if buffer is not None:
                 layer._buffers[name] = buffer.to(layer.weight.dtype)
     group = layer.process_group
-    for name in ("gradient", "converted_from", "input_dim", "sync", "_group"):
+    for name in ("gradient", "max_lag", "converted_from", "input_dim", "sync", "_group"):
         layer.__dict__.pop(name, None)
     layer.__class__ = origin  # type: ignore[assignment]
     if issubclass(origin, nn.SyncBatchNorm):

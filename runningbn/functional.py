@@ -9,7 +9,9 @@ dtype of the statistics (float32 or float64).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ from .update import Coefficients, absorb_precise, absorb_running, is_recomputati
 def running(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     state: State, gradient: GradientState | None, momentum: Momentum, ranks: RankGroup | None,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, max_lag: float = math.inf,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`.
 
@@ -44,9 +46,9 @@ def running(
     `mask`, only the elements count that it says are real: see `masks`.
     """
     if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
-        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True)
+        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True, max_lag)
         return y
-    step = _step(absorb_running, x, state, momentum, ranks, mask)
+    step = _step(partial(absorb_running, max_lag=max_lag), x, state, momentum, ranks, mask)
     if gradient is None:
         return normalize(x, weight, bias, step, eps)
     return normalize_running(x, weight, bias, step, eps, gradient)
@@ -58,7 +60,7 @@ def precise(
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
     if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
-        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False)
+        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False, math.inf)
         return y
     return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks, mask), eps)
 
@@ -167,7 +169,7 @@ def normalize_running(
         dbias = Σdy    dweight = Σdy·z    dx = weight·rstd·[dy − G0 − z·G1]
 
     with G0, G1 the running means of dy and dy·z, this batch included, that `update.absorb_gradient` keeps in `gradient`
-    with this forward's keep and gain; those of a pooled batch are over all ranks, but for dweight and dbias. Not the
+    with the keep and gain of `fixed`; those of a pooled batch are over all ranks, but for dweight and dbias. Not the
     derivative of a function: a second derivative raises RuntimeError.
 
     The nearest published relative is MABN: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation
@@ -188,9 +190,10 @@ class _Fused(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
         backend: kernels.Backend, state: Any, gradient: GradientState | None, momentum: Momentum, running: bool,
+        max_lag: float,
     ) -> Tensor:  # fmt: skip
         absorbs = not is_recomputation()
-        y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs)
+        y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs, max_lag)
         ctx.save_for_backward(x, weight, fixed)
         # Not saved for backward: these buffers are meant to change between forward and backward.
         ctx.backend, ctx.gradient = backend, gradient
@@ -213,7 +216,7 @@ class _Fused(Function):
             with torch.no_grad():
                 found = _fused_gradients(ctx, dy, x, weight, fixed)
             found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, None, None, None, None, None, None)
+        return (*found, *[None] * 7)
 
 
 def _fused_gradients(

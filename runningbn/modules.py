@@ -5,6 +5,7 @@ Shapes: N batch, C channels, `*` any trailing dimensions; n = elements per chann
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +20,8 @@ from .momentum import Horizon, Momentum
 from .statistics import GradientState
 
 Gradient = Literal["running", "exact"]
+# Settled by benchmarks/accuracy, see docs/accuracy.md.
+MAX_LAG = 0.25
 
 
 class _Layer(PooledStatistics):
@@ -98,16 +101,19 @@ class RunningBatchNorm(_Layer):
         m = \frac{\sum w x}{\sum w}, \qquad v = \frac{\sum w x^2}{\sum w} - m^2
 
     Training absorbs the batch, then normalises by the state; evaluation is the same formula without the update, so the
-    two agree. Before any training it evaluates as ``nn.BatchNorm`` does (mean 0, variance 1). The variance is biased,
-    in `running_var` too: it is what the layer normalises by. While fewer than 20 samples have been seen, the current
-    batch included, it is at least 0.01, unless the statistics were taken over from elsewhere.
+    two agree, but for `max_lag`. Before any training it evaluates as ``nn.BatchNorm`` does (mean 0, variance 1). The
+    variance is biased, in `running_var` too: it is what the layer normalises by. While fewer than 20 samples have been
+    seen, the current batch included, it is at least 0.01, unless the statistics were taken over from elsewhere.
 
-    With dy = dL/dy and z = (x − m)·rstd, `gradient` says what flows back through the statistics:
+    With dy = dL/dy, z = (x − m)·rstd and n elements per channel in the batch, `gradient` says what flows back through
+    the statistics:
 
-    - ``"running"``: dx = γ·rstd·[dy − G0 − z·G1], where G0 and G1 are running means of dy and dy·z with the weights of
-      the forward. Forward and backward both see a large virtual batch. No double backward.
+    - ``"running"``: dx = γ·rstd·[dy − G0 − z·G1], where G0 and G1 are running means of dy and dy·z, in which a batch
+      weighs what it does in the forward, or n/(n + 64) if that is more. Forward and backward both see a large virtual
+      batch. No double backward. Steps of the optimizer can move m faster than the memory of the statistics follows;
+      so in training m is replaced by the nearest value that is at most `max_lag`·(n + 64)/n·√v from the batch's mean.
     - ``"exact"``: dx = γ·rstd·[dy − κ·(Σdy + z·Σdy·z)], the derivative of the forward as computed; κ = 1/n would be
-      BatchNorm. Differentiable twice.
+      BatchNorm. Differentiable twice. No `max_lag`.
 
     A channel whose batch is not finite keeps its state and is normalised by it. An empty batch changes nothing. No
     step synchronises with the host.
@@ -127,6 +133,7 @@ class RunningBatchNorm(_Layer):
         device, dtype: of parameters and statistics; the latter are at least float32.
         bias: if False, no β.
         gradient: ``"running"`` or ``"exact"``.
+        max_lag: how far from the mean of a large batch m may be in training, in std; ``math.inf`` for no limit.
         sync: whether to pool over the processes of a group in training, see below.
         process_group: which ones; None for all. Needs ``sync=True``.
 
@@ -137,14 +144,15 @@ class RunningBatchNorm(_Layer):
         - Output: as the input, in its dtype and, if it is dense and torch has a name for that, its memory format.
 
     Raises:
-        ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], eps ≤ 0
-            in training, a mask of another shape, or a `process_group` without `sync`.
-        TypeError: for a mask that is not bool, a `sync` that is no bool or a `process_group` that is none.
+        ValueError: for an input of fewer than two dimensions, an unknown `gradient`, a momentum outside [0, 1], a
+            `max_lag` ≤ 0, eps ≤ 0 in training, a mask of another shape, or a `process_group` without `sync`.
+        TypeError: for a mask that is not bool, a `max_lag` that is no number, a `sync` that is no bool or a
+            `process_group` that is none.
         RuntimeError: for a wrong number of channels, a dtype that does not go with the parameters, or a second
             derivative with ``gradient="running"`` or over several processes.
 
     With ``sync=True`` and several processes, a training step is that of one process on the batches of all ranks
-    together, with the sum of their losses: m, v, N in `momentum`, G0, G1 and the sums in dx run over all ranks, and all
+    together, with the sum of their losses: m, v, n, N in `momentum`, G0, G1 and the sums in dx run over all ranks, and all
     ranks hold the same statistics, bit for bit. What flows to γ and β is from the rank's own batch, for DDP to average.
     It takes one all_gather in forward and one in backward, on any backend. So all ranks have to run the same forwards
     and backwards in the same order, on an empty batch, too; one without a backward leaves the others waiting, as where
@@ -165,10 +173,11 @@ class RunningBatchNorm(_Layer):
         >>> layer(torch.randn(1, 16, 8, 8)).shape
         torch.Size([1, 16, 8, 8])
         >>> layer.momentum, layer.gradient
-        (Horizon(samples=128, start=8, fraction=0.05), 'running')
+        (Horizon(samples=128, start=8, fraction=0.1), 'running')
     """
 
     gradient: Gradient
+    max_lag: float = MAX_LAG
     gradient_buffers = GradientState._fields
     corrects_variance = False
     # Dimensions of the inputs, which say what nn.BatchNorm the layer stands for.
@@ -186,6 +195,7 @@ class RunningBatchNorm(_Layer):
         *,
         bias: bool = True,
         gradient: Gradient = "running",
+        max_lag: float = MAX_LAG,
         sync: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
@@ -193,7 +203,7 @@ class RunningBatchNorm(_Layer):
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, sync=sync, process_group=process_group,
         )  # fmt: skip
-        self.gradient = check_gradient(gradient)
+        self.gradient, self.max_lag = check_gradient(gradient), check_max_lag(max_lag)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise (N, C, *); in training, absorb it first. `mask`, (N, *), is True where the input is real."""
@@ -203,9 +213,11 @@ class RunningBatchNorm(_Layer):
         ranks = self._ranks()
         if not self._absorbs(input, ranks):
             return self._normalize_only(input, ranks, mask)
-        gradient = None if self.gradient == "exact" else self._gradient_state()
+        gradient, max_lag = (None, math.inf) if self.gradient == "exact" else (self._gradient_state(), self.max_lag)
         weight, bias = self._weight_and_bias()
-        return functional.running(input, weight, bias, self.eps, self._state(), gradient, self.momentum, ranks, mask)
+        return functional.running(
+            input, weight, bias, self.eps, self._state(), gradient, self.momentum, ranks, mask, max_lag
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -213,7 +225,7 @@ class RunningBatchNorm(_Layer):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        return f"{super().extra_repr()}, gradient={self.gradient!r}"
+        return f"{super().extra_repr()}, gradient={self.gradient!r}, max_lag={self.max_lag}"
 
 
 class PreciseBatchNorm(_Layer):
@@ -340,3 +352,17 @@ def check_gradient(gradient: Any) -> Gradient:
         raise ValueError(f"gradient: expected one of {get_args(Gradient)}, got {gradient!r}")
     checked: Gradient = gradient
     return checked
+
+
+def check_max_lag(max_lag: Any) -> float:
+    """Accept a number above 0, infinity included.
+
+    Raises:
+        TypeError: for what is no number.
+        ValueError: for a number that is not above 0.
+    """
+    if isinstance(max_lag, bool) or not isinstance(max_lag, (int, float)):
+        raise TypeError(f"max_lag: expected a number of standard deviations, got {max_lag!r}")
+    if not max_lag > 0:
+        raise ValueError(f"max_lag: expected a number of standard deviations above 0, got {max_lag!r}")
+    return max_lag

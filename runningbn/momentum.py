@@ -37,14 +37,14 @@ class Horizon:
 
     Example:
         >>> Horizon()
-        Horizon(samples=128, start=8, fraction=0.05)
+        Horizon(samples=128, start=8, fraction=0.1)
         >>> Horizon().weight(32, samples=torch.tensor([10_000.0]), steps=torch.tensor([0.0]))
         tensor([0.2212])
     """
 
     samples: float = 128
     start: float = 8
-    fraction: float = 0.05
+    fraction: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 < self.start <= self.samples < math.inf:

@@ -11,7 +11,8 @@ spares the dispatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ from .statistics import GradientState, State, Sums, combine, moments, unbiased
 # fastai's guard: while fewer samples than this have been seen, a variance below the floor is not trusted.
 WARMUP_SAMPLES = 20
 VARIANCE_FLOOR = 0.01
+# A batch of n elements is trusted by n/(n + PRIOR_ELEMENTS): for what it says of means that the weights move, which
+# running averages know exactly but late.
+PRIOR_ELEMENTS = 64
 
 
 class Coefficients(NamedTuple):
@@ -32,7 +36,8 @@ class Coefficients(NamedTuple):
         mean, var: what x is normalised by; var is biased.
         kappa_mean: derivative of mean by each element of x, gain/count.
         kappa_var: the same factor in the variance term; 0 where the variance is held at its floor.
-        keep, gain: state = keep·state + gain·batch; (1, 0) where the batch was not finite.
+        keep, gain: what `absorb_gradient` absorbs the backward sums with: 1 − ρ and ρ/n, or 1 and 0 where the batch was
+            not finite. So the means of dy and dy·z are lerped towards those of the batch, by ρ = max(a, `trusted`).
 
     The last four are None where x is normalised by its own statistics: then κ = 1/n.
     """
@@ -46,12 +51,12 @@ class Coefficients(NamedTuple):
 
 
 def absorb_running(
-    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool
+    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, max_lag: float = math.inf
 ) -> Coefficients:
     """Absorb a batch; normalise by the state, this batch included.
 
     mean = shift + sums/count, var = sqrs/count − (sums/count)², but at least 0.01 while fewer than 20 samples have
-    been seen; `running_mean` and `running_var` are set to these.
+    been seen; `running_mean` and `running_var` are set to these. The mean to normalise by is brought `within_reach`.
 
     Args:
         state: updated in place.
@@ -60,8 +65,9 @@ def absorb_running(
         samples: N, samples in the batch; a tensor, (), where it was pooled over ranks, and 0 where all were empty.
         whole_batches: whether the batch as a whole weighs a (gain = a·(count/debias)/n), or each of its elements
             (gain = a).
+        max_lag: how far the mean may be from that of a large batch, in std.
     """
-    return Coefficients(*_call("absorb_running", samples, *state, *batch, weight, samples, whole_batches))
+    return Coefficients(*_call("absorb_running", samples, *state, *batch, weight, samples, whole_batches, max_lag))
 
 
 def absorb_precise(
@@ -87,10 +93,11 @@ def absorb_gradient(
 
 
 def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
+    *arguments, max_lag = arguments  # type: ignore[assignment]
     state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
     if not is_recomputation():
         if (backend := kernels.updating(state)) is not None:
-            return tuple(backend.absorb(state, batch, weight, batch_samples, whole_batches, True))
+            return tuple(backend.absorb(state, batch, weight, batch_samples, whole_batches, True, max_lag))
         ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
         mean, var = moments(Sums(*state[:4]))
         floored = (var < VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
@@ -98,10 +105,29 @@ def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
         _set_unless(ignored, state.running_var, var.masked_fill_(floored, VARIANCE_FLOOR))
     # By what evaluation takes, also in a channel that keeps its state, statistics written by hand included.
     mean, var = state.running_mean.clone(), state.running_var.clone()
-    keep, gain = state.last_keep.clone(), state.last_gain.clone()
-    kappa = gain / state.count.clamp_min(torch.finfo(gain.dtype).tiny)
+    kappa = state.last_gain / state.count.clamp_min(torch.finfo(var.dtype).tiny)
     floored = (var <= VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
-    return mean, var, kappa, kappa.masked_fill(floored, 0), keep, gain
+    ignored = state.last_gain == 0
+    if max_lag < math.inf:
+        mean = torch.where(ignored, mean, within_reach(mean, var, batch, max_lag))
+    trust = torch.maximum(1 - state.last_keep, trusted(batch.count)).masked_fill_(ignored, 0)
+    return mean, var, kappa, kappa.masked_fill(floored, 0), 1 - trust, trust / batch.count.clamp_min(1)
+
+
+def trusted(n: Tensor) -> Tensor:
+    """n/(n + 64), how far to believe the mean over a batch of n elements rather than a running mean that may lag."""
+    return n / (n + PRIOR_ELEMENTS)
+
+
+def within_reach(mean: Tensor, var: Tensor, batch: Sums, max_lag: float) -> Tensor:
+    """The value nearest to the running mean that is at most max_lag/`trusted` running std from the mean of the batch.
+
+    A step of the optimizer can move the means of all channels at once, by more than their std. Running means follow
+    over many batches; there and no farther the batch, noisy as it is, knows better.
+    """
+    batch_mean, _ = moments(batch)
+    reach = max_lag / trusted(batch.count.clamp_min(1)) * var.sqrt()
+    return torch.clamp(mean, batch_mean - reach, batch_mean + reach)
 
 
 def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
@@ -184,7 +210,7 @@ def _set_unless(ignored: Tensor, buffer: Tensor, value: Tensor) -> None:
     buffer.copy_(torch.where(ignored, buffer, value))
 
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[State, Sums, Tensor, int | Tensor, bool]:
+def _unpack(arguments: Sequence[Any]) -> tuple[State, Sums, Tensor, int | Tensor, bool]:
     state, batch = len(State._fields), len(Sums._fields)
     weight, batch_samples, whole_batches = arguments[state + batch :]
     return State(*arguments[:state]), Sums(*arguments[state : state + batch]), weight, batch_samples, whole_batches
@@ -218,7 +244,7 @@ _UPDATES: dict[str, Callable[..., Any]] = {
 }
 _LIBRARY = torch.library.Library("runningbn", "DEF")
 for _name, _arguments, _outputs in (
-    ("absorb_running", f"{_mutated(State._fields)}, {_BATCH}", len(Coefficients._fields)),
+    ("absorb_running", f"{_mutated(State._fields)}, {_BATCH}, float max_lag", len(Coefficients._fields)),
     ("absorb_precise", f"{_mutated(State._fields)}, {_BATCH}", 2),
     ("absorb_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
 ):

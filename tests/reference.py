@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 CLAMP_SAMPLES = 20  # below so many samples seen, the current batch included, ...
 CLAMP_VARIANCE = 0.01  # ... the variance is at least this
+PRIOR_ELEMENTS = 64  # a batch of n elements is trusted by n/(n + 64)
 
 
 # --------------------------------------------------------------------------------------------------- weights of a batch
@@ -175,16 +176,16 @@ class Channel:
         self.__init__(sums=mean, sqrs=var + mean**2, count=1.0, debias=1.0, samples=math.inf, steps=batches)
         self.running_mean, self.running_var = mean, var
 
-    def absorb(self, x: Tensor, batch_size: int, momentum: object) -> tuple[Tensor, Tensor, float, float]:
-        """One batch enters: returns mean and var to normalise by, differentiable in x, and the weights a and g.
+    def absorb(self, x: Tensor, batch_size: int, momentum: object, max_lag: float) -> tuple[Tensor, Tensor, float]:
+        """One batch enters: returns mean and var to normalise by, differentiable in x, and the weight a.
 
         new = (1 − a)·old + g·batch for count, sums and sqrs, (1 − a)² and g² for Σw². A batch with a non-finite sum
-        does not enter: a = g = 0.
+        does not enter: a = g = 0. The mean returned is at most max_lag·(n + 64)/n std from that of the batch.
         """
         n = x.numel()
         sums, sqrs = x.sum(), x.square().sum()
         if not (torch.isfinite(sums) and torch.isfinite(sqrs)):
-            return x.new_tensor(self.running_mean), x.new_tensor(self.running_var), 0.0, 0.0
+            return x.new_tensor(self.running_mean), x.new_tensor(self.running_var), 0.0
 
         a = batch_weight(momentum, batch_size, self.samples, self.steps)
         g = a
@@ -211,15 +212,22 @@ class Channel:
             var = var.clamp(min=CLAMP_VARIANCE)
         self.sums, self.sqrs = new_sums.item(), new_sqrs.item()
         self.running_mean, self.running_var = mean.item(), var.item()
-        return mean, var, a, g
+        if max_lag < math.inf:
+            reach = max_lag * (n + PRIOR_ELEMENTS) / n * math.sqrt(self.running_var)
+            mean = mean.clamp(x.mean().item() - reach, x.mean().item() + reach)
+        return mean, var, a
 
-    def average_gradients(self, dy: Tensor, x_hat: Tensor, a: float, g: float) -> tuple[float, float]:
-        """The running means G0 of dy and G1 of dy·x_hat, the current batch included where its sums are finite."""
-        sum_dy, sum_dy_xhat = dy.sum().item(), (dy * x_hat).sum().item()
-        if math.isfinite(sum_dy) and math.isfinite(sum_dy_xhat):
-            self.sum_dy = (1 - a) * self.sum_dy + g * sum_dy
-            self.sum_dy_xhat = (1 - a) * self.sum_dy_xhat + g * sum_dy_xhat
-            self.count_dy = (1 - a) * self.count_dy + g * dy.numel()
+    def average_gradients(self, dy: Tensor, x_hat: Tensor, a: float) -> tuple[float, float]:
+        """The running means G0 of dy and G1 of dy·x_hat, the current batch included where its sums are finite.
+
+        Of n elements per channel, it weighs max(a, n/(n + 64)); nothing where the forward has ignored it (a = 0).
+        """
+        n, mean_dy, mean_dy_xhat = dy.numel(), dy.mean().item(), (dy * x_hat).mean().item()
+        if math.isfinite(mean_dy) and math.isfinite(mean_dy_xhat):
+            weight = max(a, n / (n + PRIOR_ELEMENTS)) if a > 0 else 0.0
+            self.sum_dy = (1 - weight) * self.sum_dy + weight * mean_dy
+            self.sum_dy_xhat = (1 - weight) * self.sum_dy_xhat + weight * mean_dy_xhat
+            self.count_dy = (1 - weight) * self.count_dy + weight
         if self.count_dy == 0:
             return 0.0, 0.0
         return self.sum_dy / self.count_dy, self.sum_dy_xhat / self.count_dy
@@ -236,22 +244,25 @@ class Step:
     x_hat: Tensor
     rstd: Tensor
     a: list[float]
-    g: list[float]
 
 
 class ReferenceRunningBatchNorm:
     """RunningBatchNorm, channel by channel, after its definition.
 
     Training: the batch enters every channel's state (`Channel.absorb`), then y = (x − mean)·rstd·weight + bias with the
-    state's mean and biased variance, rstd = (var + eps)^−½. Backward, with sums over the batch:
+    state's mean and biased variance, rstd = (var + eps)^−½; unless gradients are exact, the mean is at most max_lag std
+    from a large batch's. Backward, with sums over the batch:
 
         exact     autograd through that formula, with the state before the batch as a constant
         running   dx = weight·rstd·(dy − G0 − x_hat·G1),  dweight = Σ dy·x_hat,  dbias = Σ dy
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, momentum: object, gradient: str, eps: float = 1e-5) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, momentum: object, gradient: str, max_lag: float = 0.25, eps: float = 1e-5
+    ) -> None:
         self.weight, self.bias = weight.detach().double(), bias.detach().double()
         self.momentum, self.gradient, self.eps = momentum, gradient, eps
+        self.max_lag = math.inf if gradient == "exact" else max_lag
         self.channels = [Channel() for _ in self.weight]
         self.num_batches_tracked = 0
 
@@ -269,14 +280,14 @@ class ReferenceRunningBatchNorm:
         x, weight, bias = (t.detach().double().requires_grad_() for t in (x, self.weight, self.bias))
         self.num_batches_tracked += 1
         absorbed = [
-            channel.absorb(row, len(x), self.momentum)
+            channel.absorb(row, len(x), self.momentum, self.max_lag)
             for channel, row in zip(self.channels, channel_rows(x), strict=True)
         ]
         mean, var = (torch.stack([stats[i] for stats in absorbed]) for i in (0, 1))
         y = affine(x, mean, var + self.eps, weight, bias)
         rstd = (var + self.eps).rsqrt().detach()
         x_hat = (channel_rows(x) - mean[:, None]).detach() * rstd[:, None]
-        return Step(x, weight, bias, y, x_hat, rstd, [stats[2] for stats in absorbed], [stats[3] for stats in absorbed])
+        return Step(x, weight, bias, y, x_hat, rstd, [stats[2] for stats in absorbed])
 
     def backward(self, step: Step, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dx, dweight, dbias of a forward, from dL/dy."""
@@ -289,7 +300,7 @@ class ReferenceRunningBatchNorm:
         return dx, (rows * step.x_hat).sum(1), rows.sum(1)
 
     def _dx(self, step: Step, c: int, dy: Tensor) -> Tensor:
-        mean_dy, mean_dy_xhat = self.channels[c].average_gradients(dy, step.x_hat[c], step.a[c], step.g[c])
+        mean_dy, mean_dy_xhat = self.channels[c].average_gradients(dy, step.x_hat[c], step.a[c])
         return step.weight[c].detach() * step.rstd[c] * (dy - mean_dy - step.x_hat[c] * mean_dy_xhat)
 
     def evaluate(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from runningbn.update import absorb_gradient, absorb_precise, absorb_running
 if cpu.unavailable() is not None:
     pytest.skip(f"the C backend cannot serve here: {cpu.unavailable()}", allow_module_level=True)
 
-EPS = 1e-5
+EPS, MAX_LAG = 1e-5, 0.25
 MODES = ("running gradient", "exact gradient", "precise")
 # For a thread of its own a share of 2**15 elements is needed, so the large ones are what threads cut.
 ROWS = ((1, 5), (7, 1), (2, 1), (33, 37), (64, 65), (401, 260), (40_001, 3), (1_100, 65), (3_000, 37))
@@ -124,7 +125,7 @@ def assert_same_state(actual: State, expected: State, roundings: float) -> None:
 @each_dtype(torch.float32, torch.float64)
 @each_rule()
 def test_the_update_is_that_of_torch(momentum, dtype, start, running, whole_batches):
-    channels, absorb = 6, absorb_running if running else absorb_precise
+    channels, absorb = 6, partial(absorb_running, max_lag=MAX_LAG) if running else absorb_precise
     states = {name: start(channels, dtype) for name in ("cpu", "aten")}
     for step, size in enumerate(RAGGED):
         x = data((size, channels, 7), dtype, step) * (1 + step) + step
@@ -216,7 +217,9 @@ def test_the_weight_of_a_batch_is_that_of_the_rule(momentum, dtype):
     state, weights = empty_state(2, dtype), []
     for step, size in enumerate((*RAGGED, 1_000, 3, 3)):
         expected = batch_weight(momentum, size, state.samples.double(), state.steps.double())
-        cpu.training_forward(data((size, 2), dtype, step), None, None, EPS, cpu.prepared(state), momentum, True, True)
+        cpu.training_forward(
+            data((size, 2), dtype, step), None, None, EPS, cpu.prepared(state), momentum, True, True, MAX_LAG
+        )
         # 1 − a is rounded once where it is stored, and again in the subtraction here.
         assert_near(1 - state.last_keep, expected, 2, scale=1)
         weights.append(expected[0].item())
@@ -350,9 +353,9 @@ def test_a_forward_that_does_not_absorb_repeats_the_last_and_touches_no_buffer(r
     x, (weight, bias) = data(shape, dtype), affine(shape[1], wide(dtype))
     state, _ = started(shape[1], wide(dtype))
     torch.set_num_threads(2)
-    first = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, True)
+    first = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, True, MAX_LAG)
     before = {name: t.clone() for name, t in state._asdict().items()}
-    second = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, False)
+    second = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, False, MAX_LAG)
     assert_identical(dict(enumerate(second)), dict(enumerate(first)))
     assert_identical(state._asdict(), before)
 
@@ -542,7 +545,7 @@ def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(l
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
     for running in (False, True):
         state = empty_state(shape[1], torch.float32)
-        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), 1.0, running, True)
+        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), 1.0, running, True, MAX_LAG)
         n = x.numel() / shape[1]
         unbiased = state.running_var.double() * (1 if running else (n - 1) / n)
         torch.testing.assert_close(unbiased, expected, rtol=1e-6, atol=0)

@@ -102,20 +102,27 @@ def test_grad_scaler_disturbs_only_layers_with_running_gradients(kind):
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_changed_loss_scale_is_forgotten_as_the_past_is(factor):
-    """Sums kept at the old scale are wrong by 1/factor − 1, which fades over the horizon: exp(−samples/128)."""
-    layer = RunningBatchNorm(3, momentum=Horizon(samples=128, start=128))
+@pytest.mark.parametrize(
+    ("elements", "kept"),
+    # Each step forgets a = 1 − exp(−4/32) of the past, or n/(n + 64) where the batch has enough elements for more.
+    [pytest.param(1, math.exp(-4 / 32), id="few"), pytest.param(8, 64 / (32 + 64), id="many")],
+)
+def test_a_changed_loss_scale_is_forgotten_as_the_past_is(factor, elements, kept):
+    """Sums kept at the old scale are wrong by 1/factor − 1, which fades as the past does."""
+
+    def batch(seed: int) -> torch.Tensor:
+        return torch.randn(4, 3, elements, generator=torch.Generator().manual_seed(seed))
+
+    layer = RunningBatchNorm(3, momentum=Horizon(samples=32, start=32))
     for seed in range(32):
-        layer(images(seed)).pow(2).sum().backward()
+        layer(batch(seed)).pow(2).sum().backward()
     before, other = layer.sum_dy.clone(), copy.deepcopy(layer)
     for step in range(1, 33):
-        x = images(100 + step)
+        x = batch(100 + step)
         (layer(x).pow(2).sum() * factor).backward()
         other(x).pow(2).sum().backward()
         error = layer.sum_dy / factor - other.sum_dy
-        assert_near(
-            error, (1 / factor - 1) * math.exp(-4 * step / 128) * before, roundings=1e3, scale=before.abs().max()
-        )
+        assert_near(error, (1 / factor - 1) * kept**step * before, roundings=1e3, scale=before.abs().max())
 
 
 @each_basic_kind

@@ -38,7 +38,7 @@ def weights_given(momentum: object, batch_sizes: list[int]) -> list[float]:
 
 
 def test_horizon_has_the_defaults_it_documents():
-    assert Horizon() == Horizon(samples=128, start=8, fraction=0.05)
+    assert Horizon() == Horizon(samples=128, start=8, fraction=0.1)
 
 
 @DATACLASSES
@@ -67,7 +67,7 @@ def test_rule_differs_from_others(other):
 
 
 def test_equal_rules_hash_alike():
-    assert len({Horizon(), Horizon(128, 8, 0.05), SquareRoot(0.1), SquareRoot(0.1)}) == 2
+    assert len({Horizon(), Horizon(128, 8, 0.1), SquareRoot(0.1), SquareRoot(0.1)}) == 2
 
 
 @LAYERS
@@ -182,7 +182,7 @@ def test_square_root_gives_the_fastai_weights(batch_size, weight):
 
 @pytest.mark.parametrize(
     ("samples_before", "horizon"),
-    [(0, 8), (160, 8), (200, 10), (2000, 100), (2560, 128), (100_000, 128)],
+    [(0, 8), (80, 8), (200, 20), (1000, 100), (1280, 128), (100_000, 128)],
     ids=["empty", "end-of-start", "growing", "growing-more", "settled", "long-settled"],
 )
 @pytest.mark.parametrize("batch_size", [1, 32])

@@ -52,7 +52,7 @@ def reference_of(layer: RunningBatchNorm) -> ReferenceRunningBatchNorm:
     ones = torch.ones(layer.num_features)
     weight = ones if layer.weight is None else layer.weight
     bias = 0 * ones if layer.bias is None else layer.bias
-    return ReferenceRunningBatchNorm(weight, bias, layer.momentum, layer.gradient, layer.eps)
+    return ReferenceRunningBatchNorm(weight, bias, layer.momentum, layer.gradient, layer.max_lag, layer.eps)
 
 
 def train_step(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -452,8 +452,8 @@ def test_horizon_weighs_batches_of_any_size_by_a():
 
 @each(SHAPES)
 @each_rule()
-def test_training_and_evaluation_agree(case, momentum):
-    layer = case.layer(momentum=momentum)
+def test_without_a_limit_to_the_lag_training_and_evaluation_agree(case, momentum):
+    layer = case.layer(momentum=momentum, max_lag=math.inf)
     for x in case.batches():
         y = layer.train()(x)
         # The same formula on the same numbers; 4 roundings if one is fused differently. rstd is 10 at most and weight

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ RUNS = INSTALLED and (INTERPRETED or DEVICE == "cuda")
 runs_kernels = pytest.mark.skipif(not RUNS, reason="runs in the interpreter, see test_in_the_interpreter")
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 
-EPS = 1e-5
+EPS, MAX_LAG = 1e-5, 0.25
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 RULES: dict[str, Momentum] = {
     "horizon": Horizon(samples=8, start=2, fraction=0.5),
@@ -132,7 +133,7 @@ def reference_step(
     with use("aten"), torch.no_grad():
         sums, _ = aten.batch_sums(x, torch.float64)
         a = batch_weight(momentum, len(x), state.samples, state.steps)
-        absorb = absorb_running if running else absorb_precise
+        absorb = partial(absorb_running, max_lag=MAX_LAG) if running else absorb_precise
         fixed = absorb(state, sums, a, len(x), weighs_whole_batches(momentum))
         rstd = (fixed.var + EPS).rsqrt()
         y = aten.normalize(x, fixed.mean, fixed.var, weight, bias, EPS)
@@ -150,7 +151,7 @@ def step(
     x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, momentum: Momentum,
     running: bool, gradient: GradientState | None,
 ) -> Reference:  # fmt: skip
-    y, fixed = triton.training_forward(x, weight, bias, EPS, state, momentum, running, True)
+    y, fixed = triton.training_forward(x, weight, bias, EPS, state, momentum, running, True, MAX_LAG)
     assert fixed.shape == (6 if running else 2, x.shape[1])
     dx, sum_dy, sum_dy_xhat = triton.training_backward(dy, x, weight, fixed, gradient, True)
     assert dx is not None
@@ -331,10 +332,10 @@ def test_a_recomputation_absorbs_nothing(running: bool) -> None:
     state = empty_state(5)
     weight, bias = randn(5, seed=5).float(), randn(5, seed=6).float()
     x = batch((6, 5, 7), 1)
-    triton.training_forward(batch((6, 5, 7), 2), weight, bias, EPS, state, Horizon(), running, True)
-    y, fixed = triton.training_forward(x, weight, bias, EPS, state, Horizon(), running, True)
+    triton.training_forward(batch((6, 5, 7), 2), weight, bias, EPS, state, Horizon(), running, True, MAX_LAG)
+    y, fixed = triton.training_forward(x, weight, bias, EPS, state, Horizon(), running, True, MAX_LAG)
     before = copied(state)
-    again, fixed_again = triton.training_forward(x, weight, bias, EPS, state, Horizon(), running, False)
+    again, fixed_again = triton.training_forward(x, weight, bias, EPS, state, Horizon(), running, False, MAX_LAG)
     assert all(torch.equal(a, b) for a, b in zip(state, before))
     assert torch.equal(y, again)
     torch.testing.assert_close(fixed, fixed_again, rtol=1e-6, atol=0)
@@ -363,7 +364,7 @@ def test_far_means_in_float32(last: bool, order: str) -> None:
     x = (x + 1e4).float()
     x = channels_last(x) if last else x.contiguous()
     state, exact = empty_state(2), empty_state(2, torch.float64)
-    y, _ = triton.training_forward(x, None, None, EPS, state, 1.0, False, True)
+    y, _ = triton.training_forward(x, None, None, EPS, state, 1.0, False, True, MAX_LAG)
     mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3))
     torch.testing.assert_close(state.running_var.double(), var, rtol=1e-6, atol=0)
     torch.testing.assert_close(state.running_mean.double(), mean, rtol=1e-7, atol=0)
@@ -402,7 +403,7 @@ def test_layouts_that_differ(kind: str) -> None:
 @runs_kernels
 def test_without_dx_the_rest_is_the_same() -> None:
     x, dy = batch((4, 5, 6), 1), batch((4, 5, 6), 2)
-    _, fixed = triton.training_forward(x, None, None, EPS, empty_state(5), 0.5, True, True)
+    _, fixed = triton.training_forward(x, None, None, EPS, empty_state(5), 0.5, True, True, MAX_LAG)
     gradients = empty_gradient(5), empty_gradient(5)
     found = triton.training_backward(dy, x, None, fixed, gradients[0], False)
     expected = triton.training_backward(dy, x, None, fixed, gradients[1], True)
@@ -418,16 +419,17 @@ def test_absorbing_sums_from_elsewhere(running: bool, whole: bool) -> None:
     channels = 150  # more than one program
     state = empty_state(channels)
     expected_state = doubled(state)
-    absorb = absorb_running if running else absorb_precise
+    absorb = partial(absorb_running, max_lag=MAX_LAG) if running else absorb_precise
     for seed in range(3):
-        sums, _ = aten.batch_sums(batch((6, channels, 5), seed).double(), torch.float64)
+        # Every batch farther away, so that some channels lag.
+        sums, _ = aten.batch_sums(batch((6, channels, 5), seed).double() + 2 * seed, torch.float64)
         if seed == 2:
             sums.sqrs[7] = float("inf")
         a = torch.linspace(0, 1, channels, device=DEVICE)
         a_double = a.double()
         sums = sums._replace(count=sums.count[:1].expand(channels))
         samples = torch.tensor(6.0, device=DEVICE) if seed else 6
-        found = triton.absorb(state, Sums(*(t.float() for t in sums)), a, samples, whole, running)
+        found = triton.absorb(state, Sums(*(t.float() for t in sums)), a, samples, whole, running, MAX_LAG)
         with use("aten"):
             expected = absorb(expected_state, sums, a_double, samples, whole)
         wanted = [t for t in expected if t is not None]
@@ -443,7 +445,7 @@ def test_absorbing_sums_from_elsewhere(running: bool, whole: bool) -> None:
 @runs_kernels
 def test_ranks_that_are_all_empty_absorb_nothing() -> None:
     state = empty_state(3)
-    triton.training_forward(batch((4, 3, 5), 1), None, None, EPS, state, Horizon(), True, True)
+    triton.training_forward(batch((4, 3, 5), 1), None, None, EPS, state, Horizon(), True, True, MAX_LAG)
     before = copied(state)
     nothing = Sums(*[torch.zeros(3, device=DEVICE) for _ in range(4)])
     samples = torch.zeros((), device=DEVICE)
@@ -644,17 +646,17 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_there(monkeypatch: pytest.Mon
             (channels_last(torch.zeros(32, 64, 14, 14)), False),
         ):
             state = empty_state(x.shape[1], statistics_dtype(x.dtype))
-            _, fixed = triton.training_forward(x, state.shift, None, EPS, state, Horizon(), running, True)
+            _, fixed = triton.training_forward(x, state.shift, None, EPS, state, Horizon(), running, True, MAX_LAG)
             gradient = GradientState(*state[:3]) if running else None
             triton.training_backward(x, x, None, fixed, gradient, True)
-        triton.training_forward(x, state.shift, None, EPS, state, Horizon(), True, False)
+        triton.training_forward(x, state.shift, None, EPS, state, Horizon(), True, False, MAX_LAG)
         for samples in (3, torch.zeros(())):
             triton.absorb(state, Sums(*state[:4]), state.shift, samples, True, running)
         triton.absorb_gradient(GradientState(*state[:3]), *state[:4], 3)
     finally:
         triton._counters.clear()
     assert {name for name, _ in found} == {
-        "batch_statistics", "recall", "affine_map", "gradient_statistics", "input_gradient",
+        "batch_statistics", "affine_map", "gradient_statistics", "input_gradient",
         "absorb_sums", "absorb_gradient_sums",
     }  # fmt: skip
     # Whole vectors are read where the sizes allow for it: 4 of bfloat16 in planes of 196, 4 of float32 in rows.

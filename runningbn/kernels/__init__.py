@@ -21,14 +21,13 @@ and with sweeps, which leave the state of the layer to others:
 also do a whole training step of one process, the update of the state included, while the data are in cache,
 
     prepared(buffers)                                 -> the buffers of a layer as the next two take them, or None
-    training_forward(x, weight, bias, eps, state, momentum, running, absorbs) -> y, fixed
-    training_backward(dy, x, weight, fixed, gradient, needs_dx)               -> dx or None, Σdy, Σdy·z
+    training_forward(x, weight, bias, eps, state, momentum, running, absorbs, max_lag) -> y, fixed
+    training_backward(dy, x, weight, fixed, gradient, needs_dx)                        -> dx or None, Σdy, Σdy·z
 
 and the update alone, for sums that came from elsewhere,
 
-    absorb(state, batch, weight, samples, whole_batches, running) -> the vectors of `update.Coefficients`
-
-    absorb_gradient(state, sum_dy, sum_dy_xhat, keep, gain, n)                -> G0, G1
+    absorb(state, batch, weight, samples, whole_batches, running, max_lag) -> the vectors of `update.Coefficients`
+    absorb_gradient(state, sum_dy, sum_dy_xhat, keep, gain, n)             -> G0, G1
 
 `fixed` is (2, C), mean and rstd, where x is normalised by itself, and (6, C) where it is by the running statistics:
 mean, rstd, kappa_mean, kappa_var, keep, gain. See `update` for what these mean.

@@ -7,6 +7,7 @@
 #ifndef RUNNINGBN_CPU_H
 #define RUNNINGBN_CPU_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -24,6 +25,7 @@ typedef struct {
     void *y;
     const void *weight, *bias; /* REAL, or NULL */
     double eps;
+    double max_lag; /* of the running mean, see update.within_reach; infinite for no limit */
     /* The sums of the batch: results of SUMS, or arguments of ABSORB without it; NULL if nobody asks. REAL. */
     void *batch_shift, *batch_sums, *batch_sqrs, *batch_count;
     /* What x is normalised by: results of ABSORB or SUMS, or arguments of APPLY alone; `var` or `rstd` may be NULL. */

@@ -27,7 +27,7 @@ from ..statistics import GradientState, State, Sums
 from .layout import are_vectors
 
 # The structs of cpu.h, whose fields are 8 bytes each: q and Q are integers and pointers, d doubles.
-_FORWARD = Struct("@7q4Qd11Q4q3dQd13Q")
+_FORWARD = Struct("@7q4Q2d11Q4q3dQd13Q")
 _BACKWARD = Struct("@7q18Q")
 _STRUCTS = {"version": 1, "forward_size": _FORWARD.size, "backward_size": _BACKWARD.size}
 _SUMS, _ABSORB, _APPLY = 1, 2, 4
@@ -144,7 +144,7 @@ def batch_norm_gradients(
 
 def training_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: Prepared, momentum: Momentum,
-    running: bool, absorbs: bool,
+    running: bool, absorbs: bool, max_lag: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and `fixed`. Without `absorbs`, as in a recomputation, the state is taken as it is."""
     data, geometry = _laid_out(x)
@@ -154,14 +154,15 @@ def training_forward(
     first, row = fixed.data_ptr(), geometry[2] * dtype.itemsize
     others = (first + 2 * row, first + 3 * row, first + 4 * row, first + 5 * row) if running else (0, 0, 0, 0)
     stages = _APPLY
-    if absorbs or not running:
+    if absorbs or not running or max_lag < math.inf:
         stages |= _SUMS
     if absorbs or running:
         stages |= _ABSORB
     update = (running, absorbs, weighs_whole_batches(momentum), *encoded(momentum), 0, len(x), *state[1])
     if absorbs:
         _note_change(state[0])
-    _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, (first, 0, first + row, *others), update)
+    fixes = (first, 0, first + row, *others)
+    _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, fixes, update, max_lag)
     return y, fixed
 
 
@@ -181,15 +182,16 @@ def training_backward(
 
 
 def absorb(
-    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, running: bool
-) -> tuple[Tensor, ...]:
+    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, running: bool,
+    max_lag: float = math.inf,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Absorb sums that came from elsewhere; the vectors of `update.Coefficients`, the first two where not running."""
     mean = state.running_mean
     batch, weight = Sums(*(_vector(part.expand_as(mean), mean) for part in batch)), _vector(weight, mean)
     out = [torch.empty_like(mean) for _ in range(6 if running else 2)]
     first, second, *others = _pointers(out)
     packed = _FORWARD.pack(
-        _DTYPES[mean.dtype], _ABSORB, 1, 1, 1, len(mean), 1, 0, 0, 0, 0, 0.0, *_pointers(batch),
+        _DTYPES[mean.dtype], _ABSORB, 1, 1, 1, len(mean), 1, 0, 0, 0, 0, 0.0, max_lag, *_pointers(batch),
         first, second, 0, *(others or (0, 0, 0, 0)),
         running, True, whole_batches, _GIVEN, 0.0, 0.0, 0.0, weight.data_ptr(), float(samples), *_pointers(state),
     )  # fmt: skip
@@ -219,13 +221,13 @@ def _forward(
     data: Tensor, geometry: tuple[int, int, int, int], y: Tensor | None, stages: int,
     weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0,
     batch: Sequence[int] = _NO_BATCH, fixed: Sequence[int] = (0, 0, 0, 0, 0, 0, 0),
-    update: Sequence[float] = _NO_UPDATE,
+    update: Sequence[float] = _NO_UPDATE, max_lag: float = math.inf,
 ) -> None:  # fmt: skip
     weight = None if weight is None else _vector(weight, data)
     bias = None if bias is None else _vector(bias, data)
     packed = _FORWARD.pack(
         _DTYPES[data.dtype], stages, torch.get_num_threads(), *geometry,
-        data.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), eps, *batch, *fixed, *update,
+        data.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), eps, max_lag, *batch, *fixed, *update,
     )  # fmt: skip
     _check(_library()[0].runningbn_forward(packed))
 

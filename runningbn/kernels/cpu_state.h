@@ -11,9 +11,12 @@
 
 #ifndef RUNNINGBN_STATE
 #define RUNNINGBN_STATE
-static const double VARIANCE_FLOOR = 0.01, WARMUP_SAMPLES = 20;
+static const double VARIANCE_FLOOR = 0.01, WARMUP_SAMPLES = 20, PRIOR_ELEMENTS = 64;
 
 static double largest(double a, double b) { return a > b ? a : b; }
+
+/* See update.trusted; of a batch that is not empty. */
+static double trusted(double n) { return n / (n + PRIOR_ELEMENTS); }
 #endif
 
 /* a per channel, see momentum.py. Channels mostly agree, and so one value serves many. */
@@ -124,13 +127,22 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                 }
                 if (f->running) {
                     /* By what evaluation takes, also in a channel that keeps its state. */
+                    const double batch_mean = mean, weight = 1 - (double)AT(f->last_keep);
+                    const int ignored = AT(f->last_gain) == 0;
                     mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
                     const double kappa = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);
                     const int floored = var <= (double)(REAL)VARIANCE_FLOOR && (double)AT(f->samples) < WARMUP_SAMPLES;
                     SET(f->kappa_mean, kappa)
                     SET(f->kappa_var, floored ? 0 : kappa)
-                    SET(f->keep, AT(f->last_keep))
-                    SET(f->gain, AT(f->last_gain))
+                    const double trust = ignored ? 0 : largest(weight, trusted(n));
+                    SET(f->keep, 1 - trust)
+                    SET(f->gain, trust / largest(n, 1))
+                    if (f->max_lag <= DBL_MAX && !ignored) {
+                        /* See update.within_reach. */
+                        const double reach = f->max_lag / trusted(n) * sqrt(var);
+                        mean = largest(mean, batch_mean - reach);
+                        if (mean > batch_mean + reach) mean = batch_mean + reach;
+                    }
                 }
             }
             residual = mean - (double)(REAL)mean;

@@ -139,7 +139,7 @@ def prepared(buffers: Buffers) -> Buffers | None:
 
 def training_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: State, momentum: Momentum,
-    running: bool, absorbs: bool,
+    running: bool, absorbs: bool, max_lag: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and `fixed`. Without `absorbs`, as in a recomputation, the state is taken as it is."""
     kernels, x = _kernels(), x.detach()
@@ -150,18 +150,13 @@ def training_forward(
     scratch = x.new_empty((3 * splits + 3, channels), dtype=dtype)
     weight, bias = _vector(weight), _vector(bias)
     with _on(x.device):
-        if absorbs or not running:
-            rule, *parameters = encoded(momentum)
-            kernels.batch_statistics[(plan.blocks * splits,)](
-                data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, state,
-                *plan.sizes, splits, tiles, len(x), _bits(eps), *map(_bits, parameters),
-                RULE=rule, WHOLE_BATCHES=weighs_whole_batches(momentum), RUNNING=running, ABSORBS=absorbs,
-                BP=plan.at_once, **plan.tile, **_OPTIONS,
-            )  # fmt: skip
-        else:
-            kernels.recall[(_vectors(channels),)](
-                scratch, weight, bias, fixed, state, channels, splits, _bits(eps), BC=_VECTOR, **_OPTIONS
-            )
+        rule, *parameters = encoded(momentum)
+        kernels.batch_statistics[(plan.blocks * splits,)](
+            data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, state,
+            *plan.sizes, splits, tiles, len(x), _bits(eps), _bits(max_lag), *map(_bits, parameters),
+            RULE=rule, WHOLE_BATCHES=weighs_whole_batches(momentum), RUNNING=running, ABSORBS=absorbs,
+            BP=plan.at_once, **plan.tile, **_OPTIONS,
+        )  # fmt: skip
         kernels.affine_map[(plan.blocks * plan.mapping[0],)](
             data, dense(y, like=x), scratch, *plan.sizes, *plan.mapping, splits, **plan.tile, **_OPTIONS
         )
@@ -195,15 +190,16 @@ def training_backward(
 
 
 def absorb(
-    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, running: bool
-) -> tuple[Tensor, ...]:
+    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, running: bool,
+    max_lag: float = math.inf,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Absorb sums that came from elsewhere; the vectors of `update.Coefficients`, the first two where not running."""
     mean = state.running_mean
     vectors = Sums(*(part.expand_as(mean).contiguous() for part in batch))
     out = tuple([torch.empty_like(mean) for _ in range(6 if running else 2)])
     with _on(mean.device):
         _kernels().absorb_sums[(_vectors(len(mean)),)](
-            vectors, weight.contiguous(), state, out, samples, len(mean),
+            vectors, weight.contiguous(), state, out, samples, len(mean), _bits(max_lag),
             WHOLE_BATCHES=whole_batches, RUNNING=running, BC=_VECTOR, **_OPTIONS,
         )  # fmt: skip
     torch.autograd.graph.increment_version(state)

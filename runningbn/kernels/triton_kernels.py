@@ -26,13 +26,13 @@ _TINY32, _EPS32, _MAX32 = (tl.constexpr(2.0**-126), tl.constexpr(2.0**-23), tl.c
 _TINY64, _EPS64, _MAX64 = (tl.constexpr(2.0**-1022), tl.constexpr(2.0**-52), tl.constexpr((2 - 2.0**-52) * 2.0**1023))
 
 _SIZES = ["outer", "channels", "inner", "splits", "tiles"]
-_RULE = ["batch_samples", "eps", "rule_a", "rule_b", "rule_c"]
+_RULE = ["batch_samples", "eps", "max_lag", "rule_a", "rule_b", "rule_c"]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_RULE])
 def batch_statistics(
     x, scratch, counter, weight, bias, fixed, state,
-    outer, channels, inner, splits, tiles, batch_samples, eps, rule_a, rule_b, rule_c,
+    outer, channels, inner, splits, tiles, batch_samples, eps, max_lag, rule_a, rule_b, rule_c,
     RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, ABSORBS: tl.constexpr,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -44,8 +44,8 @@ def batch_statistics(
         counter: (blocks of channels,), int32, zero before and after.
         weight, bias: (C,) or None.
         fixed: (2 or 6, C), written: see the package.
-        state: the buffers of a `State`, updated where ABSORBS.
-        eps, rule_a, rule_b, rule_c: float64, as the integers of the same bits: Triton passes numbers as float32.
+        state: the buffers of a `State`, updated where ABSORBS, and taken as they are elsewhere.
+        eps, max_lag, rule_a, rule_b, rule_c: float64, as integers of the same bits: Triton passes numbers as float32.
     """
     dtype = scratch.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
@@ -88,32 +88,18 @@ def batch_statistics(
             )
             if block == 0:
                 tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
+        elif RUNNING:
+            of_state = _recalled(state, c, exists)
         if RUNNING:
-            mean, var = of_state[0], of_state[1]
-            _store_rows(fixed, 2, of_state, channels, c, exists)
+            coefficients = _coefficients(of_state, mean, n, _number(max_lag), dtype)
+            mean, var = coefficients[0], coefficients[1]
+            _store_rows(fixed, 2, coefficients, channels, c, exists)
         else:
             var = squares / n
         rstd = 1 / tl.sqrt(var + _number(eps))
         tl.store(fixed + c, mean.to(dtype), mask=exists)
         tl.store(fixed + channels + c, rstd.to(dtype), mask=exists)
         _store_affine(scratch + 3 * step, mean, rstd, weight, bias, channels, c, exists)
-
-
-@triton.jit(do_not_specialize=["channels", "splits", "eps"])
-def recall(scratch, weight, bias, fixed, state, channels, splits, eps, BC: tl.constexpr):
-    """What `batch_statistics` left to normalise by when it was RUNNING, from the buffers as they are now."""
-    dtype = scratch.dtype.element_ty
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    exists = c < channels
-    mean, var = _float64(state.running_mean, c, exists), _float64(state.running_var, c, exists)
-    keep, gain = _float64(state.last_keep, c, exists), _float64(state.last_gain, c, exists)
-    count, samples = _float64(state.count, c, exists), _float64(state.samples, c, exists)
-    kappa_mean, kappa_var = _kappas(var, gain, count, samples, dtype)
-    rstd = 1 / tl.sqrt(var + _number(eps))
-    tl.store(fixed + c, mean.to(dtype), mask=exists)
-    tl.store(fixed + channels + c, rstd.to(dtype), mask=exists)
-    _store_rows(fixed, 2, (mean, var, kappa_mean, kappa_var, keep, gain), channels, c, exists)
-    _store_affine(scratch + 3 * splits.to(tl.int64) * channels, mean, rstd, weight, bias, channels, c, exists)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "splits_of_sums"])
@@ -233,9 +219,9 @@ def input_gradient(
         tl.store(dx + base + local, of_x.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["channels", "batch_samples"])
+@triton.jit(do_not_specialize=["channels", "batch_samples", "max_lag"])
 def absorb_sums(
-    batch, given_weight, state, out, batch_samples, channels,
+    batch, given_weight, state, out, batch_samples, channels, max_lag,
     WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Absorb sums that came from elsewhere.
@@ -246,6 +232,7 @@ def absorb_sums(
         state: the buffers of a `State`, updated.
         out: 6 or, unless RUNNING, 2 vectors, written: those of `update.Coefficients`.
         batch_samples: N, or a pointer to it.
+        max_lag: float64, as the integer of the same bits.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     exists = c < channels
@@ -256,11 +243,13 @@ def absorb_sums(
     mean = _float64(batch.shift, c, exists) + offset
     squares = _not_negative(_float64(batch.sqrs, c, exists) - sums * offset)
     a = _float64(given_weight, c, exists)
-    results = _absorb(mean, squares, n, a, samples, state, c, exists, WHOLE_BATCHES, RUNNING)
+    of_state = _absorb(mean, squares, n, a, samples, state, c, exists, WHOLE_BATCHES, RUNNING)
     if tl.program_id(0) == 0:
         tracked = tl.load(state.num_batches_tracked)
         tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
-    if not RUNNING:
+    if RUNNING:
+        results = _coefficients(of_state, mean, n, _number(max_lag), state.shift.dtype.element_ty)
+    else:
         results = (mean, squares / tl.where(n > 0, n, 1))
     for i in tl.static_range(len(out)):
         tl.store(out[i] + c, results[i].to(out[i].dtype.element_ty), mask=exists)
@@ -484,13 +473,13 @@ def _expm1(u):
 def _absorb(
     mean, squares, n, a, batch_samples, state, c, exists, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr
 ):  # fmt: skip
-    """`update._absorb` and what sets the running statistics, of a batch with weight a; what to normalise by if RUNNING.
+    """`update._absorb` and what sets the running statistics, of a batch with weight a.
 
     Args:
         mean, squares, n: the batch: mean, Σ(x − mean)² and number of elements, float64.
 
     Returns:
-        mean, var, kappa_mean, kappa_var, keep, gain: as in `update.Coefficients`, float64.
+        What `_recalled` would find in the buffers.
     """
     dtype = state.shift.dtype.element_ty
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
@@ -558,17 +547,34 @@ def _absorb(
     tl.store(state.steps + c, steps.to(dtype), mask=exists & finite)
     tl.store(state.last_keep + c, keep.to(dtype), mask=exists)
     tl.store(state.last_gain + c, gain.to(dtype), mask=exists)
-    kappa_mean, kappa_var = _kappas(var, _rounded(gain, dtype), count, samples, dtype)
-    return mean, var, kappa_mean, kappa_var, keep, gain
+    return mean, var, _rounded(keep, dtype), _rounded(gain, dtype), count, samples
 
 
 @triton.jit
-def _kappas(var, gain, count, samples, dtype: tl.constexpr):
-    """The derivatives of mean and variance by an element; that of a variance held at its floor is 0."""
+def _recalled(state, c, exists):
+    """running_mean, running_var, last_keep, last_gain, count and samples, (BC,), float64."""
+    mean, var = _float64(state.running_mean, c, exists), _float64(state.running_var, c, exists)
+    keep, gain = _float64(state.last_keep, c, exists), _float64(state.last_gain, c, exists)
+    return mean, var, keep, gain, _float64(state.count, c, exists), _float64(state.samples, c, exists)
+
+
+@triton.jit
+def _coefficients(of_state, batch_mean, n, max_lag, dtype: tl.constexpr):
+    """mean, var, kappa_mean, kappa_var, keep, gain as in `update.Coefficients`, float64; `of_state` as `_recalled`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
+    mean, var, keep, gain, count, samples = of_state
     kappa = gain / _at_least(count, TINY)
     floored = (var <= tl.full([], 0.01, dtype).to(tl.float64)) & (samples < 20)
-    return kappa, tl.where(floored, 0, kappa)
+
+    # See `update.within_reach`. Without a limit, the reach is infinite or NaN, and nothing is beyond it.
+    ignored, trust = gain == 0, n / (n + 64)
+    reach = max_lag / trust * tl.sqrt(var)
+    lowest, highest = batch_mean - reach, batch_mean + reach
+    nearest = tl.where(mean < lowest, lowest, tl.where(mean > highest, highest, mean))
+    mean = tl.where(ignored, mean, nearest)
+
+    trust = tl.where(ignored, 0, _at_least(trust, 1 - keep))
+    return mean, var, kappa, tl.where(floored, 0, kappa), 1 - trust, trust / _at_least(n, 1)
 
 
 @triton.jit
