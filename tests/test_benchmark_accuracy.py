@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.accuracy import networks, published, report, results, runner, tasks, train
-from benchmarks.accuracy.contenders import (
-    CONTENDERS,
-    OURS,
-    BatchRenorm,
-    LimitedRunningBatchNorm,
-    ShrinkingRunningBatchNorm,
-)
+from benchmarks.accuracy.contenders import CONTENDERS, OURS, BatchRenorm
+from benchmarks.accuracy.experiments import EXPERIMENTS, ExperimentalRunningBatchNorm
 from benchmarks.accuracy.figure import figure
 from benchmarks.accuracy.grid import CELLS, Job, pending, rates
 from benchmarks.accuracy.results import Cell
@@ -96,20 +92,13 @@ def warmed_up(layer: RunningBatchNorm) -> RunningBatchNorm:
     return layer
 
 
-def pair_of_running_layers(r_max: float) -> tuple[LimitedRunningBatchNorm, RunningBatchNorm]:
-    return (
-        warmed_up(LimitedRunningBatchNorm(3, r_max, dtype=torch.float64)),
-        warmed_up(RunningBatchNorm(3, dtype=torch.float64)),
-    )
+def experimental(**options: Any) -> ExperimentalRunningBatchNorm:
+    return warmed_up(ExperimentalRunningBatchNorm(3, dtype=torch.float64, **options))
 
 
-@pytest.mark.parametrize("experiment", [
-    LimitedRunningBatchNorm(3, r_max=math.inf, dtype=torch.float64),
-    ShrinkingRunningBatchNorm(3, prior=math.inf, dtype=torch.float64),
-], ids=lambda layer: type(layer).__name__)  # fmt: skip
-def test_without_its_change_an_experiment_is_the_layer(experiment):
-    layers = warmed_up(experiment), warmed_up(RunningBatchNorm(3, dtype=torch.float64))
-    x, dy = noise(2, 3, 4, 4, seed=99), noise(2, 3, 4, 4, seed=98)
+def test_without_its_changes_an_experiment_is_the_layer():
+    layers = experimental(), warmed_up(RunningBatchNorm(3, dtype=torch.float64))
+    x, dy = noise(2, 3, 4, 4, seed=99) + 3, noise(2, 3, 4, 4, seed=98)
     for ours, theirs in zip(*(output_and_gradients(layer, x, dy) for layer in layers), strict=True):
         torch.testing.assert_close(ours, theirs)
     for layer in layers:
@@ -117,20 +106,20 @@ def test_without_its_change_an_experiment_is_the_layer(experiment):
     torch.testing.assert_close(layers[0](x), layers[1](x))
 
 
-def test_a_batch_is_trusted_by_its_size():
-    layer = warmed_up(ShrinkingRunningBatchNorm(3, prior=64, dtype=torch.float64))
-    before = [(total / layer.count_dy).clone() for total in (layer.sum_dy, layer.sum_dy_xhat)]
+def test_plain_sums_are_averaged_as_those_of_the_forward():
+    layer = experimental(prior=math.inf)
+    sums = [layer.sum_dy.clone(), layer.sum_dy_xhat.clone(), layer.count_dy.clone()]
     x, dy = noise(2, 3, 4, 4, seed=99), noise(2, 3, 4, 4, seed=98)
     z, dx, *_ = output_and_gradients(layer, x, dy)
-    means = [t.mean((0, 2, 3)) for t in (dy, dy * z)]
-    m0, m1 = ((32 * new + 64 * old).view(1, 3, 1, 1) / 96 for new, old in zip(means, before, strict=True))
-    rstd = (layer.running_var + layer.eps).rsqrt().view(1, 3, 1, 1)
-    # After 30 steps of a third, (2/3)^30 = 5e-6 of the weights is still missing.
-    torch.testing.assert_close(dx, rstd * (dy - m0 - z * m1), rtol=1e-4, atol=1e-5)
+    keep = layer.last_keep
+    count = keep * sums[2] + (1 - keep)
+    m0, m1 = ((keep * s + (1 - keep) * t.mean((0, 2, 3))) / count for s, t in ((sums[0], dy), (sums[1], dy * z)))
+    rstd, m0, m1 = (t.view(1, 3, 1, 1) for t in ((layer.running_var + layer.eps).rsqrt(), m0, m1))
+    torch.testing.assert_close(dx, rstd * (dy - m0 - z * m1))
 
 
 def test_the_limit_holds_the_std_of_the_output_and_leaves_the_state_alone():
-    limited, free = pair_of_running_layers(1.5)
+    limited, free = experimental(r_max=1.5), experimental()
     x = noise(2, 3, 4, 4, seed=99) * torch.tensor([1.0, 30, 1]).view(1, 3, 1, 1)
     outputs = limited(x), free(x)
     std = [y.std((0, 2, 3), correction=0) for y in outputs]
@@ -139,19 +128,6 @@ def test_the_limit_holds_the_std_of_the_output_and_leaves_the_state_alone():
     torch.testing.assert_close(std[0][1], torch.tensor(1.5, dtype=torch.float64), rtol=1e-6, atol=0)
     torch.testing.assert_close(outputs[0][:, [0, 2]], outputs[1][:, [0, 2]])
     torch.testing.assert_close(limited.running_var, free.running_var)
-
-
-def test_the_gradient_under_the_limit_is_the_running_one_of_what_came_out():
-    limited, _ = pair_of_running_layers(1.5)
-    x, dy = 30 * noise(2, 3, 4, 4, seed=99), noise(2, 3, 4, 4, seed=98)
-    sums = [limited.sum_dy.clone(), limited.sum_dy_xhat.clone(), limited.count_dy.clone()]
-    z, dx, *_ = output_and_gradients(limited, x, dy)
-    keep, gain = limited.last_keep, limited.last_gain
-    count = keep * sums[2] + gain * 32
-    m0, m1 = ((keep * s + gain * t.sum((0, 2, 3))) / count for s, t in ((sums[0], dy), (sums[1], dy * z)))
-    rstd = (x.var((0, 2, 3), correction=0) / 1.5**2 + limited.eps).rsqrt()
-    rstd, m0, m1 = (t.view(1, 3, 1, 1) for t in (rstd, m0, m1))
-    torch.testing.assert_close(dx, rstd * (dy - m0 - z * m1))
 
 
 # ------------------------------------------------------------------------------------------------- tasks and stacks
@@ -213,9 +189,9 @@ def test_a_stack_is_its_models(task):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-@pytest.mark.parametrize("name", ["BatchNorm", "running, Horizon()", "running, Horizon(), r_max 1.5"])
+@pytest.mark.parametrize("name", ["BatchNorm", "running, Horizon()", "plain sums, Horizon(fraction=0.05), r_max 1.5"])
 def test_training_a_stack_is_training_each_model_by_torch(name, optimizer):
-    task, norm = tasks.TASKS["plain conv net"], CONTENDERS[name].norm(6)
+    task, norm = tasks.TASKS["plain conv net"], (CONTENDERS | EXPERIMENTS)[name].norm(6)
     part = task.data(False).train
     part = part._replace(inputs=part.inputs.double())
     seeds, rate = (0, 7), torch.tensor([0.003, 0.01])
@@ -334,7 +310,7 @@ def made_up_results() -> results.Results:
     level = {name: [[0.8, 0.82], [0.9, 0.92]] for name in report.NAMES}
     records = made_up(first, level | {OURS: [[0.85, 0.85], [0.95, 0.97]]})
     records += made_up(second, level | {"GroupNorm": [[0.7, 0.7], [0.93, 0.93]]})
-    records += made_up(third, {OURS: [[0.5, 0.5], [0.6, 0.6]], "exact, 0.1": [[0.5, 0.5], [0.7, 0.7]]})
+    records += made_up(third, {OURS: [[0.5, 0.5], [0.6, 0.6]], "exact, SquareRoot(0.1)": [[0.5, 0.5], [0.7, 0.7]]})
     records += [record | {"error": "one value per channel"} for record in made_up(third, {"PreciseBatchNorm": []})]
     machine = {"processor": "abacus", "torch": "2", "date": "2026-01-01"}
     return results.Results([{"part": {"samples": 1088, "machine": machine}}, *records])

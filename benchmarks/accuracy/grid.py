@@ -10,7 +10,7 @@ it. The whole grid is there, but for these:
 - fastai's net takes SGD as in the notebook, without momentum.
 
 The sweep has five seeds at each rate. When all cells have theirs, ten more seeds are trained at each contender's best
-rate.
+rate. Experiments are trained in the first cells only, and in the sweep only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from itertools import chain
 from typing import Any
 
 from .contenders import CONTENDERS, TWIN_BATCH, Contender
+from .experiments import EXPERIMENTS
 from .results import MORE_SEEDS, SWEEP_SEEDS, Cell, Results
 
 # A factor of about 3 apart and the same for all contenders; 0.4 for plain SGD is the notebook's.
@@ -85,6 +86,8 @@ CELLS = tuple(
         )
     )
 )
+# Until where the defaults were sought; the cells after these could only confirm or refute them.
+EXPERIMENT_CELLS = CELLS[:28]
 
 
 def rates(cell: Cell) -> tuple[float, ...]:
@@ -94,9 +97,10 @@ def rates(cell: Cell) -> tuple[float, ...]:
 
 
 def trained_in(cell: Cell) -> list[Contender]:
-    """The contenders without those that are twins of others there."""
-    twins = {contender.twin for contender in CONTENDERS.values()} if cell.batch <= TWIN_BATCH else set()
-    return [contender for contender in CONTENDERS.values() if contender.name not in twins]
+    """The contenders and experiments without those that are twins of others there."""
+    known = CONTENDERS | EXPERIMENTS if cell in EXPERIMENT_CELLS else CONTENDERS
+    twins = {contender.twin for contender in known.values()} if cell.batch <= TWIN_BATCH else set()
+    return [contender for contender in known.values() if contender.name not in twins]
 
 
 def pending(results: Results, cells: Sequence[Cell]) -> Iterator[Job]:
@@ -106,6 +110,8 @@ def pending(results: Results, cells: Sequence[Cell]) -> Iterator[Job]:
         if missing := {rate for name in names for rate in results.missing(cell, name, rates(cell), SWEEP_SEEDS)}:
             yield Job(cell, contender.name, tuple(sorted(missing)), SWEEP_SEEDS)
     for cell, contender in everybody(cells):
+        if contender.name in EXPERIMENTS:
+            continue
         best = {name: results.best_rate(cell, name) for name in contender.names(cell.batch)}
         at_best = [results.missing(cell, name, [rate], MORE_SEEDS) for name, rate in best.items() if rate is not None]
         if missing := {rate for rates_of_one in at_best for rate in rates_of_one}:

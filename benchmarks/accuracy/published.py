@@ -29,6 +29,7 @@ from runningbn import update_bn_stats
 
 from ..results_file import FOLDER, store
 from .contenders import BATCH_NORM, CONTENDERS, OURS
+from .experiments import EXPERIMENTS
 from .networks import Site, build_stack
 from .tasks import SAMPLES, TASKS, schedule
 from .train import RatedOptimizer, evaluate, train
@@ -37,7 +38,14 @@ RESULTS = FOLDER / "accuracy_published.json"
 SEEDS = (0, 1, 2, 3, 4)
 
 NOTEBOOK_RATES = (0.4, 0.1, 0.03)
-NOTEBOOK = {BATCH_NORM: "0.2348", "exact, SquareRoot(0.1)": "0.9723", OURS: "–", f"{OURS}, r_max 1.5": "–"}
+PLAIN_SUMS = "plain sums, Horizon(fraction=0.05)"
+NOTEBOOK = {
+    BATCH_NORM: "0.2348",
+    "exact, SquareRoot(0.1)": "0.9723",
+    OURS: "–",
+    PLAIN_SUMS: "–",
+    f"{PLAIN_SUMS}, r_max 1.5": "–",
+}
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,9 @@ def notebook() -> dict[str, Any]:
     task = TASKS["fastai's net"]
     data = task.data(False)
     batches = torch.stack([schedule(data.train.classes, 2, False, SAMPLES, seed) for seed in SEEDS], 1)
-    rows = {}
+    rows, layers = {}, CONTENDERS | EXPERIMENTS
     for name, theirs in NOTEBOOK.items():
-        stack = build_stack(task.network, CONTENDERS[name].norm(len(batches)), SEEDS, len(NOTEBOOK_RATES))
+        stack = build_stack(task.network, layers[name].norm(len(batches)), SEEDS, len(NOTEBOOK_RATES))
         rates = torch.tensor(NOTEBOOK_RATES).repeat_interleave(len(SEEDS))
         train(stack, RatedOptimizer("plain SGD", stack, rates), data.train, batches, len(NOTEBOOK_RATES), falling=False)
         accuracies, _ = evaluate(stack, task, data.test, len(rates))

@@ -14,8 +14,9 @@ from typing import Any
 from ..readme import markdown
 from ..results_file import FOLDER
 from .contenders import BATCH_NORM, CONTENDERS, OURS, RECALIBRATED
+from .experiments import EXPERIMENTS
 from .figure import figure
-from .grid import rates
+from .grid import EXPERIMENT_CELLS, rates
 from .results import Cell, Results, Score
 from .tasks import TASKS
 
@@ -88,7 +89,7 @@ def ranking(results: Results, cells: Sequence[Cell]) -> str:
 def _shortfall(
     results: Results, cell: Cell, name: str, score: Callable[[Results, Cell, str], Score | None]
 ) -> float:  # fmt: skip
-    """By how much a contender is behind the best of all, which may be itself."""
+    """By how much somebody is behind the best contender, which may be itself; an experiment may be ahead."""
     everybody = [found.mean for other in NAMES if (found := score(results, cell, other)) is not None]
     own = score(results, cell, name)
     assert own is not None
@@ -101,6 +102,25 @@ def _points(value: float) -> str:
 
 def _emphasised(name: str) -> str:
     return f"**{name}**" if name == OURS else name
+
+
+def experiments(results: Results) -> str:
+    """What was tried beside the default, in the cells in which all of it was: ahead of it, and behind the best."""
+    names = [OURS, *EXPERIMENTS]
+    cells = [cell for cell in EXPERIMENT_CELLS if all(results.best(cell, name) for name in names)]
+    if not cells:
+        return "Not run yet."
+    rows = []
+    for name in names:
+        short = [_shortfall(results, cell, name, Results.best) for cell in cells]
+        worst = max(range(len(cells)), key=short.__getitem__)
+        close = sum(behind <= CLOSE for behind in short)
+        rows.append([
+            _emphasised(name), f"{close} of {len(cells)}", _points(fmean(short)), _points(short[worst]),
+            described(cells[worst]),
+        ])  # fmt: skip
+    header = ["", "within half a point of the best contender", "behind it, mean", "largest", "there"]
+    return markdown(header, rows)
 
 
 def by_batch(results: Results, cells: Sequence[Cell]) -> str:
@@ -239,14 +259,25 @@ of seconds need not be for nets of days.
   learning rate that falls to zero linearly. Of the same rates for all, the one with the best mean on validation data
   is everybody's best rate; what is shown are the scores on test data, in percent, over {seeds}.
 - *running* and *exact* are the gradients of RunningBatchNorm, followed by its momentum; **{ours}** is its
-  default. *r_max 1.5* and *prior 64* are experiments beside the layer. The former normalises, in training, by max(var,
-  var of the batch / 1.5²). The latter's backward sums give a batch of n elements a weight of n/(n + 64), if it is more.
+  default.
 - *{recalibrated}* is the BatchNorm of the line before it after `update_bn_stats` with all training data.
 - *of one class*: all samples of a batch are of the same class, and so are the digits on a canvas of the segmentation.
 - The best of a dozen is better than it should be: half of the means have a standard error above {error} points, and of
   a dozen that are equally good the luckiest is about 1.6 standard errors above the truth.
 - Compared are cells in which every contender was run. {complete} of {begun} begun cells are; {where}.
 """
+
+
+ABOUT_EXPERIMENTS = """## What was tried
+
+On the way to the default, in the first cells of the grid; the cells after these had no part in the choice.
+
+- *plain sums*: the sums of the backward pass are running averages as those of the forward; the default trusts a batch
+  of n elements by n/(n + 64) there, if that is more.
+- *no limit*: `max_lag=math.inf`, as *plain sums* have it, too. The default is 0.25.
+- *r_max 1.5*: in training it normalises by max(var, variance of the batch / 1.5²), a relative of Batch
+  Renormalization's r.
+- *Horizon(fraction=0.05)*: a memory half as long, early in training."""
 
 
 def page(results: Results) -> str:
@@ -262,6 +293,7 @@ def page(results: Results) -> str:
         f"Bold: more than half a point behind.\n\n{against_reference(results)}",
     ]
     behind, worse = losses(results, cells), worst_rate_losses(results, cells)
+    parts.append(f"{ABOUT_EXPERIMENTS}\n\n{experiments(results)}")
     parts += [
         f"## Losses\n\n{OURS} is more than half a point behind the best contender in {len(behind)} of {len(cells)} "
         f"cells (difference ± its standard error):\n\n{_listed(behind)}",
