@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import noise
 from steps import assert_identical, buffers_of
 from torch import Tensor, nn
 
 from runningbn import Horizon, PreciseBatchNorm1d, RunningBatchNorm, batchnormify
-from runningbn.kernels import use_backend
+from runningbn.kernels import BACKENDS, use_backend
 
 POSITIONS = 192
 # max_lag·(n + 64)/n with n = 2·192 elements.
@@ -83,7 +84,8 @@ def test_exact_gradients_go_with_the_running_mean_as_it_is():
     assert torch.equal(exact, settled(math.inf, gradient="exact")(batch(99, 5.0)))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "aten"])
+# Triton takes nothing on the CPU; see test_triton for its recomputation.
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "aten") if BACKENDS[name].unavailable() is None])
 def test_a_recomputation_under_checkpointing_is_limited_alike(backend):
     layers = [settled() for _ in range(2)]
     x = [batch(99, 5.0).requires_grad_() for _ in layers]
