@@ -152,12 +152,12 @@ class RunningBatchNorm(_Layer):
             derivative with ``gradient="running"`` or over several processes.
 
     With ``sync=True`` and several processes, a training step is that of one process on the batches of all ranks
-    together, with the sum of their losses: m, v, n, N in `momentum`, G0, G1 and the sums in dx run over all ranks, and all
-    ranks hold the same statistics, bit for bit. What flows to γ and β is from the rank's own batch, for DDP to average.
-    It takes one all_gather in forward and one in backward, on any backend. So all ranks have to run the same forwards
-    and backwards in the same order, on an empty batch, too; one without a backward leaves the others waiting, as where
-    nothing requires grad. A NaN on one rank makes that channel not finite on all. A pickled layer pools over all
-    processes when it is loaded; `copy.deepcopy` keeps the group.
+    together, with the sum of their losses: m, v, n, N in `momentum`, G0, G1 and the sums in dx are over all ranks, and
+    all ranks hold the same statistics, bit for bit. What flows to γ and β is from the rank's own batch, for DDP to
+    average. It takes one all_gather in forward and one in backward, on any backend. So all ranks have to run the same
+    forwards and backwards in the same order, on an empty batch, too; one without a backward leaves the others waiting,
+    as where nothing requires grad. A NaN on one rank makes that channel not finite on all. A pickled layer pools over
+    all processes when it is loaded; `copy.deepcopy` keeps the group.
 
     While a backward pass is running, as in a recomputation under activation checkpointing, nothing is absorbed: the
     recomputation takes the statistics of the last forward. So each checkpointed forward of the layer has to be followed
