@@ -1,10 +1,11 @@
 """Batch normalisation whose statistics are right: running, precise, put into existing models, recomputed from data."""
 
 from .convert import batchnormify
-from .modules import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm
 from .momentum import Horizon, SquareRoot
+from .precise import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
 from .recalibrate import get_bn_modules, precise_bn, update_bn_stats
 from .report import StatsReport
+from .running import RunningBatchNorm
 from .summary import bn_summary
 
 __version__ = "0.1.0"

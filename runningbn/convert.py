@@ -20,8 +20,9 @@ from torch.nn.utils import parametrize
 from .buffers import PooledStatistics
 from .converted import PRECISE, PRECISE_ACT, NormAct, RunningBatchNormAct, is_norm_act
 from .distributed import check_synchronisation
-from .modules import PreciseBatchNorm, RunningBatchNorm, check_gradient, check_max_lag
 from .momentum import Horizon, check_momentum
+from .precise import PreciseBatchNorm
+from .running import RunningBatchNorm, check_gradient, check_max_lag
 
 Kind = Literal["running", "precise", "torch"]
 Target = Union[Kind, Callable[[nn.Module], nn.Module]]
