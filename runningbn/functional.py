@@ -12,27 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from . import kernels
+from .autograd import Fused, NormalizeExact, NormalizeRunning
 from .distributed import RankGroup, pool
-from .gradients import (
-    POOLED_TWICE,
-    RUNNING_TWICE,
-    Gradients,
-    differentiable_gradients,
-    exact_gradients,
-    refuse_second_derivative,
-    running_gradients,
-)
 from .masks import blank, fill, real_sums
 from .momentum import Momentum, batch_weight, weighs_whole_batches
 from .statistics import GradientState, State, Sums, moments, without_empty
-from .update import Coefficients, absorb_precise, absorb_running, is_recomputation
+from .update import Coefficients, absorb_precise, absorb_running
 
 
 def running(
@@ -46,7 +37,7 @@ def running(
     `mask`, only the elements count that it says are real: see `masks`.
     """
     if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
-        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True, max_lag)
+        y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True, max_lag)
         return y
     step = _step(partial(absorb_running, max_lag=max_lag), x, state, momentum, ranks, mask)
     if gradient is None:
@@ -60,7 +51,7 @@ def precise(
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
     if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
-        y: Tensor = _Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False, math.inf)
+        y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False, math.inf)
         return y
     return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks, mask), eps)
 
@@ -154,7 +145,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: Step,
     dweight and dbias are those of this rank.
     """
     fixed, mask = step.fixed, step.mask
-    y: Tensor = _NormalizeExact.apply(
+    y: Tensor = NormalizeExact.apply(
         x if mask is None else fill(x, mask, fixed.mean), weight, bias, eps, step.scratch, step.ranks,
         fixed.mean, fixed.var, fixed.kappa_mean, fixed.kappa_var, step.witness,
     )  # fmt: skip
@@ -176,142 +167,8 @@ def normalize_running(
     of Batch Normalization", ICLR 2020.
     """
     fixed, mask = step.fixed, step.mask
-    y: Tensor = _NormalizeRunning.apply(
+    y: Tensor = NormalizeRunning.apply(
         x if mask is None else fill(x, mask, fixed.mean), weight, bias, eps, step.scratch, step.ranks,
         fixed.mean, fixed.var, fixed.keep, fixed.gain, step.n, *gradient,
     )  # fmt: skip
     return y if mask is None else blank(y, mask)
-
-
-class _Fused(Function):
-    """One call of a backend forward and one backward; see `normalize` and `normalize_running` for what they compute."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        backend: kernels.Backend, state: Any, gradient: GradientState | None, momentum: Momentum, running: bool,
-        max_lag: float,
-    ) -> Tensor:  # fmt: skip
-        absorbs = not is_recomputation()
-        y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs, max_lag)
-        ctx.save_for_backward(x, weight, fixed)
-        # Not saved for backward: these buffers are meant to change between forward and backward.
-        ctx.backend, ctx.gradient = backend, gradient
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, fixed = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            found = _fused_gradients(ctx, dy, x, weight, fixed)
-        elif torch.compiler.is_compiling():
-            with torch.no_grad():
-                found = _fused_gradients(ctx, dy, x, weight, fixed)
-        elif ctx.gradient is None:
-            found = differentiable_gradients(
-                dy, x, weight, *_moments_and_kappas(fixed), ctx.needs_input_grad, ctx.bias_dtype
-            )
-        else:
-            with torch.no_grad():
-                found = _fused_gradients(ctx, dy, x, weight, fixed)
-            found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, *[None] * 7)
-
-
-def _fused_gradients(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor
-) -> tuple[Tensor | None, ...]:
-    backend, gradient, needs_dx = ctx.backend, ctx.gradient, ctx.needs_input_grad[0]
-    prepared = kernels.prepared(backend, dy, x, fixed, gradient)
-    if prepared is None:
-        gradients = _composed_gradients(dy, x, weight, fixed, gradient, needs_dx)
-    else:
-        gradients = backend.training_backward(dy, x, weight, fixed, prepared or None, needs_dx)
-    return _affine_gradients(ctx, weight, gradients)
-
-
-def _composed_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: GradientState | None, needs_dx: bool
-) -> Gradients:
-    """`training_backward` of what the backend cannot take, as in a compiled backward of an eager forward."""
-    if gradient is not None:
-        return running_gradients(dy, x, weight, fixed[0], fixed[1], fixed[4], fixed[5], gradient, needs_dx)
-    return exact_gradients(dy, x, weight, *_moments_and_kappas(fixed), needs_dx)
-
-
-def _moments_and_kappas(fixed: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    mean, rstd, *others = fixed.unbind()
-    return (mean, rstd, others[0], others[1]) if others else (mean, rstd, None, None)
-
-
-class _NormalizeExact(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None,
-        mean: Tensor, var: Tensor, kappa_mean: Tensor | None, kappa_var: Tensor | None, witness: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), kappa_mean, kappa_var)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.ranks, ctx.witness = ranks, witness
-        return _normalized(x, mean, var, weight, bias, eps, scratch)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
-        needs_dx, ranks = ctx.needs_input_grad[0], ctx.ranks
-        if torch.is_grad_enabled() and ranks is None and not torch.compiler.is_compiling():
-            found = differentiable_gradients(
-                dy, x, weight, mean, rstd, kappa_mean, kappa_var, ctx.needs_input_grad, ctx.bias_dtype
-            )
-            return (*found, *[None] * 8)
-        with torch.no_grad():
-            gradients = exact_gradients(dy, x, weight, mean, rstd, kappa_mean, kappa_var, needs_dx, ranks, ctx.witness)
-            found = _affine_gradients(ctx, weight, gradients)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = refuse_second_derivative(POOLED_TWICE, dy, x, found)
-        return (*found, *[None] * 8)
-
-
-class _NormalizeRunning(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None,
-        mean: Tensor, var: Tensor, keep: Tensor, gain: Tensor, n: Tensor | None, *gradient: Tensor,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), keep, gain, n)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.ranks = ranks
-        # Not saved for backward: these buffers are meant to change between forward and backward.
-        ctx.gradient = GradientState(*gradient)
-        return _normalized(x, mean, var, weight, bias, eps, scratch)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, rstd, keep, gain, n = ctx.saved_tensors
-        needs_dx = ctx.needs_input_grad[0]
-        with torch.no_grad():
-            gradients = running_gradients(dy, x, weight, mean, rstd, keep, gain, ctx.gradient, needs_dx, ctx.ranks, n)
-            found = _affine_gradients(ctx, weight, gradients)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, *[None] * 11)
-
-
-def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight and bias, in the dtypes of these."""
-    dx, sum_dy, sum_dy_xhat = gradients
-    dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
-    return dx, dweight, None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
-
-
-def _normalized(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scratch: tuple[Tensor, Tensor] | None,
-) -> Tensor:  # fmt: skip
-    """`kernels.normalize`, but also for the empty input of a rank among others."""
-    if x.numel() > 0:
-        return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
-    return torch.empty_like(x)

@@ -22,6 +22,7 @@ ORDER = [
     "update",
     "distributed",
     "gradients",
+    "autograd",
     "masks",
     "functional",
     "buffers",
