@@ -13,7 +13,7 @@ from typing import Any
 
 from .comparison import Comparison, compare, pairs
 from .criteria import EPS, ERROR, Finding, Judged, judge, mean_over_std, spread
-from .layers import Layer, StateDict
+from .layers import SavedLayer, StateDict
 from .reading import read_checkpoint
 
 # Exit statuses. Those of diff(1): 0 for nothing to report, 1 for something, 2 for trouble (see __main__).
@@ -109,7 +109,7 @@ def inspection_as_json(path: Path, judged: Iterable[tuple[StateDict, Judged]]) -
     }
 
 
-def _layer_as_json(layer: Layer, found: Iterable[Finding]) -> dict[str, Any]:
+def _layer_as_json(layer: SavedLayer, found: Iterable[Finding]) -> dict[str, Any]:
     return {
         "name": layer.name,
         "channels": layer.channels,
@@ -131,7 +131,7 @@ def _layer_as_json(layer: Layer, found: Iterable[Finding]) -> dict[str, Any]:
     }
 
 
-def _state_as_json(layer: Layer) -> dict[str, Any]:
+def _state_as_json(layer: SavedLayer) -> dict[str, Any]:
     """What only our layers know. Of statistics taken over from elsewhere, it is not known how much data they saw."""
     return {
         "taken_over": layer.taken_over,

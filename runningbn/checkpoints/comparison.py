@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..report import LayerShift
 from .criteria import EPS
-from .layers import Layer, StateDict
+from .layers import SavedLayer, StateDict
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compare(a: StateDict, b: StateDict) -> Comparison:
     )
 
 
-def movement(name: str, a: Layer, b: Layer) -> Movement:
+def movement(name: str, a: SavedLayer, b: SavedLayer) -> Movement:
     """From the statistics of one layer to those of another of as many channels."""
     return Movement(name, b.mean, b.var, a.mean, a.var, EPS)
 
@@ -98,6 +98,6 @@ def _wrapper(wrapped: Sequence[str], plain: Sequence[str]) -> str:
     return max(sorted(before), key=lambda prefix: sum(prefix + name in known for name in plain), default="")
 
 
-def _by_name(layers: Iterable[Layer], prefix: str, others: Sequence[str]) -> dict[str, Layer]:
+def _by_name(layers: Iterable[SavedLayer], prefix: str, others: Sequence[str]) -> dict[str, SavedLayer]:
     """Layers by their names; less the prefix where that is a name among the others."""
     return {short if (short := layer.name.removeprefix(prefix)) in others else layer.name: layer for layer in layers}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import moments
-from .layers import Layer, StateDict
+from .layers import SavedLayer, StateDict
 
 ERROR, WARNING = "error", "warning"
 
@@ -40,7 +40,7 @@ class Criterion:
     name: str
     severity: str
     sentence: str
-    find: Callable[[Layer], Tensor]
+    find: Callable[[SavedLayer], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Finding:
     indices: tuple[int, ...]
 
 
-Judged = list[tuple[Layer, list[Finding]]]
+Judged = list[tuple[SavedLayer, list[Finding]]]
 
 
-def mean_over_std(layer: Layer) -> Tensor:
+def mean_over_std(layer: SavedLayer) -> Tensor:
     """|mean|/std, (C,), with std = (var + `EPS`)^½; NaN where that is the root of a negative number."""
     return layer.mean.abs() / (layer.var + EPS).sqrt()
 
@@ -72,74 +72,74 @@ def judge(state_dict: StateDict) -> Judged:
     return [(layer, findings(layer)) for layer in state_dict.layers]
 
 
-def findings(layer: Layer) -> list[Finding]:
+def findings(layer: SavedLayer) -> list[Finding]:
     """What is wrong with a layer, in the order of `CRITERIA`."""
     found = [(criterion, criterion.find(layer).nonzero().flatten().tolist()) for criterion in CRITERIA]
     return [Finding(criterion, tuple(indices)) for criterion, indices in found if indices]
 
 
-def _all_or_none(layer: Layer, concerned: bool) -> Tensor:
+def _all_or_none(layer: SavedLayer, concerned: bool) -> Tensor:
     return torch.full_like(layer.mean, concerned, dtype=torch.bool)
 
 
-def _not_finite(layer: Layer) -> Tensor:
+def _not_finite(layer: SavedLayer) -> Tensor:
     return ~(layer.mean.isfinite() & layer.var.isfinite())
 
 
-def _affine_not_finite(layer: Layer) -> Tensor:
+def _affine_not_finite(layer: SavedLayer) -> Tensor:
     parts = [part for part in (layer.weight, layer.bias) if part is not None]
     return torch.stack([~part.isfinite() for part in parts]).any(0) if parts else _all_or_none(layer, False)
 
 
-def _negative_variance(layer: Layer) -> Tensor:
+def _negative_variance(layer: SavedLayer) -> Tensor:
     return layer.var < 0
 
 
-def _untouched(layer: Layer) -> Tensor:
+def _untouched(layer: SavedLayer) -> Tensor:
     return _all_or_none(layer, bool((layer.mean == 0).all() and (layer.var == 1).all()))
 
 
-def _identical_variance(layer: Layer) -> Tensor:
+def _identical_variance(layer: SavedLayer) -> Tensor:
     identical = layer.channels > 1 and bool((layer.var == layer.var[0]).all())
     return _all_or_none(layer, identical) & ~_untouched(layer)
 
 
-def _constant_input(layer: Layer) -> Tensor:
+def _constant_input(layer: SavedLayer) -> Tensor:
     return (layer.var >= 0) & (layer.var < CONSTANT_VARIANCE)
 
 
-def _variance_below_eps(layer: Layer) -> Tensor:
+def _variance_below_eps(layer: SavedLayer) -> Tensor:
     return (layer.var >= CONSTANT_VARIANCE) & (layer.var < EPS)
 
 
-def _huge_variance(layer: Layer) -> Tensor:
+def _huge_variance(layer: SavedLayer) -> Tensor:
     typical = layer.var[layer.var.isfinite() & (layer.var > 0)]
     if not len(typical):
         return _all_or_none(layer, False)
     return layer.var.isfinite() & (layer.var > HUGE_VARIANCE_RATIO * typical.median())
 
 
-def _far_mean(layer: Layer) -> Tensor:
+def _far_mean(layer: SavedLayer) -> Tensor:
     far = mean_over_std(layer)
     # Of a constant input the standard deviation says nothing.
     return far.isfinite() & (far > FAR_MEAN) & ~_constant_input(layer)
 
 
-def _zero_weight(layer: Layer) -> Tensor:
+def _zero_weight(layer: SavedLayer) -> Tensor:
     return _all_or_none(layer, False) if layer.weight is None else layer.weight.abs() < ZERO_WEIGHT
 
 
-def _behind(layer: Layer) -> Tensor:
+def _behind(layer: SavedLayer) -> Tensor:
     steps = layer.state.get("steps")
     return _all_or_none(layer, False) if steps is None else steps < steps.max()
 
 
-def _state_not_finite(layer: Layer) -> Tensor:
+def _state_not_finite(layer: SavedLayer) -> Tensor:
     parts = [*layer.state.values(), *layer.gradient_state.values()]
     return torch.stack([~part.isfinite() for part in parts]).any(0) if parts else _all_or_none(layer, False)
 
 
-def _state_disagrees(layer: Layer) -> Tensor:
+def _state_disagrees(layer: SavedLayer) -> Tensor:
     if not layer.state:
         return _all_or_none(layer, False)
     mean, _ = moments(layer.sums)
@@ -148,7 +148,7 @@ def _state_disagrees(layer: Layer) -> Tensor:
     return (layer.sums.count > 0) & ((mean - layer.mean).abs() > allowed)
 
 
-def _unusable_state(layer: Layer) -> Tensor:
+def _unusable_state(layer: SavedLayer) -> Tensor:
     return _all_or_none(layer, layer.unusable_state)
 
 

@@ -22,7 +22,7 @@ PER_CHANNEL = (*VIEW, *AFFINE, *CHECKPOINTED, *GradientState._fields)
 
 
 @dataclass(frozen=True)
-class Layer:
+class SavedLayer:
     """One BatchNorm layer of a checkpoint. C channels; tensors are (C,), float64, on the CPU.
 
     Attributes:
@@ -80,7 +80,7 @@ class StateDict:
     """
 
     place: str
-    layers: tuple[Layer, ...]
+    layers: tuple[SavedLayer, ...]
     left_out: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -120,7 +120,7 @@ def _prefixes(keys: Iterable[str]) -> list[str]:
 
 
 def natural_order(key: str) -> list[tuple[bool, int, str]]:
-    """Layer 2 before layer 10."""
+    """SavedLayer 2 before layer 10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in key.split(".")]
 
 
@@ -140,12 +140,12 @@ def _unfit(parts: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _layer(name: str, parts: Mapping[str, Tensor]) -> Layer:
+def _layer(name: str, parts: Mapping[str, Tensor]) -> SavedLayer:
     mean = parts["running_mean"]
     own = {part: parts[part] for part in CHECKPOINTED if part in parts}
     usable = len(own) == len(CHECKPOINTED) and all(t.shape == mean.shape and not is_narrow(t) for t in own.values())
     wide = {part: value.double() for part, value in parts.items() if value.shape == mean.shape}
-    return Layer(
+    return SavedLayer(
         name=name,
         dtype=mean.dtype,
         mean=wide["running_mean"],

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..report import counted
 from .comparison import Comparison, Movement
 from .criteria import CRITERIA, EPS, ERROR, Criterion, Finding, Judged, mean_over_std, spread
-from .layers import Layer, StateDict
+from .layers import SavedLayer, StateDict
 from .reading import printable
 
 # Layers listed with a finding; --json has all.
@@ -79,7 +79,7 @@ def print_unpaired(path: Path, places: Iterable[str]) -> None:
 # ------------------------------------------------------------------------------------------------- rows and findings
 
 
-def _inspection_row(layer: Layer, found: Iterable[Finding]) -> tuple[Sequence[str], str]:
+def _inspection_row(layer: SavedLayer, found: Iterable[Finding]) -> tuple[Sequence[str], str]:
     far, var = spread(mean_over_std(layer)), spread(layer.var)
     numbers = (far["median"], far["max"], var["min"], var["median"], var["max"])
     batches = "-" if layer.batches is None else f"{layer.batches:,}"
