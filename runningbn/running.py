@@ -155,7 +155,8 @@ class RunningBatchNorm(Layer):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        return f"{super().extra_repr()}, gradient={self.gradient!r}, max_lag={self.max_lag}"
+        limit = f", max_lag={self.max_lag}" if self.gradient == "running" else ""
+        return f"{super().extra_repr()}, gradient={self.gradient!r}{limit}"
 
 
 def check_gradient(gradient: Any) -> Gradient:

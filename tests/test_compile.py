@@ -145,7 +145,8 @@ def arguments(channels: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]
 def test_the_updates_are_sound_operators(name, whole_batches):
     state, batch = arguments()
     operator = getattr(torch.ops.runningbn, name).default
-    torch.library.opcheck(operator, (*state, *batch, torch.full((3,), 0.3), 10, whole_batches))
+    max_lag = [0.25] if name == "absorb_running" else []
+    torch.library.opcheck(operator, (*state, *batch, torch.full((3,), 0.3), 10, whole_batches, *max_lag))
 
 
 def test_the_update_of_the_gradient_is_a_sound_operator():

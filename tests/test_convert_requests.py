@@ -179,7 +179,7 @@ BAD_REQUESTS = {
     "unknown target": ({"to": "group"}, ValueError, "'running', 'precise', 'torch'.*'group'"),
     "no target": ({"to": None}, ValueError, "'running', 'precise', 'torch'.*None"),
     "target that cannot be hashed": ({"to": ["running"]}, ValueError, "'running', 'precise', 'torch'"),
-    "unknown option": ({"moment": 0.1}, TypeError, "gradient, momentum.*moment"),
+    "unknown option": ({"moment": 0.1}, TypeError, "gradient, max_lag, momentum.*moment"),
     "option of another target": (
         {"to": "precise", "gradient": "exact"},
         TypeError,

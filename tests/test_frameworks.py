@@ -285,9 +285,9 @@ def distance_by_accumulation(kind: str) -> float:
 
 
 def test_running_gradients_of_micro_batches_stay_nearer_to_those_of_the_whole_batch():
-    # 0.25 against 0.48 and 0.48 when this was written.
-    assert distance_by_accumulation("running") < 0.75 * distance_by_accumulation("exact")
-    assert distance_by_accumulation("running") < 0.75 * distance_by_accumulation("precise")
+    # 0.19 against 0.25 and 0.48 when this was written.
+    assert distance_by_accumulation("running") < 0.85 * distance_by_accumulation("exact")
+    assert distance_by_accumulation("running") < 0.5 * distance_by_accumulation("precise")
 
 
 @each_basic_kind
