@@ -120,7 +120,7 @@ def _prefixes(keys: Iterable[str]) -> list[str]:
 
 
 def natural_order(key: str) -> list[tuple[bool, int, str]]:
-    """SavedLayer 2 before layer 10."""
+    """Layer 2 before layer 10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in key.split(".")]
 
 
