@@ -9,6 +9,7 @@ import torch
 from cases import noise, with_random_affine
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from versions import needs_checkpoints_of_compiled_modules
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm
 
@@ -41,7 +42,10 @@ def outside(net):
 
 # Dynamo looks at .grad of whatever it is handed.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("arrange", [inside, outside], ids=["checkpoint in compile", "compile in checkpoint"])
+@pytest.mark.parametrize("arrange", [
+    pytest.param(inside, id="checkpoint in compile"),
+    pytest.param(outside, id="compile in checkpoint", marks=needs_checkpoints_of_compiled_modules),
+])  # fmt: skip
 @pytest.mark.parametrize(
     "make",
     [RunningBatchNorm, lambda c: RunningBatchNorm(c, gradient="exact"), PreciseBatchNorm2d],

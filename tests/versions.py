@@ -22,3 +22,6 @@ needs_onnx_dynamic_shapes = pytest.mark.skipif(
 needs_compiled_function_modes = pytest.mark.skipif(
     torch.__version__ < (2, 5), reason="the compiler of torch 2.4 does not trace a TorchFunctionMode"
 )
+needs_checkpoints_of_compiled_modules = pytest.mark.skipif(
+    torch.__version__ < (2, 5), reason="torch 2.4 cannot checkpoint what is compiled, nn.BatchNorm2d included"
+)
