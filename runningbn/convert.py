@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .buffers import PooledStatistics
+from .buffers import VIEW, PooledStatistics
 from .converted import PRECISE, PRECISE_ACT, NormAct, RunningBatchNormAct, is_norm_act
 from .distributed import check_synchronisation
 from .momentum import Horizon, check_momentum
@@ -31,11 +31,9 @@ Where = Callable[[str, nn.Module], bool]
 
 logger = logging.getLogger("runningbn")
 
-_OPTIONS = {
-    "running": {"momentum", "gradient", "max_lag", "sync", "process_group"},
-    "precise": {"momentum", "sync", "process_group"},
-    "torch": set[str](),
-}
+_COMMON_OPTIONS = ("momentum", "sync", "process_group")
+_RUNNING_OPTIONS = ("gradient", "max_lag")  # which no other layer has
+_OPTIONS = {"running": {*_COMMON_OPTIONS, *_RUNNING_OPTIONS}, "precise": set(_COMMON_OPTIONS), "torch": set[str]()}
 
 
 # A model keeps its class; a layer that is converted itself does not.
@@ -245,8 +243,8 @@ def _to_precise(layer: Any, **options: Any) -> None:
         assert origin is not None
         counterparts = PRECISE_ACT if is_norm_act(layer) else PRECISE
         _become(layer, next(precise for plain, precise in counterparts.items() if issubclass(origin, plain)))
-        layer.__dict__.pop("gradient", None)
-        layer.__dict__.pop("max_lag", None)
+        for name in _RUNNING_OPTIONS:
+            layer.__dict__.pop(name, None)
     _set_options(layer, options)
 
 
@@ -281,12 +279,12 @@ def _to_torch(layer: Any) -> None:
     if layer.momentum is not None and not isinstance(layer.momentum, (float, int)):
         layer.momentum = 0.1
     if layer.weight is not None:
-        for name in ("running_mean", "running_var"):
+        for name in VIEW:
             buffer = layer._buffers[name]
             if buffer is not None:
                 layer._buffers[name] = buffer.to(layer.weight.dtype)
     group = layer.process_group
-    for name in ("gradient", "max_lag", "converted_from", "input_dim", "sync", "_group"):
+    for name in (*_RUNNING_OPTIONS, "converted_from", "input_dim", "sync", "_group"):
         layer.__dict__.pop(name, None)
     layer.__class__ = origin  # type: ignore[assignment]
     if issubclass(origin, nn.SyncBatchNorm):

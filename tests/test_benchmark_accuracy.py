@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy import networks, published, report, results, runner, tasks, train
 from benchmarks.accuracy.contenders import CONTENDERS, OURS, BatchRenorm
-from benchmarks.accuracy.experiments import EXPERIMENTS, ExperimentalRunningBatchNorm
+from benchmarks.accuracy.experiments import ALL_LAYERS, ExperimentalRunningBatchNorm
 from benchmarks.accuracy.figure import figure
 from benchmarks.accuracy.grid import CELLS, Job, pending, rates
 from benchmarks.accuracy.results import Cell
@@ -191,7 +191,7 @@ def test_a_stack_is_its_models(task):
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("name", ["BatchNorm", "running, Horizon()", "plain sums, Horizon(fraction=0.05), r_max 1.5"])
 def test_training_a_stack_is_training_each_model_by_torch(name, optimizer):
-    task, norm = tasks.TASKS["plain conv net"], (CONTENDERS | EXPERIMENTS)[name].norm(6)
+    task, norm = tasks.TASKS["plain conv net"], ALL_LAYERS[name].norm(6)
     part = task.data(False).train
     part = part._replace(inputs=part.inputs.double())
     seeds, rate = (0, 7), torch.tensor([0.003, 0.01])

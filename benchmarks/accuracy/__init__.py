@@ -6,9 +6,9 @@
     python -m benchmarks.accuracy --report                docs/accuracy.md and docs/accuracy.png from the committed data
     python -m benchmarks.accuracy.published               two published tables in small
 
-`tasks` has the data, `networks` the models, `contenders` the layers, `experiments`
-what was tried on the way to the defaults, `grid` the cells and their order, `train` one run.
-Results are lines of JSON in benchmarks/results/accuracy.jsonl, one per cell and contender, appended when it is done.
+`tasks` has the data, `networks` the models, `contenders` the layers, `experiments` what was tried
+on the way to the defaults, `grid` the cells and their order, `train` one run. Results are lines of JSON in
+benchmarks/results/accuracy.jsonl, one per cell and contender, appended when it is done.
 
 A run trains a stack: all learning rates and all seeds at once, side by side along the channels. Convolutions are
 grouped by model, and normalisation is per channel or per group, so no model knows of another; the gradients of the

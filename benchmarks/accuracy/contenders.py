@@ -122,8 +122,9 @@ def _precise(site: Site) -> nn.Module:
     return {1: PreciseBatchNorm1d, 2: PreciseBatchNorm2d}[site.dimensions](site.models * site.channels)
 
 
-def _running(**options: Any) -> Callable[[int], Norm]:
-    return _whatever_the_steps(lambda site: RunningBatchNorm(site.models * site.channels, **options))
+def running_layer(cls: type[RunningBatchNorm] = RunningBatchNorm, **options: Any) -> Callable[[int], Norm]:
+    """RunningBatchNorm, or what was tried in its place, with these options."""
+    return _whatever_the_steps(lambda site: cls(site.models * site.channels, **options))
 
 
 BATCH_NORM, RECALIBRATED, OURS = "BatchNorm", "BatchNorm, update_bn_stats", "running, Horizon()"
@@ -135,8 +136,10 @@ CONTENDERS = {
         Contender("GroupNorm", _whatever_the_steps(_group_norm)),
         Contender("Batch Renormalization", _batch_renorm),
         Contender("PreciseBatchNorm", _whatever_the_steps(_precise)),
-        Contender(OURS, _running()),
-        Contender("running, SquareRoot(0.1)", _running(momentum=SquareRoot(0.1))),
-        Contender("exact, SquareRoot(0.1)", _running(gradient="exact", momentum=SquareRoot(0.1)), twin="exact, 0.1"),
+        Contender(OURS, running_layer()),
+        Contender("running, SquareRoot(0.1)", running_layer(momentum=SquareRoot(0.1))),
+        Contender(
+            "exact, SquareRoot(0.1)", running_layer(gradient="exact", momentum=SquareRoot(0.1)), twin="exact, 0.1"
+        ),
     )
 }

@@ -6,7 +6,6 @@ Shapes: C channels, n elements per channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,7 @@ from runningbn.momentum import batch_weight, weighs_whole_batches
 from runningbn.statistics import moments
 from runningbn.update import absorb_running
 
-from .contenders import Contender
-from .networks import Norm, Site
+from .contenders import CONTENDERS, Contender, running_layer
 
 
 class ExperimentalRunningBatchNorm(RunningBatchNorm):
@@ -54,15 +52,8 @@ class ExperimentalRunningBatchNorm(RunningBatchNorm):
         return functional.normalize_running(input, self.weight, self.bias, step, self.eps, self._gradient_state())
 
 
-def _layer(cls: type[RunningBatchNorm], **options: Any) -> Callable[[int], Norm]:
-    def norm(site: Site) -> RunningBatchNorm:
-        return cls(site.models * site.channels, **options)
-
-    return lambda steps: norm
-
-
-_plain_sums = partial(_layer, ExperimentalRunningBatchNorm, prior=math.inf, max_lag=math.inf)
-_exact = partial(_layer, RunningBatchNorm, gradient="exact")
+_plain_sums = partial(running_layer, ExperimentalRunningBatchNorm, prior=math.inf, max_lag=math.inf)
+_exact = partial(running_layer, gradient="exact")
 
 EXPERIMENTS = {
     contender.name: contender
@@ -76,10 +67,8 @@ EXPERIMENTS = {
             "plain sums, Horizon(fraction=0.05), r_max 1.5", _plain_sums(r_max=1.5, momentum=Horizon(fraction=0.05))
         ),
         Contender("plain sums", _plain_sums()),
-        Contender(
-            "no limit, Horizon(fraction=0.05)",
-            _layer(RunningBatchNorm, max_lag=math.inf, momentum=Horizon(fraction=0.05)),
-        ),
-        Contender("no limit", _layer(RunningBatchNorm, max_lag=math.inf)),
+        Contender("no limit, Horizon(fraction=0.05)", running_layer(max_lag=math.inf, momentum=Horizon(fraction=0.05))),
+        Contender("no limit", running_layer(max_lag=math.inf)),
     )
 }
+ALL_LAYERS = CONTENDERS | EXPERIMENTS

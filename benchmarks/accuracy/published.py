@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from runningbn import update_bn_stats
 
 from ..results_file import FOLDER, store
-from .contenders import BATCH_NORM, CONTENDERS, OURS
-from .experiments import EXPERIMENTS
+from .contenders import BATCH_NORM, OURS
+from .experiments import ALL_LAYERS
 from .networks import Site, build_stack
 from .tasks import SAMPLES, TASKS, schedule
 from .train import RatedOptimizer, evaluate, train
@@ -94,9 +94,9 @@ def notebook() -> dict[str, Any]:
     task = TASKS["fastai's net"]
     data = task.data(False)
     batches = torch.stack([schedule(data.train.classes, 2, False, SAMPLES, seed) for seed in SEEDS], 1)
-    rows, layers = {}, CONTENDERS | EXPERIMENTS
+    rows = {}
     for name, theirs in NOTEBOOK.items():
-        stack = build_stack(task.network, layers[name].norm(len(batches)), SEEDS, len(NOTEBOOK_RATES))
+        stack = build_stack(task.network, ALL_LAYERS[name].norm(len(batches)), SEEDS, len(NOTEBOOK_RATES))
         rates = torch.tensor(NOTEBOOK_RATES).repeat_interleave(len(SEEDS))
         train(stack, RatedOptimizer("plain SGD", stack, rates), data.train, batches, len(NOTEBOOK_RATES), falling=False)
         accuracies, _ = evaluate(stack, task, data.test, len(rates))

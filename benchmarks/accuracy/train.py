@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from runningbn import update_bn_stats
 
-from .contenders import CONTENDERS
-from .experiments import EXPERIMENTS
+from .experiments import ALL_LAYERS
 from .grid import Job
 from .networks import build_stack
 from .results import Record
@@ -111,7 +110,7 @@ def run(job: Job, samples: int) -> list[Record]:
 
     A contender that cannot train there, as BatchNorm on one value per channel, gets a record with the error.
     """
-    cell, contender, models = job.cell, (CONTENDERS | EXPERIMENTS)[job.contender], len(job.rates) * len(job.seeds)
+    cell, contender, models = job.cell, ALL_LAYERS[job.contender], len(job.rates) * len(job.seeds)
     task = TASKS[cell.task]
     data = task.data(cell.one_class)
     begin = time.perf_counter()
