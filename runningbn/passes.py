@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .accumulate import Accumulator, Estimator, MeanOfBatches, Population
 from .batches import Progress
-from .buffers import PooledStatistics
+from .buffers import VIEW, PooledStatistics
 from .observe import EnoughSeen, Moments, Observer
 from .ranks import Ranks, interrupts_deferred
 from .report import LayerReport, StatsReport
@@ -355,7 +355,7 @@ class Recalibration:
 
     def _statistics_of(self, layer: _BatchNorm) -> dict[str, Tensor]:
         """Copies of the buffers that writing statistics changes."""
-        names = layer.statistics_names if isinstance(layer, PooledStatistics) else ("running_mean", "running_var")
+        names = layer.statistics_names if isinstance(layer, PooledStatistics) else VIEW
         return {name: layer._buffers[name].clone() for name in names}  # type: ignore[union-attr]
 
     def _flat(self, name: str) -> Tensor:
