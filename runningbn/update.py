@@ -56,7 +56,7 @@ def absorb_running(
     """Absorb a batch; normalise by the state, this batch included.
 
     mean = shift + sums/count, var = sqrs/count − (sums/count)², but at least 0.01 while fewer than 20 samples have
-    been seen; `running_mean` and `running_var` are set to these. The mean to normalise by is brought `within_reach`.
+    been seen; `running_mean` and `running_var` are set to these. What to normalise by is brought `within_reach`.
 
     Args:
         state: updated in place.
@@ -65,7 +65,7 @@ def absorb_running(
         samples: N, samples in the batch; a tensor, (), where it was pooled over ranks, and 0 where all were empty.
         whole_batches: whether the batch as a whole weighs a (gain = a·(count/debias)/n), or each of its elements
             (gain = a).
-        max_lag: how far the mean may be from that of a large batch, in std.
+        max_lag: how far mean and std of a large batch may be from 0 and above 1 when it is normalised.
     """
     return Coefficients(*_call("absorb_running", samples, *state, *batch, weight, samples, whole_batches, max_lag))
 
@@ -109,7 +109,8 @@ def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
     floored = (var <= VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
     ignored = state.last_gain == 0
     if max_lag < math.inf:
-        mean = torch.where(ignored, mean, within_reach(mean, var, batch, max_lag))
+        nearer = within_reach(mean, var, batch, max_lag)
+        mean, var = (torch.where(ignored, old, new) for old, new in zip((mean, var), nearer))
     trust = torch.maximum(1 - state.last_keep, trusted(batch.count)).masked_fill_(ignored, 0)
     return mean, var, kappa, kappa.masked_fill(floored, 0), 1 - trust, trust / batch.count.clamp_min(1)
 
@@ -119,15 +120,18 @@ def trusted(n: Tensor) -> Tensor:
     return n / (n + PRIOR_ELEMENTS)
 
 
-def within_reach(mean: Tensor, var: Tensor, batch: Sums, max_lag: float) -> Tensor:
-    """The value nearest to the running mean that is at most max_lag/`trusted` running std from the mean of the batch.
+def within_reach(mean: Tensor, var: Tensor, batch: Sums, max_lag: float) -> tuple[Tensor, Tensor]:
+    """The nearest mean and the nearest var, from above, by which a batch comes out with |mean| ≤ d and std ≤ 1 + d.
 
-    A step of the optimizer can move the means of all channels at once, by more than their std. Running means follow
-    over many batches; there and no farther the batch, noisy as it is, knows better.
+    d = max_lag/`trusted`. A step of the optimizer can move the means of all channels at once by more than their std,
+    and weights that have begun to diverge make the variance many times what it was before running averages know of it.
+    There and no farther the batch, noisy as it is, knows better.
     """
-    batch_mean, _ = moments(batch)
-    reach = max_lag / trusted(batch.count.clamp_min(1)) * var.sqrt()
-    return torch.clamp(mean, batch_mean - reach, batch_mean + reach)
+    batch_mean, batch_var = moments(batch)
+    lag = max_lag / trusted(batch.count.clamp_min(1))
+    var = torch.maximum(var, batch_var / (1 + lag).square())
+    reach = lag * var.sqrt()
+    return torch.clamp(mean, batch_mean - reach, batch_mean + reach), var
 
 
 def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:

@@ -180,7 +180,8 @@ class Channel:
         """One batch enters: returns mean and var to normalise by, differentiable in x, and the weight a.
 
         new = (1 − a)·old + g·batch for count, sums and sqrs, (1 − a)² and g² for Σw². A batch with a non-finite sum
-        does not enter: a = g = 0. The mean returned is at most max_lag·(n + 64)/n std from that of the batch.
+        does not enter: a = g = 0. By what is returned, the batch comes out with a mean of at most d and a std of at
+        most 1 + d, d = max_lag·(n + 64)/n.
         """
         n = x.numel()
         sums, sqrs = x.sum(), x.square().sum()
@@ -213,7 +214,9 @@ class Channel:
         self.sums, self.sqrs = new_sums.item(), new_sqrs.item()
         self.running_mean, self.running_var = mean.item(), var.item()
         if max_lag < math.inf:
-            reach = max_lag * (n + PRIOR_ELEMENTS) / n * math.sqrt(self.running_var)
+            lag = max_lag * (n + PRIOR_ELEMENTS) / n
+            var = var.clamp(min=x.var(correction=0).item() / (1 + lag) ** 2)
+            reach = lag * math.sqrt(var.item())
             mean = mean.clamp(x.mean().item() - reach, x.mean().item() + reach)
         return mean, var, a
 
@@ -250,8 +253,8 @@ class ReferenceRunningBatchNorm:
     """RunningBatchNorm, channel by channel, after its definition.
 
     Training: the batch enters every channel's state (`Channel.absorb`), then y = (x − mean)·rstd·weight + bias with the
-    state's mean and biased variance, rstd = (var + eps)^−½; unless gradients are exact, the mean is at most max_lag std
-    from a large batch's. Backward, with sums over the batch:
+    state's mean and biased variance, rstd = (var + eps)^−½; unless gradients are exact, these lag behind those of a
+    large batch by max_lag at most. Backward, with sums over the batch:
 
         exact     autograd through that formula, with the state before the batch as a constant
         running   dx = weight·rstd·(dy − G0 − x_hat·G1),  dweight = Σ dy·x_hat,  dbias = Σ dy

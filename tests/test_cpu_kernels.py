@@ -128,7 +128,7 @@ def test_the_update_is_that_of_torch(momentum, dtype, start, running, whole_batc
     channels, absorb = 6, partial(absorb_running, max_lag=MAX_LAG) if running else absorb_precise
     states = {name: start(channels, dtype) for name in ("cpu", "aten")}
     for step, size in enumerate(RAGGED):
-        x = data((size, channels, 7), dtype, step) * (1 + step) + step
+        x = data((size, channels, 7), dtype, step) * 3**step + step  # so that variances lag
         batch, _ = kernels.batch_sums(x, dtype)
         found = {}
         for name, state in states.items():

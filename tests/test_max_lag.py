@@ -1,4 +1,4 @@
-"""How far a training step lets the running mean lag behind the batch, and whom the backward sums trust."""
+"""How far a training step lets the running statistics lag behind the batch, and whom the backward sums trust."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ def mean_of_output(y: Tensor) -> Tensor:
     return y.detach().mean((0, 2))
 
 
+def std_of_output(y: Tensor) -> Tensor:
+    return y.detach().std((0, 2), correction=0)
+
+
 @pytest.mark.parametrize("jump", [5.0, -5.0])
 def test_after_a_jump_the_mean_of_the_output_is_within_reach(jump):
     free = mean_of_output(settled(math.inf)(batch(99, jump)))
@@ -45,50 +49,73 @@ def test_after_a_jump_the_mean_of_the_output_is_within_reach(jump):
     torch.testing.assert_close(limited, torch.full_like(limited, math.copysign(REACH, jump)), rtol=1e-4, atol=0)
 
 
-def test_a_step_whose_mean_is_within_reach_is_by_the_running_statistics():
+def test_a_batch_that_has_become_wide_comes_out_no_wider_than_is_within_reach():
+    wide = batch(99) * 10
+    assert (std_of_output(settled(math.inf)(wide)) > 3).all()
+    limited = std_of_output(settled()(wide))
+    torch.testing.assert_close(limited, torch.full_like(limited, 1 + REACH), rtol=1e-4, atol=0)
+
+
+def test_both_limits_hold_of_one_batch():
+    """The mean is within reach in units of the std that the output has them in, and that has grown."""
+    y = settled()(batch(99) * 10 + 15)
+    torch.testing.assert_close(std_of_output(y), torch.full((3,), 1 + REACH, dtype=y.dtype), rtol=1e-4, atol=0)
+    torch.testing.assert_close(mean_of_output(y), torch.full((3,), REACH, dtype=y.dtype), rtol=1e-4, atol=0)
+
+
+def test_a_batch_that_has_become_narrow_is_not_widened():
+    narrow = batch(99) / 10
+    assert torch.equal(settled()(narrow), settled(math.inf)(narrow))
+
+
+def test_a_step_within_reach_is_by_the_running_statistics():
     ours, free = settled(), settled(math.inf)
     assert torch.equal(ours(batch(99)), free(batch(99)))
+
+
+def far_and_wide() -> Tensor:
+    return batch(99) * 10 + 15
 
 
 def test_the_state_does_not_know_of_the_limit():
     ours, free = settled(), settled(math.inf)
     for layer in (ours, free):
-        layer(batch(99, 5.0))
+        layer(far_and_wide())
     assert_identical(buffers_of(ours), buffers_of(free))
 
 
 def test_evaluation_has_no_limit():
     ours, free = settled().eval(), settled(math.inf).eval()
-    assert torch.equal(ours(batch(99, 5.0)), free(batch(99, 5.0)))
+    assert torch.equal(ours(far_and_wide()), free(far_and_wide()))
 
 
-def test_a_few_elements_are_no_reason_to_leave_the_running_mean():
+def test_a_few_elements_are_no_reason_to_leave_the_running_statistics():
     """Two elements tell a mean to 0.7 std, and are let be up to 0.25·66/2 = 8 std from it."""
     layers = [RunningBatchNorm(3, momentum=0.01, max_lag=max_lag, dtype=torch.float64) for max_lag in (0.25, math.inf)]
     for layer in layers:
         layer(noise((64, 3), 0, torch.float64))
-    x = noise((2, 3), 1, torch.float64) + 7
+    x = noise((2, 3), 1, torch.float64) * 3 + 5
     assert torch.equal(layers[0](x), layers[1](x))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_channel_that_is_not_finite_has_no_limit(poison):
     ours, free = settled(), settled(math.inf)
-    x = batch(99, 5.0)
+    x = far_and_wide()
     x[0, 1, 0] = poison
     torch.testing.assert_close(ours(x)[:, 1], free(x)[:, 1], rtol=0, atol=0, equal_nan=True)
 
 
-def test_exact_gradients_go_with_the_running_mean_as_it_is():
-    exact = settled(gradient="exact")(batch(99, 5.0))
-    assert torch.equal(exact, settled(math.inf, gradient="exact")(batch(99, 5.0)))
+def test_exact_gradients_go_with_the_running_statistics_as_they_are():
+    exact = settled(gradient="exact")(far_and_wide())
+    assert torch.equal(exact, settled(math.inf, gradient="exact")(far_and_wide()))
 
 
 # Triton takes nothing on the CPU; see test_triton for its recomputation.
 @pytest.mark.parametrize("backend", [name for name in ("cpu", "aten") if BACKENDS[name].unavailable() is None])
 def test_a_recomputation_under_checkpointing_is_limited_alike(backend):
     layers = [settled() for _ in range(2)]
-    x = [batch(99, 5.0).requires_grad_() for _ in layers]
+    x = [far_and_wide().requires_grad_() for _ in layers]
     with use_backend(backend):
         (layers[0](x[0]) ** 3).sum().backward()
         y = torch.utils.checkpoint.checkpoint(layers[1], x[1], use_reentrant=False)
@@ -98,8 +125,8 @@ def test_a_recomputation_under_checkpointing_is_limited_alike(backend):
 
 
 def test_padding_does_not_count():
-    """Padding neither moves the batch's mean nor makes n larger."""
-    x = batch(99, 5.0)
+    """Padding neither moves the batch's mean, nor widens it, nor makes n larger."""
+    x = far_and_wide()
     padded = torch.cat([x, torch.full((2, 3, 500), -1e3, dtype=x.dtype)], 2)
     mask = (torch.arange(POSITIONS + 500) < POSITIONS).expand(2, -1)
     plain, masked = settled()(x), settled()(padded, mask)

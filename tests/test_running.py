@@ -178,6 +178,17 @@ def test_backward_sums_equal_reference(momentum, dtype):
         assert_near(layer.sum_dy_xhat, reference.state("sum_dy_xhat"), ROUNDINGS, 4 * scale)
 
 
+@pytest.mark.parametrize(("growth", "drift"), [(3.0, 0.0), (1.0, 3.0), (3.0, 3.0)], ids=["wider", "farther", "both"])
+@each_rule()
+@each_dtype(torch.float32, torch.float64)
+def test_steps_whose_statistics_lag_equal_reference(momentum, dtype, growth, drift):
+    layer = IMAGE.layer(dtype, momentum=momentum)
+    batches = [x * growth**i + drift * i for i, x in enumerate(IMAGE.batches(dtype=dtype))]
+    for (y, *gradients), step, expected, dy in side_by_side(layer, reference_of(layer), batches):
+        assert_outputs_near(y, step)
+        assert_gradients_near(gradients, expected, step, dy)
+
+
 @pytest.mark.parametrize(
     "kwargs", [{"bias": False}, {"affine": False}, {"eps": 0.1}], ids=["no-bias", "no-affine", "eps"]
 )

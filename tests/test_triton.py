@@ -231,9 +231,9 @@ def test_steps_in_a_row(rule: str) -> None:
     running, kind = which % 2 == 0, [torch.float32, torch.float64][which // 2 % 2]
     state, gradient = empty_state(3, kind), empty_gradient(3, kind)
     of_reference = doubled(state), doubled(gradient)
-    for seed, samples in enumerate((5, 1, 3, 14)):  # past the 20 samples below which the variance has a floor
-        scale = 0.05 if seed < 2 else 1.0  # at first it is at its floor
-        x, dy = batch((samples, 3, 4), seed, kind) * scale, batch((samples, 3, 4), seed + 10, kind)
+    # Past the 20 samples below which the variance has a floor; at first it is at that, and at last it lags.
+    for seed, (samples, scale) in enumerate(zip((5, 1, 14, 3), (0.05, 0.05, 1.0, 8.0))):
+        x, dy = batch((samples, 3, 16), seed, kind) * scale, batch((samples, 3, 16), seed + 10, kind)
         arguments = RULES[rule], running
         found = step(x, dy, None, None, state, *arguments, gradient if running else None)
         expected = reference_step(x, dy, None, None, of_reference[0], *arguments, of_reference[1] if running else None)
@@ -421,8 +421,8 @@ def test_absorbing_sums_from_elsewhere(running: bool, whole: bool) -> None:
     expected_state = doubled(state)
     absorb = partial(absorb_running, max_lag=MAX_LAG) if running else absorb_precise
     for seed in range(3):
-        # Every batch farther away, so that some channels lag.
-        sums, _ = aten.batch_sums(batch((6, channels, 5), seed).double() + 2 * seed, torch.float64)
+        # Every batch farther away and wider, so that means and variances lag in some channels.
+        sums, _ = aten.batch_sums(batch((6, channels, 5), seed).double() * 3**seed + 2 * seed, torch.float64)
         if seed == 2:
             sums.sqrs[7] = float("inf")
         a = torch.linspace(0, 1, channels, device=DEVICE)

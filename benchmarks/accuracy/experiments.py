@@ -15,7 +15,7 @@ from torch import Tensor
 from runningbn import Horizon, RunningBatchNorm, SquareRoot, functional, kernels
 from runningbn.momentum import batch_weight, weighs_whole_batches
 from runningbn.statistics import moments
-from runningbn.update import absorb_running
+from runningbn.update import absorb_running, trusted
 
 from .contenders import CONTENDERS, Contender, running_layer
 
@@ -25,6 +25,7 @@ class ExperimentalRunningBatchNorm(RunningBatchNorm):
 
     - The backward sums weigh a batch by max(a, n/(n + prior)), a being its weight in the forward. The layer itself has
       a prior of 64; an infinite one leaves a, which makes plain running averages of the sums, as those of the forward.
+    - `max_lag` limits the mean alone: it is at most max_lag·(n + 64)/n running std from that of the batch.
     - In training it normalises by max(var, variance of the batch / r_max²): no batch comes out with more than r_max
       times the std it should have, however stale the statistics are. Where that binds, the running sums stand for the
       dependence of the variance on the batch.
@@ -44,10 +45,13 @@ class ExperimentalRunningBatchNorm(RunningBatchNorm):
             state, samples = self._state(), len(input)
             weight = batch_weight(self.momentum, samples, state.samples, state.steps)
             whole_batches = weighs_whole_batches(self.momentum)
-            fixed = absorb_running(state, batch, weight, samples, whole_batches, self.max_lag)
+            fixed = absorb_running(state, batch, weight, samples, whole_batches)
+            batch_mean, batch_var = moments(batch)
+            reach = self.max_lag / trusted(batch.count) * fixed.var.sqrt()
+            mean = torch.clamp(fixed.mean, batch_mean - reach, batch_mean + reach)
+            var = torch.maximum(fixed.var, batch_var / self.r_max**2)
             trust = torch.maximum(weight, batch.count / (batch.count + self.prior))
-            var = torch.maximum(fixed.var, moments(batch)[1] / self.r_max**2)
-            fixed = fixed._replace(var=var, keep=1 - trust, gain=trust / batch.count)
+            fixed = fixed._replace(mean=mean, var=var, keep=1 - trust, gain=trust / batch.count)
         step = functional.Step(fixed, scratch)
         return functional.normalize_running(input, self.weight, self.bias, step, self.eps, self._gradient_state())
 
@@ -69,6 +73,7 @@ EXPERIMENTS = {
         Contender("plain sums", _plain_sums()),
         Contender("no limit, Horizon(fraction=0.05)", running_layer(max_lag=math.inf, momentum=Horizon(fraction=0.05))),
         Contender("no limit", running_layer(max_lag=math.inf)),
+        Contender("limit to the mean", running_layer(ExperimentalRunningBatchNorm)),
     )
 }
 ALL_LAYERS = CONTENDERS | EXPERIMENTS

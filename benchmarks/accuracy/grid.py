@@ -86,7 +86,8 @@ CELLS = tuple(
         )
     )
 )
-# Until where the defaults were sought; the cells after these could only confirm or refute them.
+# Until where the defaults were sought, but for the limit to the variance; the cells after these could only confirm or
+# refute them.
 EXPERIMENT_CELLS = CELLS[:28]
 
 

@@ -25,7 +25,7 @@ typedef struct {
     void *y;
     const void *weight, *bias; /* REAL, or NULL */
     double eps;
-    double max_lag; /* of the running mean, see update.within_reach; infinite for no limit */
+    double max_lag; /* of the statistics, see update.within_reach; infinite for no limit */
     /* The sums of the batch: results of SUMS, or arguments of ABSORB without it; NULL if nobody asks. REAL. */
     void *batch_shift, *batch_sums, *batch_sqrs, *batch_count;
     /* What x is normalised by: results of ABSORB or SUMS, or arguments of APPLY alone; `var` or `rstd` may be NULL. */

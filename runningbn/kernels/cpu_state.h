@@ -127,7 +127,7 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                 }
                 if (f->running) {
                     /* By what evaluation takes, also in a channel that keeps its state. */
-                    const double batch_mean = mean, weight = 1 - (double)AT(f->last_keep);
+                    const double batch_mean = mean, batch_var = var, weight = 1 - (double)AT(f->last_keep);
                     const int ignored = AT(f->last_gain) == 0;
                     mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
                     const double kappa = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);
@@ -139,7 +139,9 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                     SET(f->gain, trust / largest(n, 1))
                     if (f->max_lag <= DBL_MAX && !ignored) {
                         /* See update.within_reach. */
-                        const double reach = f->max_lag / trusted(n) * sqrt(var);
+                        const double lag = f->max_lag / trusted(n);
+                        var = largest(var, batch_var / ((1 + lag) * (1 + lag)));
+                        const double reach = lag * sqrt(var);
                         mean = largest(mean, batch_mean - reach);
                         if (mean > batch_mean + reach) mean = batch_mean + reach;
                     }

@@ -91,7 +91,7 @@ def batch_statistics(
         elif RUNNING:
             of_state = _recalled(state, c, exists)
         if RUNNING:
-            coefficients = _coefficients(of_state, mean, n, _number(max_lag), dtype)
+            coefficients = _coefficients(of_state, mean, squares, n, _number(max_lag), dtype)
             mean, var = coefficients[0], coefficients[1]
             _store_rows(fixed, 2, coefficients, channels, c, exists)
         else:
@@ -248,7 +248,7 @@ def absorb_sums(
         tracked = tl.load(state.num_batches_tracked)
         tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
     if RUNNING:
-        results = _coefficients(of_state, mean, n, _number(max_lag), state.shift.dtype.element_ty)
+        results = _coefficients(of_state, mean, squares, n, _number(max_lag), state.shift.dtype.element_ty)
     else:
         results = (mean, squares / tl.where(n > 0, n, 1))
     for i in tl.static_range(len(out)):
@@ -559,7 +559,7 @@ def _recalled(state, c, exists):
 
 
 @triton.jit
-def _coefficients(of_state, batch_mean, n, max_lag, dtype: tl.constexpr):
+def _coefficients(of_state, batch_mean, squares, n, max_lag, dtype: tl.constexpr):
     """mean, var, kappa_mean, kappa_var, keep, gain as in `update.Coefficients`, float64; `of_state` as `_recalled`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     mean, var, keep, gain, count, samples = of_state
@@ -568,7 +568,10 @@ def _coefficients(of_state, batch_mean, n, max_lag, dtype: tl.constexpr):
 
     # See `update.within_reach`. Without a limit, the reach is infinite or NaN, and nothing is beyond it.
     ignored, trust = gain == 0, n / (n + 64)
-    reach = max_lag / trust * tl.sqrt(var)
+    lag = max_lag / trust
+    least = squares / n / ((1 + lag) * (1 + lag))
+    var = tl.where((least > var) & ~ignored, least, var)
+    reach = lag * tl.sqrt(var)
     lowest, highest = batch_mean - reach, batch_mean + reach
     nearest = tl.where(mean < lowest, lowest, tl.where(mean > highest, highest, mean))
     mean = tl.where(ignored, mean, nearest)
