@@ -18,7 +18,7 @@ from .statistics import GradientState
 
 Gradient = Literal["running", "exact"]
 # Settled by benchmarks/accuracy, see docs/accuracy.md.
-MAX_LAG = 0.25
+MAX_LAG = 0.05
 
 
 class RunningBatchNorm(Layer):
@@ -41,9 +41,10 @@ class RunningBatchNorm(Layer):
     - ``"running"``: dx = γ·rstd·[dy − G0 − z·G1], where G0 and G1 are running means of dy and dy·z, in which a batch
       weighs what it does in the forward, or n/(n + 64) if that is more. Forward and backward both see a large virtual
       batch. No double backward. Steps of the optimizer can move m and v faster than the memory of the statistics
-      follows. So in training, with d = `max_lag`·(n + 64)/n, v is replaced by the variance of the batch over (1 + d)²
+      follows. So in training, with d = `max_lag`·(1 + 512/n), v is replaced by the variance of the batch over (1 + d)²
       if that is more, then m by the nearest value that is at most d·√v from the mean of the batch: a batch comes out
-      with a mean of at most d and a std of at most 1 + d.
+      with a mean of at most d and a std of at most 1 + d. Large batches are believed, then. Where they should not be,
+      as large images of one class or of one video, ``max_lag=math.inf`` leaves all to the running averages.
     - ``"exact"``: dx = γ·rstd·[dy − κ·(Σdy + z·Σdy·z)], the derivative of the forward as computed; κ = 1/n would be
       BatchNorm. Differentiable twice. No `max_lag`.
 
@@ -65,7 +66,8 @@ class RunningBatchNorm(Layer):
         device, dtype: of parameters and statistics; the latter are at least float32.
         bias: if False, no β.
         gradient: ``"running"`` or ``"exact"``.
-        max_lag: how far m and v may lag behind a large batch in training, in std; ``math.inf`` for no limit.
+        max_lag: how far m and v may lag behind a large batch in training, in std; ``math.inf`` for no limit, in the
+            weights of G0 and G1 neither.
         sync: whether to pool over the processes of a group in training, see below.
         process_group: which ones; None for all. Needs ``sync=True``.
 

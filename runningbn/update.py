@@ -27,6 +27,8 @@ VARIANCE_FLOOR = 0.01
 # A batch of n elements is trusted by n/(n + PRIOR_ELEMENTS): for what it says of means that the weights move, which
 # running averages know exactly but late.
 PRIOR_ELEMENTS = 64
+# Where running statistics may lag behind, by 1 + LAG_ELEMENTS/n times what they may behind a very large batch.
+LAG_ELEMENTS = 512
 
 
 class Coefficients(NamedTuple):
@@ -37,7 +39,8 @@ class Coefficients(NamedTuple):
         kappa_mean: derivative of mean by each element of x, gain/count.
         kappa_var: the same factor in the variance term; 0 where the variance is held at its floor.
         keep, gain: what `absorb_gradient` absorbs the backward sums with: 1 − ρ and ρ/n, or 1 and 0 where the batch was
-            not finite. So the means of dy and dy·z are lerped towards those of the batch, by ρ = max(a, `trusted`).
+            not finite. So the means of dy and dy·z are lerped towards those of the batch, by ρ = max(a, `trusted`), or
+            by a where there is no limit to the lag.
 
     The last four are None where x is normalised by its own statistics: then κ = 1/n.
     """
@@ -65,7 +68,8 @@ def absorb_running(
         samples: N, samples in the batch; a tensor, (), where it was pooled over ranks, and 0 where all were empty.
         whole_batches: whether the batch as a whole weighs a (gain = a·(count/debias)/n), or each of its elements
             (gain = a).
-        max_lag: how far mean and std of a large batch may be from 0 and above 1 when it is normalised.
+        max_lag: how far mean and std of a large batch may be from 0 and above 1 when it is normalised; without a limit,
+            the backward means do not trust the batch either.
     """
     return Coefficients(*_call("absorb_running", samples, *state, *batch, weight, samples, whole_batches, max_lag))
 
@@ -108,10 +112,12 @@ def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
     kappa = state.last_gain / state.count.clamp_min(torch.finfo(var.dtype).tiny)
     floored = (var <= VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
     ignored = state.last_gain == 0
+    trust = 1 - state.last_keep
     if max_lag < math.inf:
         nearer = within_reach(mean, var, batch, max_lag)
         mean, var = (torch.where(ignored, old, new) for old, new in zip((mean, var), nearer))
-    trust = torch.maximum(1 - state.last_keep, trusted(batch.count)).masked_fill_(ignored, 0)
+        trust = torch.maximum(trust, trusted(batch.count))
+    trust = trust.masked_fill(ignored, 0)
     return mean, var, kappa, kappa.masked_fill(floored, 0), 1 - trust, trust / batch.count.clamp_min(1)
 
 
@@ -123,12 +129,12 @@ def trusted(n: Tensor) -> Tensor:
 def within_reach(mean: Tensor, var: Tensor, batch: Sums, max_lag: float) -> tuple[Tensor, Tensor]:
     """The nearest mean and the nearest var, from above, by which a batch comes out with |mean| ≤ d and std ≤ 1 + d.
 
-    d = max_lag/`trusted`. A step of the optimizer can move the means of all channels at once by more than their std,
+    d = max_lag·(1 + 512/n). A step of the optimizer can move the means of all channels at once by more than their std,
     and weights that have begun to diverge make the variance many times what it was before running averages know of it.
     There and no farther the batch, noisy as it is, knows better.
     """
     batch_mean, batch_var = moments(batch)
-    lag = max_lag / trusted(batch.count.clamp_min(1))
+    lag = max_lag * (1 + LAG_ELEMENTS / batch.count.clamp_min(1))
     var = torch.maximum(var, batch_var / (1 + lag).square())
     reach = lag * var.sqrt()
     return torch.clamp(mean, batch_mean - reach, batch_mean + reach), var

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 CLAMP_SAMPLES = 20  # below so many samples seen, the current batch included, ...
 CLAMP_VARIANCE = 0.01  # ... the variance is at least this
 PRIOR_ELEMENTS = 64  # a batch of n elements is trusted by n/(n + 64)
+LAG_ELEMENTS = 512  # and may be lagged behind by max_lag·(1 + 512/n)
 
 
 # --------------------------------------------------------------------------------------------------- weights of a batch
@@ -181,7 +182,7 @@ class Channel:
 
         new = (1 − a)·old + g·batch for count, sums and sqrs, (1 − a)² and g² for Σw². A batch with a non-finite sum
         does not enter: a = g = 0. By what is returned, the batch comes out with a mean of at most d and a std of at
-        most 1 + d, d = max_lag·(n + 64)/n.
+        most 1 + d, d = max_lag·(1 + 512/n).
         """
         n = x.numel()
         sums, sqrs = x.sum(), x.square().sum()
@@ -214,20 +215,21 @@ class Channel:
         self.sums, self.sqrs = new_sums.item(), new_sqrs.item()
         self.running_mean, self.running_var = mean.item(), var.item()
         if max_lag < math.inf:
-            lag = max_lag * (n + PRIOR_ELEMENTS) / n
+            lag = max_lag * (1 + LAG_ELEMENTS / n)
             var = var.clamp(min=x.var(correction=0).item() / (1 + lag) ** 2)
             reach = lag * math.sqrt(var.item())
             mean = mean.clamp(x.mean().item() - reach, x.mean().item() + reach)
         return mean, var, a
 
-    def average_gradients(self, dy: Tensor, x_hat: Tensor, a: float) -> tuple[float, float]:
+    def average_gradients(self, dy: Tensor, x_hat: Tensor, a: float, trusts: bool) -> tuple[float, float]:
         """The running means G0 of dy and G1 of dy·x_hat, the current batch included where its sums are finite.
 
-        Of n elements per channel, it weighs max(a, n/(n + 64)); nothing where the forward has ignored it (a = 0).
+        Of n elements per channel, it weighs max(a, n/(n + 64)) or, unless it is to be trusted, a; nothing where the
+        forward has ignored it (a = 0).
         """
         n, mean_dy, mean_dy_xhat = dy.numel(), dy.mean().item(), (dy * x_hat).mean().item()
         if math.isfinite(mean_dy) and math.isfinite(mean_dy_xhat):
-            weight = max(a, n / (n + PRIOR_ELEMENTS)) if a > 0 else 0.0
+            weight = max(a, n / (n + PRIOR_ELEMENTS)) if trusts and a > 0 else a
             self.sum_dy = (1 - weight) * self.sum_dy + weight * mean_dy
             self.sum_dy_xhat = (1 - weight) * self.sum_dy_xhat + weight * mean_dy_xhat
             self.count_dy = (1 - weight) * self.count_dy + weight
@@ -261,7 +263,7 @@ class ReferenceRunningBatchNorm:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, momentum: object, gradient: str, max_lag: float = 0.25, eps: float = 1e-5
+        self, weight: Tensor, bias: Tensor, momentum: object, gradient: str, max_lag: float = 0.05, eps: float = 1e-5
     ) -> None:
         self.weight, self.bias = weight.detach().double(), bias.detach().double()
         self.momentum, self.gradient, self.eps = momentum, gradient, eps
@@ -303,7 +305,9 @@ class ReferenceRunningBatchNorm:
         return dx, (rows * step.x_hat).sum(1), rows.sum(1)
 
     def _dx(self, step: Step, c: int, dy: Tensor) -> Tensor:
-        mean_dy, mean_dy_xhat = self.channels[c].average_gradients(dy, step.x_hat[c], step.a[c])
+        mean_dy, mean_dy_xhat = self.channels[c].average_gradients(
+            dy, step.x_hat[c], step.a[c], self.max_lag < math.inf
+        )
         return step.weight[c].detach() * step.rstd[c] * (dy - mean_dy - step.x_hat[c] * mean_dy_xhat)
 
     def evaluate(self, x: Tensor) -> Tensor:

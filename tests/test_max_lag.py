@@ -16,11 +16,11 @@ from runningbn import Horizon, PreciseBatchNorm1d, RunningBatchNorm, batchnormif
 from runningbn.kernels import BACKENDS, use_backend
 
 POSITIONS = 192
-# max_lag·(n + 64)/n with n = 2·192 elements.
-REACH = 0.25 * (2 * POSITIONS + 64) / (2 * POSITIONS)
+# max_lag·(1 + 512/n) with n = 2·192 elements.
+REACH = 0.05 * (1 + 512 / (2 * POSITIONS))
 
 
-def settled(max_lag: float = 0.25, **options: object) -> RunningBatchNorm:
+def settled(max_lag: float = 0.05, **options: object) -> RunningBatchNorm:
     """Trained on noise of mean 0 and variance 1, and remembering it for long."""
     layer = RunningBatchNorm(3, momentum=0.01, max_lag=max_lag, affine=False, dtype=torch.float64, **options)
     for seed in range(20):
@@ -90,8 +90,8 @@ def test_evaluation_has_no_limit():
 
 
 def test_a_few_elements_are_no_reason_to_leave_the_running_statistics():
-    """Two elements tell a mean to 0.7 std, and are let be up to 0.25·66/2 = 8 std from it."""
-    layers = [RunningBatchNorm(3, momentum=0.01, max_lag=max_lag, dtype=torch.float64) for max_lag in (0.25, math.inf)]
+    """Two elements tell a mean to 0.7 std, and are let be up to 0.05·257 = 13 std from it."""
+    layers = [RunningBatchNorm(3, momentum=0.01, max_lag=max_lag, dtype=torch.float64) for max_lag in (0.05, math.inf)]
     for layer in layers:
         layer(noise((64, 3), 0, torch.float64))
     x = noise((2, 3), 1, torch.float64) * 3 + 5
@@ -137,12 +137,18 @@ def test_padding_does_not_count():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "weights"),
-    # ρ = max(a, n/(n + 64)) with a = 0.25.
-    [((32, 32), (1 / 3, 1 / 3)), ((2, 2), (0.25, 0.25)), ((2, 192), (0.25, 0.75)), ((192, 2), (0.75, 0.25))],
+    ("sizes", "max_lag", "weights"),
+    # ρ = max(a, n/(n + 64)) with a = 0.25; without a limit, a.
+    [
+        ((32, 32), 0.05, (1 / 3, 1 / 3)),
+        ((2, 2), 0.05, (0.25, 0.25)),
+        ((2, 192), 0.05, (0.25, 0.75)),
+        ((192, 2), 0.05, (0.75, 0.25)),
+        ((2, 192), math.inf, (0.25, 0.25)),
+    ],
 )
-def test_a_batch_weighs_in_the_backward_means_as_its_size_deserves(sizes, weights):
-    layer = RunningBatchNorm(3, momentum=0.25, affine=False, dtype=torch.float64)
+def test_a_batch_weighs_in_the_backward_means_as_its_size_deserves(sizes, max_lag, weights):
+    layer = RunningBatchNorm(3, momentum=0.25, max_lag=max_lag, affine=False, dtype=torch.float64)
     for size, dy in zip(sizes, (1.0, 3.0), strict=True):
         x = noise((size, 3), size, torch.float64).requires_grad_()
         layer(x).backward(torch.full_like(x, dy))
@@ -164,7 +170,7 @@ def test_a_limit_that_is_none_is_refused(max_lag):
     assert type(model[0]) is nn.BatchNorm1d
 
 
-@pytest.mark.parametrize("max_lag", ["0.25", None, True])
+@pytest.mark.parametrize("max_lag", ["0.05", None, True])
 def test_a_limit_that_is_no_number_is_refused(max_lag):
     with pytest.raises(TypeError, match="max_lag: expected a number of standard deviations, got"):
         RunningBatchNorm(3, max_lag=max_lag)
@@ -175,7 +181,7 @@ def test_conversion_sets_the_limit_and_takes_it_away():
     assert model[0].max_lag == 1
     assert "max_lag=1)" in repr(copy.deepcopy(model))
     assert batchnormify(model, "precise")[0].__dict__.keys().isdisjoint({"max_lag", "gradient"})
-    assert batchnormify(model, "running")[0].max_lag == 0.25
+    assert batchnormify(model, "running")[0].max_lag == 0.05
     assert "max_lag" not in batchnormify(model, "torch")[0].__dict__
     with pytest.raises(TypeError, match="max_lag"):
         batchnormify(nn.Sequential(PreciseBatchNorm1d(3)), "precise", max_lag=0.5)
@@ -183,4 +189,4 @@ def test_conversion_sets_the_limit_and_takes_it_away():
 
 def test_the_defaults():
     layer = RunningBatchNorm(3)
-    assert (layer.momentum, layer.gradient, layer.max_lag) == (Horizon(), "running", 0.25)
+    assert (layer.momentum, layer.gradient, layer.max_lag) == (Horizon(), "running", 0.05)

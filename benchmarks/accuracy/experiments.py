@@ -15,7 +15,7 @@ from torch import Tensor
 from runningbn import Horizon, RunningBatchNorm, SquareRoot, functional, kernels
 from runningbn.momentum import batch_weight, weighs_whole_batches
 from runningbn.statistics import moments
-from runningbn.update import absorb_running, trusted
+from runningbn.update import absorb_running
 
 from .contenders import CONTENDERS, Contender, running_layer
 
@@ -24,14 +24,14 @@ class ExperimentalRunningBatchNorm(RunningBatchNorm):
     """RunningBatchNorm with another backward, and with a limit to what it makes of a batch.
 
     - The backward sums weigh a batch by max(a, n/(n + prior)), a being its weight in the forward. The layer itself has
-      a prior of 64; an infinite one leaves a, which makes plain running averages of the sums, as those of the forward.
-    - `max_lag` limits the mean alone: it is at most max_lag·(n + 64)/n running std from that of the batch.
-    - In training it normalises by max(var, variance of the batch / r_max²): no batch comes out with more than r_max
-      times the std it should have, however stale the statistics are. Where that binds, the running sums stand for the
-      dependence of the variance on the batch.
+      a prior of 64, or without a limit to the lag an infinite one, which leaves a.
+    - In training the mean is at most d = max_lag·(1 + 64/n) std from that of the batch, where the layer has 512 for 64.
+    - In training it normalises by max(var, variance of the batch / r²), r being r_max or, where that is None, 1 + d: no
+      batch comes out with more than r times the std it should have, however stale the statistics are. Where that
+      binds, the running sums stand for the dependence of the variance on the batch.
     """
 
-    def __init__(self, channels: int, prior: float = 64, r_max: float = math.inf, **options: Any) -> None:
+    def __init__(self, channels: int, prior: float = 64, r_max: float | None = math.inf, **options: Any) -> None:
         super().__init__(channels, **options)
         self.prior, self.r_max = prior, r_max
 
@@ -47,16 +47,20 @@ class ExperimentalRunningBatchNorm(RunningBatchNorm):
             whole_batches = weighs_whole_batches(self.momentum)
             fixed = absorb_running(state, batch, weight, samples, whole_batches)
             batch_mean, batch_var = moments(batch)
-            reach = self.max_lag / trusted(batch.count) * fixed.var.sqrt()
+            lag = self.max_lag * (1 + 64 / batch.count)
+            r = 1 + lag if self.r_max is None else torch.full_like(lag, self.r_max)
+            var = torch.maximum(fixed.var, batch_var / r.square())
+            reach = lag * var.sqrt()
             mean = torch.clamp(fixed.mean, batch_mean - reach, batch_mean + reach)
-            var = torch.maximum(fixed.var, batch_var / self.r_max**2)
             trust = torch.maximum(weight, batch.count / (batch.count + self.prior))
             fixed = fixed._replace(mean=mean, var=var, keep=1 - trust, gain=trust / batch.count)
         step = functional.Step(fixed, scratch)
         return functional.normalize_running(input, self.weight, self.bias, step, self.eps, self._gradient_state())
 
 
-_plain_sums = partial(running_layer, ExperimentalRunningBatchNorm, prior=math.inf, max_lag=math.inf)
+PLAIN_SUMS = "plain sums"
+_plain_sums = partial(running_layer, max_lag=math.inf)
+_trusting = partial(running_layer, ExperimentalRunningBatchNorm)
 _exact = partial(running_layer, gradient="exact")
 
 EXPERIMENTS = {
@@ -68,12 +72,14 @@ EXPERIMENTS = {
         Contender("plain sums, 0.1", _plain_sums(momentum=0.1)),
         Contender("plain sums, Horizon(fraction=0.05)", _plain_sums(momentum=Horizon(fraction=0.05))),
         Contender(
-            "plain sums, Horizon(fraction=0.05), r_max 1.5", _plain_sums(r_max=1.5, momentum=Horizon(fraction=0.05))
+            "plain sums, Horizon(fraction=0.05), r_max 1.5",
+            _trusting(prior=math.inf, max_lag=math.inf, r_max=1.5, momentum=Horizon(fraction=0.05)),
         ),
-        Contender("plain sums", _plain_sums()),
-        Contender("no limit, Horizon(fraction=0.05)", running_layer(max_lag=math.inf, momentum=Horizon(fraction=0.05))),
-        Contender("no limit", running_layer(max_lag=math.inf)),
-        Contender("limit to the mean", running_layer(ExperimentalRunningBatchNorm)),
+        Contender(PLAIN_SUMS, _plain_sums()),
+        Contender("no limit, Horizon(fraction=0.05)", _trusting(max_lag=math.inf, momentum=Horizon(fraction=0.05))),
+        Contender("no limit", _trusting(max_lag=math.inf)),
+        Contender("limit to the mean", _trusting(max_lag=0.25)),
+        Contender("limit of 0.25·(1 + 64/n)", _trusting(max_lag=0.25, r_max=None)),
     )
 }
 ALL_LAYERS = CONTENDERS | EXPERIMENTS

@@ -8,6 +8,7 @@ it. The whole grid is there, but for these:
 - Segmentation is a task for batches of 1; there is a batch of 2, and one of 32 to compare with. Its batches of 1 can be
   of one class, since each holds four digits. Elsewhere a batch of 1 is of one class anyway.
 - fastai's net takes SGD as in the notebook, without momentum.
+- Larger images come in batches of 2, and of 4 of one class. One experiment is trained there, too.
 
 The sweep has five seeds at each rate. When all cells have theirs, ten more seeds are trained at each contender's best
 rate. Experiments are trained in the first cells only, and in the sweep only.
@@ -21,7 +22,7 @@ from itertools import chain
 from typing import Any
 
 from .contenders import CONTENDERS, TWIN_BATCH, Contender
-from .experiments import EXPERIMENTS
+from .experiments import EXPERIMENTS, PLAIN_SUMS
 from .results import MORE_SEEDS, SWEEP_SEEDS, Cell, Results
 
 # A factor of about 3 apart and the same for all contenders; 0.4 for plain SGD is the notebook's.
@@ -36,7 +37,7 @@ RATES = {
 LARGE = 8  # batches from here on are tried with higher rates, as are canvases, each as large as nine images
 
 SMALL_NETS = ("residual net", "perceptron", "plain conv net", "fastai's net", "sequence")
-DEEP, SEGMENTATION = "29-layer residual net", "segmentation"
+DEEP, SEGMENTATION, LARGER = "29-layer residual net", "segmentation", "larger images"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ CELLS = tuple(
             _cells("AdamW", False, deep=(8, 4, 1), segmentation=(2,)),
             _cells("SGD", False, deep=(8, 4), segmentation=(2,)),
             _cells("AdamW", True, deep=(2,), segmentation=(32,)),
+            _cells("AdamW", False, larger_images=(2,)),
+            _cells("AdamW", True, larger_images=(4,)),
+            _cells("SGD", False, larger_images=(2,)),
+            _cells("SGD", True, larger_images=(4,)),
         )
     )
 )
@@ -100,6 +105,8 @@ def rates(cell: Cell) -> tuple[float, ...]:
 def trained_in(cell: Cell) -> list[Contender]:
     """The contenders and experiments without those that are twins of others there."""
     known = CONTENDERS | EXPERIMENTS if cell in EXPERIMENT_CELLS else CONTENDERS
+    if cell.task == LARGER:
+        known = CONTENDERS | {PLAIN_SUMS: EXPERIMENTS[PLAIN_SUMS]}
     twins = {contender.twin for contender in known.values()} if cell.batch <= TWIN_BATCH else set()
     return [contender for contender in known.values() if contender.name not in twins]
 

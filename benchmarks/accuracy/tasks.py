@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import networks
 from .networks import Network
@@ -80,6 +81,12 @@ def standardised(*parts: Part) -> Data:
 def images(one_class: bool) -> Data:
     """(E, 1, 8, 8)."""
     return digits()
+
+
+def larger_images(one_class: bool) -> Data:
+    """Enlarged threefold, (E, 1, 24, 24): a batch has nine times the elements, and says no more."""
+    enlarge = partial(F.interpolate, scale_factor=3, mode="bilinear")
+    return Data(*(part._replace(inputs=enlarge(part.inputs)) for part in digits()))
 
 
 def vectors(one_class: bool) -> Data:
@@ -152,6 +159,7 @@ TASKS = {
         Task("fastai's net", networks.fastai_net, images, accuracy, "accuracy"),
         Task("segmentation", networks.segmentation_net, canvases, mean_iou, "mean IoU"),
         Task("sequence", networks.sequence_net, sequences, accuracy, "accuracy"),
+        Task("larger images", networks.plain_net, larger_images, accuracy, "accuracy"),
     )
 }
 

@@ -11,7 +11,8 @@
 
 #ifndef RUNNINGBN_STATE
 #define RUNNINGBN_STATE
-static const double VARIANCE_FLOOR = 0.01, WARMUP_SAMPLES = 20, PRIOR_ELEMENTS = 64;
+static const double VARIANCE_FLOOR = 0.01, WARMUP_SAMPLES = 20, PRIOR_ELEMENTS = 64,
+                    LAG_ELEMENTS = 512;
 
 static double largest(double a, double b) { return a > b ? a : b; }
 
@@ -134,17 +135,18 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                     const int floored = var <= (double)(REAL)VARIANCE_FLOOR && (double)AT(f->samples) < WARMUP_SAMPLES;
                     SET(f->kappa_mean, kappa)
                     SET(f->kappa_var, floored ? 0 : kappa)
-                    const double trust = ignored ? 0 : largest(weight, trusted(n));
-                    SET(f->keep, 1 - trust)
-                    SET(f->gain, trust / largest(n, 1))
+                    double trust = ignored ? 0 : weight;
                     if (f->max_lag <= DBL_MAX && !ignored) {
+                        trust = largest(weight, trusted(n));
                         /* See update.within_reach. */
-                        const double lag = f->max_lag / trusted(n);
+                        const double lag = f->max_lag * (1 + LAG_ELEMENTS / n);
                         var = largest(var, batch_var / ((1 + lag) * (1 + lag)));
                         const double reach = lag * sqrt(var);
                         mean = largest(mean, batch_mean - reach);
                         if (mean > batch_mean + reach) mean = batch_mean + reach;
                     }
+                    SET(f->keep, 1 - trust)
+                    SET(f->gain, trust / largest(n, 1))
                 }
             }
             residual = mean - (double)(REAL)mean;

@@ -567,8 +567,8 @@ def _coefficients(of_state, batch_mean, squares, n, max_lag, dtype: tl.constexpr
     floored = (var <= tl.full([], 0.01, dtype).to(tl.float64)) & (samples < 20)
 
     # See `update.within_reach`. Without a limit, the reach is infinite or NaN, and nothing is beyond it.
-    ignored, trust = gain == 0, n / (n + 64)
-    lag = max_lag / trust
+    ignored = gain == 0
+    lag = max_lag * (1 + 512 / n)
     least = squares / n / ((1 + lag) * (1 + lag))
     var = tl.where((least > var) & ~ignored, least, var)
     reach = lag * tl.sqrt(var)
@@ -576,7 +576,8 @@ def _coefficients(of_state, batch_mean, squares, n, max_lag, dtype: tl.constexpr
     nearest = tl.where(mean < lowest, lowest, tl.where(mean > highest, highest, mean))
     mean = tl.where(ignored, mean, nearest)
 
-    trust = tl.where(ignored, 0, _at_least(trust, 1 - keep))
+    trust = tl.where(max_lag < float("inf"), _at_least(n / (n + 64), 1 - keep), 1 - keep)
+    trust = tl.where(ignored, 0, trust)
     return mean, var, kappa, tl.where(floored, 0, kappa), 1 - trust, trust / _at_least(n, 1)
 
 
