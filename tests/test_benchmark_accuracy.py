@@ -119,7 +119,7 @@ def test_plain_sums_are_averaged_as_those_of_the_forward():
 
 
 def test_the_limit_holds_the_std_of_the_output_and_leaves_the_state_alone():
-    limited, free = experimental(r_max=1.5), experimental()
+    limited, free = experimental(r_max=1.5), experimental(r_max=math.inf)
     x = noise(2, 3, 4, 4, seed=99) * torch.tensor([1.0, 30, 1]).view(1, 3, 1, 1)
     outputs = limited(x), free(x)
     std = [y.std((0, 2, 3), correction=0) for y in outputs]
@@ -141,7 +141,8 @@ def test_data_are_the_same_every_time_and_their_parts_differ(task):
     for part, again in zip(data, task.data(False), strict=True):
         assert all(map(torch.equal, part, again))
     assert len(data.train.inputs) == tasks.SAMPLES
-    assert abs(data.train.inputs.mean()) < 1e-4
+    # Larger images were standardised before they were enlarged, which shows more of the borders.
+    assert abs(data.train.inputs.mean()) < (0.1 if task.name == "larger images" else 1e-4)
     seen = {row.numpy().tobytes() for row in data.train.inputs}
     assert not any(row.numpy().tobytes() in seen for part in data[1:] for row in part.inputs)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from runningbn import Horizon, RunningBatchNorm, SquareRoot, functional, kernels
 from runningbn.momentum import batch_weight, weighs_whole_batches
 from runningbn.statistics import moments
-from runningbn.update import absorb_running
+from runningbn.update import LAG_ELEMENTS, PRIOR_ELEMENTS, absorb_running
 
 from .contenders import CONTENDERS, Contender, running_layer
 
@@ -25,15 +25,18 @@ class ExperimentalRunningBatchNorm(RunningBatchNorm):
 
     - The backward sums weigh a batch by max(a, n/(n + prior)), a being its weight in the forward. The layer itself has
       a prior of 64, or without a limit to the lag an infinite one, which leaves a.
-    - In training the mean is at most d = max_lag·(1 + 64/n) std from that of the batch, where the layer has 512 for 64.
-    - In training it normalises by max(var, variance of the batch / r²), r being r_max or, where that is None, 1 + d: no
-      batch comes out with more than r times the std it should have, however stale the statistics are. Where that
-      binds, the running sums stand for the dependence of the variance on the batch.
+    - In training the mean is at most d = max_lag·(1 + lag_elements/n) std from that of the batch.
+    - In training it normalises by max(var, variance of the batch / r²), r being r_max or, where that is None, 1 + d as
+      in the layer itself: no batch comes out with more than r times the std it should have, however stale the
+      statistics are. Where that binds, the running sums stand for the dependence of the variance on the batch.
     """
 
-    def __init__(self, channels: int, prior: float = 64, r_max: float | None = math.inf, **options: Any) -> None:
+    def __init__(
+        self, channels: int, prior: float = PRIOR_ELEMENTS, lag_elements: float = LAG_ELEMENTS,
+        r_max: float | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(channels, **options)
-        self.prior, self.r_max = prior, r_max
+        self.prior, self.lag_elements, self.r_max = prior, lag_elements, r_max
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, *); in training, absorb it first."""
@@ -47,7 +50,7 @@ class ExperimentalRunningBatchNorm(RunningBatchNorm):
             whole_batches = weighs_whole_batches(self.momentum)
             fixed = absorb_running(state, batch, weight, samples, whole_batches)
             batch_mean, batch_var = moments(batch)
-            lag = self.max_lag * (1 + 64 / batch.count)
+            lag = self.max_lag * (1 + self.lag_elements / batch.count)
             r = 1 + lag if self.r_max is None else torch.full_like(lag, self.r_max)
             var = torch.maximum(fixed.var, batch_var / r.square())
             reach = lag * var.sqrt()
@@ -78,8 +81,8 @@ EXPERIMENTS = {
         Contender(PLAIN_SUMS, _plain_sums()),
         Contender("no limit, Horizon(fraction=0.05)", _trusting(max_lag=math.inf, momentum=Horizon(fraction=0.05))),
         Contender("no limit", _trusting(max_lag=math.inf)),
-        Contender("limit to the mean", _trusting(max_lag=0.25)),
-        Contender("limit of 0.25·(1 + 64/n)", _trusting(max_lag=0.25, r_max=None)),
+        Contender("limit to the mean", _trusting(max_lag=0.25, lag_elements=64, r_max=math.inf)),
+        Contender("limit of 0.25·(1 + 64/n)", _trusting(max_lag=0.25, lag_elements=64)),
     )
 }
 ALL_LAYERS = CONTENDERS | EXPERIMENTS
