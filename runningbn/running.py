@@ -66,8 +66,8 @@ class RunningBatchNorm(Layer):
         device, dtype: of parameters and statistics; the latter are at least float32.
         bias: if False, no β.
         gradient: ``"running"`` or ``"exact"``.
-        max_lag: how far m and v may lag behind a large batch in training, in std; ``math.inf`` for no limit, in the
-            weights of G0 and G1 neither.
+        max_lag: how far m and v may lag behind a large batch in training, in std; ``math.inf`` for no limit, and then a
+            batch weighs in G0 and G1 what it does in the forward, too.
         sync: whether to pool over the processes of a group in training, see below.
         process_group: which ones; None for all. Needs ``sync=True``.
 

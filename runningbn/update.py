@@ -117,7 +117,7 @@ def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
         nearer = within_reach(mean, var, batch, max_lag)
         mean, var = (torch.where(ignored, old, new) for old, new in zip((mean, var), nearer))
         trust = torch.maximum(trust, trusted(batch.count))
-    trust = trust.masked_fill(ignored, 0)
+    trust.masked_fill_(ignored, 0)
     return mean, var, kappa, kappa.masked_fill(floored, 0), 1 - trust, trust / batch.count.clamp_min(1)
 
 

@@ -32,6 +32,10 @@ def batch(seed: int, mean: float = 0.0) -> Tensor:
     return noise((2, 3, POSITIONS), seed, torch.float64) + mean
 
 
+def far_and_wide() -> Tensor:
+    return batch(99) * 10 + 15
+
+
 def mean_of_output(y: Tensor) -> Tensor:
     return y.detach().mean((0, 2))
 
@@ -58,7 +62,7 @@ def test_a_batch_that_has_become_wide_comes_out_no_wider_than_is_within_reach():
 
 def test_both_limits_hold_of_one_batch():
     """The mean is within reach in units of the std that the output has them in, and that has grown."""
-    y = settled()(batch(99) * 10 + 15)
+    y = settled()(far_and_wide())
     torch.testing.assert_close(std_of_output(y), torch.full((3,), 1 + REACH, dtype=y.dtype), rtol=1e-4, atol=0)
     torch.testing.assert_close(mean_of_output(y), torch.full((3,), REACH, dtype=y.dtype), rtol=1e-4, atol=0)
 
@@ -71,10 +75,6 @@ def test_a_batch_that_has_become_narrow_is_not_widened():
 def test_a_step_within_reach_is_by_the_running_statistics():
     ours, free = settled(), settled(math.inf)
     assert torch.equal(ours(batch(99)), free(batch(99)))
-
-
-def far_and_wide() -> Tensor:
-    return batch(99) * 10 + 15
 
 
 def test_the_state_does_not_know_of_the_limit():
