@@ -22,7 +22,7 @@ from itertools import chain
 from typing import Any
 
 from .contenders import CONTENDERS, TWIN_BATCH, Contender
-from .experiments import EXPERIMENTS, PLAIN_SUMS
+from .experiments import ALL_LAYERS, EXPERIMENTS, PLAIN_SUMS
 from .results import MORE_SEEDS, SWEEP_SEEDS, Cell, Results
 
 # A factor of about 3 apart and the same for all contenders; 0.4 for plain SGD is the notebook's.
@@ -91,8 +91,8 @@ CELLS = tuple(
         )
     )
 )
-# Until where the defaults were sought, but for the limit to the variance; the cells after these could only confirm or
-# refute them.
+# Until where the defaults were sought, but for the limit to the lag; the cells after these could only confirm or refute
+# them.
 EXPERIMENT_CELLS = CELLS[:28]
 
 
@@ -104,7 +104,7 @@ def rates(cell: Cell) -> tuple[float, ...]:
 
 def trained_in(cell: Cell) -> list[Contender]:
     """The contenders and experiments without those that are twins of others there."""
-    known = CONTENDERS | EXPERIMENTS if cell in EXPERIMENT_CELLS else CONTENDERS
+    known = ALL_LAYERS if cell in EXPERIMENT_CELLS else CONTENDERS
     if cell.task == LARGER:
         known = CONTENDERS | {PLAIN_SUMS: EXPERIMENTS[PLAIN_SUMS]}
     twins = {contender.twin for contender in known.values()} if cell.batch <= TWIN_BATCH else set()
