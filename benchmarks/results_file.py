@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def store(path: Path, command: str, cases: Sequence[object]) -> None:
     path.write_text(json.dumps(contents, indent=1) + "\n")
 
 
+def code_version() -> str | None:
+    """The commit that is checked out, with "-dirty" where files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
 def machine() -> dict[str, object]:
     """What the numbers were taken on."""
     processor = platform.processor() or platform.machine()
@@ -29,6 +40,7 @@ def machine() -> dict[str, object]:
         models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = models[0] if models else processor
     return {
+        "code": code_version(),
         "date": datetime.date.today().isoformat(),
         "processor": processor,
         "threads": torch.get_num_threads(),

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from pools import InThisProcess
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.accuracy import networks, published, report, results, runner, tasks, train
 from benchmarks.accuracy.contenders import CONTENDERS, OURS, BatchRenorm
-from benchmarks.accuracy.experiments import ALL_LAYERS, ExperimentalRunningBatchNorm
 from benchmarks.accuracy.figure import figure
-from benchmarks.accuracy.grid import CELLS, Job, pending, rates
-from benchmarks.accuracy.results import Cell
-from runningbn import RunningBatchNorm
+from benchmarks.accuracy.grid import CELLS, GRID, rates
+from benchmarks.accuracy.jobs import Job
+from benchmarks.accuracy.results import ONE_CLASS, SHUFFLED, Cell
+from benchmarks.accuracy.run import run
 
-TINY = Cell("perceptron", 8, False, "AdamW")
-SAMPLES = 24
+TINY = Cell("perceptron", 8, SHUFFLED, "AdamW", samples=24)
+TINY_GRID = replace(GRID, cells=(TINY,))
 each_task = pytest.mark.parametrize("task", tasks.TASKS.values(), ids=lambda task: task.name)
 
 
@@ -86,59 +87,15 @@ def test_batch_renormalization_takes_r_and_d_for_constants():
     torch.testing.assert_close(output_and_gradients(layer, x.detach(), dy)[1], expected)
 
 
-def warmed_up(layer: RunningBatchNorm) -> RunningBatchNorm:
-    for seed in range(30):
-        output_and_gradients(layer, noise(2, 3, 4, 4, seed=seed), noise(2, 3, 4, 4, seed=seed + 100))
-    return layer
-
-
-def experimental(**options: Any) -> ExperimentalRunningBatchNorm:
-    return warmed_up(ExperimentalRunningBatchNorm(3, dtype=torch.float64, **options))
-
-
-def test_without_its_changes_an_experiment_is_the_layer():
-    layers = experimental(), warmed_up(RunningBatchNorm(3, dtype=torch.float64))
-    x, dy = noise(2, 3, 4, 4, seed=99) + 3, noise(2, 3, 4, 4, seed=98)
-    for ours, theirs in zip(*(output_and_gradients(layer, x, dy) for layer in layers), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    for layer in layers:
-        layer.eval()
-    torch.testing.assert_close(layers[0](x), layers[1](x))
-
-
-def test_plain_sums_are_averaged_as_those_of_the_forward():
-    layer = experimental(prior=math.inf)
-    sums = [layer.sum_dy.clone(), layer.sum_dy_xhat.clone(), layer.count_dy.clone()]
-    x, dy = noise(2, 3, 4, 4, seed=99), noise(2, 3, 4, 4, seed=98)
-    z, dx, *_ = output_and_gradients(layer, x, dy)
-    keep = layer.last_keep
-    count = keep * sums[2] + (1 - keep)
-    m0, m1 = ((keep * s + (1 - keep) * t.mean((0, 2, 3))) / count for s, t in ((sums[0], dy), (sums[1], dy * z)))
-    rstd, m0, m1 = (t.view(1, 3, 1, 1) for t in ((layer.running_var + layer.eps).rsqrt(), m0, m1))
-    torch.testing.assert_close(dx, rstd * (dy - m0 - z * m1))
-
-
-def test_the_limit_holds_the_std_of_the_output_and_leaves_the_state_alone():
-    limited, free = experimental(r_max=1.5), experimental(r_max=math.inf)
-    x = noise(2, 3, 4, 4, seed=99) * torch.tensor([1.0, 30, 1]).view(1, 3, 1, 1)
-    outputs = limited(x), free(x)
-    std = [y.std((0, 2, 3), correction=0) for y in outputs]
-    assert std[1][1] > 1.6  # or the limit would have nothing to do
-    # Within eps of the variance, which is some hundred here.
-    torch.testing.assert_close(std[0][1], torch.tensor(1.5, dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(outputs[0][:, [0, 2]], outputs[1][:, [0, 2]])
-    torch.testing.assert_close(limited.running_var, free.running_var)
-
-
 # ------------------------------------------------------------------------------------------------- tasks and stacks
 
 
 @each_task
 def test_data_are_the_same_every_time_and_their_parts_differ(task):
-    data = task.data(False)
+    data = task.data(SHUFFLED)
     tasks.digits.cache_clear()
     tasks.canvases.cache_clear()
-    for part, again in zip(data, task.data(False), strict=True):
+    for part, again in zip(data, task.data(SHUFFLED), strict=True):
         assert all(map(torch.equal, part, again))
     assert len(data.train.inputs) == tasks.SAMPLES
     # Larger images were standardised before they were enlarged, which shows more of the borders.
@@ -147,25 +104,25 @@ def test_data_are_the_same_every_time_and_their_parts_differ(task):
     assert not any(row.numpy().tobytes() in seen for part in data[1:] for row in part.inputs)
 
 
-@pytest.mark.parametrize("one_class", [False, True])
-def test_a_schedule_is_of_full_batches_and_nothing_twice_in_an_epoch(one_class):
+@pytest.mark.parametrize("kind", [SHUFFLED, ONE_CLASS])
+def test_a_schedule_is_of_full_batches_and_nothing_twice_in_an_epoch(kind):
     classes = tasks.digits().train.classes
-    batches = tasks.schedule(classes, 8, one_class, 1088, seed=3)
+    batches = tasks.schedule(classes, 8, kind, 1088, seed=3)
     assert batches.shape == (136, 8)
-    assert torch.equal(batches, tasks.schedule(classes, 8, one_class, 1088, seed=3))
-    assert not torch.equal(batches, tasks.schedule(classes, 8, one_class, 1088, seed=4))
+    assert torch.equal(batches, tasks.schedule(classes, 8, kind, 1088, seed=3))
+    assert not torch.equal(batches, tasks.schedule(classes, 8, kind, 1088, seed=4))
     assert len(batches[:100].unique()) == 800
     alike = (classes[batches] == classes[batches[:, :1]]).all(1)
-    assert alike.all() if one_class else not alike.any()
+    assert alike.all() if kind == ONE_CLASS else not alike.any()
 
 
 def test_canvases_show_what_their_labels_say():
-    part = tasks.canvases(True).train
+    part = tasks.canvases(ONE_CLASS).train
     ink = part.inputs[:, 0] > part.inputs.min()
     assert torch.equal(ink, part.labels != tasks.BACKGROUND)
     digits = torch.where(ink, part.labels, part.classes.view(-1, 1, 1))
     assert (digits == part.classes.view(-1, 1, 1)).all()
-    mixed = tasks.canvases(False).train.labels[0].unique()
+    mixed = tasks.canvases(SHUFFLED).train.labels[0].unique()
     assert len(mixed) > 2
 
 
@@ -182,7 +139,7 @@ def test_a_stack_is_its_models(task):
     norm = CONTENDERS["GroupNorm"].norm(1)
     stack = networks.build_stack(task.network, norm, seeds=(0, 7), copies=2).double()
     alone = networks.build_stack(task.network, norm, seeds=(7,), copies=1).double()
-    x = task.data(False).test.inputs[:3].double()
+    x = task.data(SHUFFLED).test.inputs[:3].double()
     outputs = stack(torch.cat([x] * 4, 1)).unflatten(1, (4, -1))
     for number in (1, 3):
         torch.testing.assert_close(outputs[:, number], alone(x))
@@ -190,13 +147,13 @@ def test_a_stack_is_its_models(task):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-@pytest.mark.parametrize("name", ["BatchNorm", "running, Horizon()", "plain sums, Horizon(fraction=0.05), r_max 1.5"])
+@pytest.mark.parametrize("name", ["BatchNorm", "running, Horizon()", "exact, SquareRoot(0.1)"])
 def test_training_a_stack_is_training_each_model_by_torch(name, optimizer):
-    task, norm = tasks.TASKS["plain conv net"], ALL_LAYERS[name].norm(6)
-    part = task.data(False).train
+    task, norm = tasks.TASKS["plain conv net"], CONTENDERS[name].norm(6)
+    part = task.data(SHUFFLED).train
     part = part._replace(inputs=part.inputs.double())
     seeds, rate = (0, 7), torch.tensor([0.003, 0.01])
-    batches = torch.stack([tasks.schedule(part.classes, 4, False, 24, seed) for seed in seeds], 1)
+    batches = torch.stack([tasks.schedule(part.classes, 4, SHUFFLED, 24, seed) for seed in seeds], 1)
     stack = networks.build_stack(task.network, norm, seeds, 2).double()
     rated = train.RatedOptimizer(optimizer, stack, rate.double().repeat_interleave(2))
     train.train(stack, rated, part, batches, copies=2)
@@ -227,11 +184,11 @@ def test_every_cell_is_there_once_and_has_rates():
 
 def test_a_run_is_the_same_every_time_and_knows_what_cannot_be_trained():
     job = Job(TINY, "BatchNorm", (0.003,), (0, 1))
-    first, again = (train.run(job, SAMPLES) for _ in range(2))
+    first, again = (run(job) for _ in range(2))
     assert [record["contender"] for record in first] == ["BatchNorm", "BatchNorm, update_bn_stats"]
     for one, other in zip(first, again, strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    (cannot,) = train.run(Job(Cell("perceptron", 1, False, "AdamW"), "PreciseBatchNorm", (0.1,), (0,)), SAMPLES)
+    (cannot,) = run(Job(replace(TINY, batch=1), "PreciseBatchNorm", (0.1,), (0,)))
     assert cannot["error"] == "one value per channel"
 
 
@@ -245,47 +202,29 @@ def test_a_killed_run_is_resumed(tmp_path, few_contenders, monkeypatch):
     path = tmp_path / "accuracy.jsonl"
     monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
     done: list[str] = []
-    runner.run_missing(path, [TINY], SAMPLES, jobs=1, budget=math.inf, say=done.append)
-    assert len(done) == 5  # two contenders, a sweep and more seeds each, "complete"
+    runner.run_missing(path, TINY_GRID, jobs=1, budget=math.inf, say=done.append)
+    assert len(done) == 3  # two contenders, "complete"
     complete = path.read_text()
     lines = complete.splitlines(keepends=True)
 
     # Killed while it wrote the line of GroupNorm's sweep, after those of BatchNorm, recalibrated and not.
     path.write_text("".join(lines[:3]) + lines[3][:40])
     resumed: list[str] = []
-    runner.run_missing(path, [TINY], SAMPLES, jobs=1, budget=math.inf, say=resumed.append)
+    runner.run_missing(path, TINY_GRID, jobs=1, budget=math.inf, say=resumed.append)
     assert [line.rpartition(",")[0] for line in resumed] == [line.rpartition(",")[0] for line in done[1:]]
 
     def without_times(text: str) -> list[dict]:
         return [{**json.loads(line), "seconds": 0} for line in text.splitlines() if '"part"' not in line]
 
     assert without_times(path.read_text()) == without_times(complete)
-    assert list(pending(results.load(path), [TINY])) == []
+    assert list(TINY_GRID.pending(results.load(path))) == []
 
 
 def test_nothing_begins_after_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
     said: list[str] = []
-    runner.run_missing(tmp_path / "accuracy.jsonl", [TINY], SAMPLES, jobs=1, budget=0, say=said.append)
+    runner.run_missing(tmp_path / "accuracy.jsonl", TINY_GRID, jobs=1, budget=0, say=said.append)
     assert said == [f"{len(CONTENDERS)} runs left"]
-
-
-class InThisProcess:
-    """A pool that works at once."""
-
-    def __init__(self, *arguments, **options):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def submit(self, function, *arguments):
-        future = runner.Future()
-        future.set_result(function(*arguments))
-        return future
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -295,8 +234,7 @@ def made_up(cell: Cell, scores: dict[str, list[list[float]]], **also) -> list[di
     """A sweep of two rates and two seeds each, validated as tested."""
     return [
         {
-            "task": cell.task, "batch": cell.batch, "one_class": cell.one_class, "optimizer": cell.optimizer,
-            "contender": name, "rates": [0.001, 0.01], "seeds": list(results.SWEEP_SEEDS),
+            **asdict(cell), "contender": name, "rates": [0.001, 0.01], "seeds": list(results.SWEEP_SEEDS),
             "validation": values, "test": values, "loss": [[0.5, 0.5], [0.5, None]],
         }
         | also
@@ -307,21 +245,21 @@ def made_up(cell: Cell, scores: dict[str, list[list[float]]], **also) -> list[di
 @pytest.fixture
 def made_up_results() -> results.Results:
     """In one cell the default is best, in the next it loses, in the last most contenders are missing."""
-    first, second, third = (Cell("residual net", batch, False, "AdamW") for batch in (2, 32, 8))
+    first, second, third = (Cell("residual net", batch, SHUFFLED, "AdamW") for batch in (2, 32, 8))
     level = {name: [[0.8, 0.82], [0.9, 0.92]] for name in report.NAMES}
     records = made_up(first, level | {OURS: [[0.85, 0.85], [0.95, 0.97]]})
     records += made_up(second, level | {"GroupNorm": [[0.7, 0.7], [0.93, 0.93]]})
     records += made_up(third, {OURS: [[0.5, 0.5], [0.6, 0.6]], "exact, SquareRoot(0.1)": [[0.5, 0.5], [0.7, 0.7]]})
     records += [record | {"error": "one value per channel"} for record in made_up(third, {"PreciseBatchNorm": []})]
     machine = {"processor": "abacus", "torch": "2", "date": "2026-01-01"}
-    return results.Results([{"part": {"samples": 1088, "machine": machine}}, *records])
+    return results.Results([{"part": {"machine": machine}}, *records])
 
 
 def test_scores_are_at_the_rate_that_validation_likes(made_up_results):
     cell = made_up_results.cells()[0]
-    (record,) = made_up(Cell("perceptron", 2, False, "SGD"), {"GroupNorm": [[0.9, 0.9], [0.1, 0.1]]})
+    (record,) = made_up(Cell("perceptron", 2, SHUFFLED, "SGD"), {"GroupNorm": [[0.9, 0.9], [0.1, 0.1]]})
     made_up_results.add(record | {"validation": [[0.1, 0.2], [0.3, 0.4]]})
-    made_up_results.add(record | {"seeds": list(results.MORE_SEEDS), "rates": [0.01], "test": [[0.7]], "loss": [[1.0]]})
+    made_up_results.add(record | {"seeds": [5, 6], "rates": [0.01], "test": [[0.7]], "loss": [[1.0]]})
     best = made_up_results.best(made_up_results.cells()[-1], "GroupNorm")
     assert (best.rate, best.test, best.diverged) == (0.01, (0.1, 0.1, 0.7), 1)
     assert made_up_results.best(cell, OURS).mean == pytest.approx(0.96)

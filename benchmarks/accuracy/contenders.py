@@ -6,7 +6,7 @@ Shapes: N batch, C channels, n elements per channel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
 
-from .networks import Norm, Site
+from .conversions import as_it_is, freeze, to_running, to_running_centred
+from .networks import Norm, Site, with_relu
+from .rivals import center_weights_of, evonorm, frn, mabn, online_norm, standardize_weights
 
 
 class BatchRenorm(nn.Module):
@@ -79,30 +81,36 @@ def _affine(x: Tensor, mean: Tensor, std: Tensor, weight: Tensor, bias: Tensor) 
     return (x - mean) / std * weight + bias
 
 
-TWIN_BATCH = 2  # up to here the weight of SquareRoot(0.1) is 0.1
-
-
 @dataclass(frozen=True)
 class Contender:
     """A way to normalise. `norm` makes the layer for a run of so many steps.
 
-    `recalibrated` names a second contender: the same trained model after `update_bn_stats`. `twin` names one that is
-    the same layer on batches of up to `TWIN_BATCH`, where it need not be trained again.
+    `recalibrated` names a second contender: the same trained model after `update_bn_stats`.
+
+    `prepare` changes a stack of these layers before it is trained. `convert` makes a pretrained stack of
+    nn.BatchNorm2d one of this contender, in place; where it is None, that cannot be. With `recalibrated_first` the
+    pretrained stack is given the statistics of the new data before. `warmup` is the part of the steps in which the rate
+    rises. `statistics` says that the training mode has statistics of batches, so that evaluation can differ from it.
     """
 
     name: str
     norm: Callable[[int], Norm]
     recalibrated: str | None = None
-    twin: str | None = None
+    prepare: Callable[[nn.Module], None] | None = None
+    convert: Callable[[nn.Module], None] | None = None
+    recalibrated_first: bool = False
+    warmup: float = 0.0
+    statistics: bool = False
 
-    def names(self, batch: int) -> tuple[str, ...]:
-        """Under what the results of a run with such batches go."""
-        twin = self.twin if batch <= TWIN_BATCH else None
-        return tuple(name for name in (self.name, self.recalibrated, twin) if name is not None)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under what the results of a run go."""
+        return (self.name,) if self.recalibrated is None else (self.name, self.recalibrated)
 
 
-def _whatever_the_steps(norm: Norm) -> Callable[[int], Norm]:
-    return lambda steps: norm
+def _layer(make: Callable[[Site], nn.Module]) -> Callable[[int], Norm]:
+    """A layer that does not depend on the number of steps, with a ReLU after it where the site is activated."""
+    return lambda steps: lambda site: with_relu(make(site), site)
 
 
 def _batch_norm(site: Site) -> nn.Module:
@@ -115,7 +123,7 @@ def _group_norm(site: Site) -> nn.Module:
 
 
 def _batch_renorm(steps: int) -> Norm:
-    return lambda site: BatchRenorm(site.models * site.channels, steps)
+    return lambda site: with_relu(BatchRenorm(site.models * site.channels, steps), site)
 
 
 def _precise(site: Site) -> nn.Module:
@@ -124,22 +132,69 @@ def _precise(site: Site) -> nn.Module:
 
 def running_layer(cls: type[RunningBatchNorm] = RunningBatchNorm, **options: Any) -> Callable[[int], Norm]:
     """RunningBatchNorm, or what was tried in its place, with these options."""
-    return _whatever_the_steps(lambda site: cls(site.models * site.channels, **options))
+    return _layer(lambda site: cls(site.models * site.channels, **options))
 
 
-BATCH_NORM, RECALIBRATED, OURS = "BatchNorm", "BatchNorm, update_bn_stats", "running, Horizon()"
+BATCH_NORM, RECALIBRATED = "BatchNorm", "BatchNorm, update_bn_stats"
+OURS, OURS_CENTERED = "running, Horizon()", "running, centred weights"
+
+_BATCH_NORM = Contender(BATCH_NORM, _layer(_batch_norm), RECALIBRATED, convert=as_it_is, statistics=True)
+_OURS = Contender(OURS, running_layer(), convert=to_running(), statistics=True)
+_OURS_CENTERED = replace(_OURS, name=OURS_CENTERED, prepare=center_weights_of, convert=to_running_centred)
+_EXACT: dict[str, Any] = {"gradient": "exact", "momentum": SquareRoot(0.1)}
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender(BATCH_NORM, _whatever_the_steps(_batch_norm), RECALIBRATED),
-        Contender("GroupNorm", _whatever_the_steps(_group_norm)),
-        Contender("Batch Renormalization", _batch_renorm),
-        Contender("PreciseBatchNorm", _whatever_the_steps(_precise)),
-        Contender(OURS, running_layer()),
-        Contender("running, SquareRoot(0.1)", running_layer(momentum=SquareRoot(0.1))),
+        _BATCH_NORM,
+        Contender("GroupNorm", _layer(_group_norm)),
+        Contender("Batch Renormalization", _batch_renorm, statistics=True),
+        Contender("PreciseBatchNorm", _layer(_precise), statistics=True),
+        _OURS,
+        _OURS_CENTERED,
+        Contender("running, SquareRoot(0.1)", running_layer(momentum=SquareRoot(0.1)), statistics=True),
         Contender(
-            "exact, SquareRoot(0.1)", running_layer(gradient="exact", momentum=SquareRoot(0.1)), twin="exact, 0.1"
+            "exact, SquareRoot(0.1)", running_layer(**_EXACT), convert=to_running(**_EXACT),
+            statistics=True,
         ),
     )
+}  # fmt: skip
+
+
+def _after(weights: str, prepare: Callable[[nn.Module], None]) -> Contender:
+    """nn.BatchNorm after convolutions whose weights are transformed."""
+    name = f"{BATCH_NORM}, {weights} weights"
+    return Contender(name, _layer(_batch_norm), f"{name}, update_bn_stats", prepare=prepare, statistics=True)
+
+
+# On real images, from scratch.
+REAL_CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        _OURS,
+        _OURS_CENTERED,
+        _BATCH_NORM,
+        Contender("MABN", mabn, prepare=center_weights_of, statistics=True),
+        Contender("GroupNorm, standardised weights", _layer(_group_norm), prepare=standardize_weights),
+        _after("standardised", standardize_weights),
+        _after("centred", center_weights_of),
+        CONTENDERS["exact, SquareRoot(0.1)"],
+        CONTENDERS["GroupNorm"],
+        CONTENDERS["Batch Renormalization"],
+        Contender("FRN + TLU", frn, warmup=0.05),
+        Contender("EvoNorm-S0", evonorm),
+        Contender("Online Normalization", online_norm, statistics=True),
+    )
 }
+
+# Where a pretrained net is trained on: those that can take it over, and what makes sense there only.
+_FROZEN = Contender(f"{BATCH_NORM}, frozen", _layer(_batch_norm), convert=freeze)
+_FIRST = [
+    replace(contender, name=f"recalibrated first, {contender.name}", recalibrated=None, recalibrated_first=True)
+    for contender in (_BATCH_NORM, _FROZEN, _OURS, _OURS_CENTERED)
+]
+FINE_TUNED = {
+    contender.name: contender
+    for contender in (*REAL_CONTENDERS.values(), _FROZEN, *_FIRST)
+    if contender.convert is not None
+}  # fmt: skip

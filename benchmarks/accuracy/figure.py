@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .contenders import BATCH_NORM, OURS, RECALIBRATED
-from .results import Cell, Results
+from .results import ONE_CLASS, SHUFFLED, Cell, Results
 from .tasks import TASKS
 
 # Okabe and Ito's colours, as in the demo's figure.
@@ -18,20 +18,20 @@ LINES = {
     OURS: ("#d55e00", "-"),
 }
 BATCHES = (1, 2, 4, 8, 32)
-ROWS = (("AdamW", False), ("SGD", False), ("AdamW", True), ("SGD", True))
+ROWS = (("AdamW", SHUFFLED), ("SGD", SHUFFLED), ("AdamW", ONE_CLASS), ("SGD", ONE_CLASS))
 
 
 def figure(results: Results) -> Figure:
     """A column for each task, a row for each optimizer and kind of batch of which there is anything."""
-    run = {(cell.optimizer.removeprefix("plain "), cell.one_class) for cell in results.cells()}
+    run = {(cell.optimizer.removeprefix("plain "), cell.batches) for cell in results.cells()}
     rows = [row for row in ROWS if row in run]
     shown = Figure(figsize=(2.3 * len(TASKS), 0.6 + 2 * len(rows)), dpi=120, layout="constrained")
     panels = shown.subplots(len(rows), len(TASKS), sharex=True, squeeze=False)
-    for axes, (optimizer, one_class) in zip(panels, rows, strict=True):
+    for axes, (optimizer, batches) in zip(panels, rows, strict=True):
         for panel, task in zip(axes, TASKS, strict=True):
             plain = "plain SGD" if (task, optimizer) == ("fastai's net", "SGD") else optimizer
-            draw(panel, results, task, plain, one_class)
-        axes[0].set_ylabel(f"{optimizer}\n{'one class' if one_class else 'independent'}\nscore in %")
+            draw(panel, results, task, plain, batches)
+        axes[0].set_ylabel(f"{optimizer}\n{'independent' if batches == SHUFFLED else batches}\nscore in %")
     for panel, task in zip(panels[0], TASKS, strict=True):
         panel.set_title(task, fontsize=10)
     for panel in panels[-1]:
@@ -42,10 +42,10 @@ def figure(results: Results) -> Figure:
     return shown
 
 
-def draw(panel: Axes, results: Results, task: str, optimizer: str, one_class: bool) -> None:
+def draw(panel: Axes, results: Results, task: str, optimizer: str, batches: str) -> None:
     """Mean ± standard deviation over the seeds, of each contender that has any."""
     for name, (colour, style) in LINES.items():
-        scores = {batch: results.best(Cell(task, batch, one_class, optimizer), name) for batch in BATCHES}
+        scores = {batch: results.best(Cell(task, batch, batches, optimizer), name) for batch in BATCHES}
         points = [(BATCHES.index(batch), score.mean, score.std) for batch, score in scores.items() if score]
         if points:
             x, mean, std = zip(*points, strict=True)

@@ -14,15 +14,25 @@ from torch.nn import functional as F
 
 
 class Site(NamedTuple):
-    """Where a normalisation layer goes: inputs of (N, models · channels, *) with so many dimensions in *."""
+    """Where a normalisation layer goes: inputs of (N, models · channels, *) with so many dimensions in *.
+
+    `activated` says that a ReLU follows. It is part of the layer, since some contenders have an activation of their
+    own.
+    """
 
     channels: int
     models: int
     dimensions: int
+    activated: bool = False
 
 
-Norm = Callable[[Site], nn.Module]
+Norm = Callable[[Site], nn.Module]  # the layer, with its activation where the site is activated
 Network = Callable[[int, Norm], nn.Module]  # M and the layer -> a stack of M models
+
+
+def with_relu(layer: nn.Module, site: Site) -> nn.Module:
+    """The layer, followed by a ReLU where the site is activated."""
+    return nn.Sequential(layer, nn.ReLU()) if site.activated else layer
 
 
 def convolution(
@@ -36,15 +46,18 @@ def convolution(
     )  # fmt: skip
 
 
-def chain(widths: Sequence[int], strides: Sequence[int], models: int, norm: Norm, **options: int) -> list[nn.Module]:
-    """Convolution, normalisation, ReLU for each step from one width to the next."""
-    dimensions = options.get("dimensions", 2)
+def chain(
+    widths: Sequence[int], strides: Sequence[int], models: int, norm: Norm, *,
+    dimensions: int = 2, kernel: int = 3, last_activated: bool = True,
+) -> list[nn.Module]:  # fmt: skip
+    """Convolution and activated normalisation for each step from one width to the next."""
     layers: list[nn.Module] = []
-    for channels_in, channels, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+    steps = list(zip(widths[:-1], widths[1:], strides, strict=True))
+    for number, (channels_in, channels, stride) in enumerate(steps, 1):
+        activated = last_activated or number < len(steps)
         layers += [
-            convolution(channels_in, channels, models, stride=stride, **options),
-            norm(Site(channels, models, dimensions)),
-            nn.ReLU(),
+            convolution(channels_in, channels, models, dimensions, kernel=kernel, stride=stride),
+            norm(Site(channels, models, dimensions, activated)),
         ]
     return layers
 
@@ -54,8 +67,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, models: int, norm: Norm) -> None:
         super().__init__()
-        *body, _ = chain((channels,) * 3, (1, 1), models, norm)
-        self.body = nn.Sequential(*body)
+        self.body = nn.Sequential(*chain((channels,) * 3, (1, 1), models, norm, last_activated=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, M·C, H, W) in and out."""

@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from runningbn import update_bn_stats
 
 from ..results_file import FOLDER, store
-from .contenders import BATCH_NORM, OURS
-from .experiments import ALL_LAYERS
-from .networks import Site, build_stack
+from .contenders import BATCH_NORM, CONTENDERS, OURS, OURS_CENTERED
+from .networks import Site, build_stack, with_relu
+from .results import SHUFFLED
 from .tasks import SAMPLES, TASKS, schedule
 from .train import RatedOptimizer, evaluate, train
 
@@ -38,14 +38,7 @@ RESULTS = FOLDER / "accuracy_published.json"
 SEEDS = (0, 1, 2, 3, 4)
 
 NOTEBOOK_RATES = (0.4, 0.1, 0.03)
-PLAIN_SUMS = "plain sums, Horizon(fraction=0.05)"
-NOTEBOOK = {
-    BATCH_NORM: "0.2348",
-    "exact, SquareRoot(0.1)": "0.9723",
-    OURS: "–",
-    PLAIN_SUMS: "–",
-    f"{PLAIN_SUMS}, r_max 1.5": "–",
-}
+NOTEBOOK = {BATCH_NORM: "0.2348", "exact, SquareRoot(0.1)": "0.9723", OURS: "–", OURS_CENTERED: "–"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +85,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def notebook() -> dict[str, Any]:
     """Accuracy after one epoch of plain SGD on batches of 2, at a constant rate."""
     task = TASKS["fastai's net"]
-    data = task.data(False)
-    batches = torch.stack([schedule(data.train.classes, 2, False, SAMPLES, seed) for seed in SEEDS], 1)
+    data = task.data(SHUFFLED)
+    batches = torch.stack([schedule(data.train.classes, 2, SHUFFLED, SAMPLES, seed) for seed in SEEDS], 1)
     rows = {}
     for name, theirs in NOTEBOOK.items():
-        stack = build_stack(task.network, ALL_LAYERS[name].norm(len(batches)), SEEDS, len(NOTEBOOK_RATES))
+        contender = CONTENDERS[name]
+        stack = build_stack(task.network, contender.norm(len(batches)), SEEDS, len(NOTEBOOK_RATES))
+        if contender.prepare is not None:
+            contender.prepare(stack)
         rates = torch.tensor(NOTEBOOK_RATES).repeat_interleave(len(SEEDS))
         train(stack, RatedOptimizer("plain SGD", stack, rates), data.train, batches, len(NOTEBOOK_RATES), falling=False)
         accuracies, _ = evaluate(stack, task, data.test, len(rates))
@@ -116,30 +112,33 @@ def trained(how: Trained) -> nn.Module:
     """A stack with the statistics of nn.BatchNorm, one model for each seed."""
 
     def split(site: Site) -> nn.Module:
-        return SplitBatchNorm2d(site.models * site.channels, how.normalised)
+        return with_relu(SplitBatchNorm2d(site.models * site.channels, how.normalised), site)
+
+    def plain(site: Site) -> nn.Module:
+        return with_relu(nn.BatchNorm2d(site.models * site.channels), site)
 
     task = TASKS[how.task]
-    part = task.data(False).train
+    part = task.data(SHUFFLED).train
     samples = how.epochs * SAMPLES
-    batches = torch.stack([schedule(part.classes, how.batch, False, samples, seed) for seed in SEEDS], 1)
+    batches = torch.stack([schedule(part.classes, how.batch, SHUFFLED, samples, seed) for seed in SEEDS], 1)
     stack = build_stack(task.network, split, SEEDS, 1)
     train(stack, RatedOptimizer("SGD", stack, torch.full((len(SEEDS),), RATE)), part, batches, 1)
     # As layers that update_bn_stats knows.
-    plain = build_stack(task.network, lambda site: nn.BatchNorm2d(site.models * site.channels), SEEDS, 1)
-    plain.load_state_dict(stack.state_dict())
-    return plain
+    averaged = build_stack(task.network, plain, SEEDS, 1)
+    averaged.load_state_dict(stack.state_dict())
+    return averaged
 
 
 def errors(stack: nn.Module, how: Trained) -> str:
     """Share of wrong answers on the test images in percent."""
     task = TASKS[how.task]
-    accuracies, _ = evaluate(stack, task, task.data(False).test, len(SEEDS))
+    accuracies, _ = evaluate(stack, task, task.data(SHUFFLED).test, len(SEEDS))
     return mean_and_std([100 * (1 - accuracy) for accuracy in accuracies], digits=1)
 
 
 def recalibrated(stack: nn.Module, how: Trained, number: int, batch: int) -> str:
     """Errors with statistics of so many training images, in batches of so many; the statistics are put back."""
-    images = TASKS[how.task].data(False).train.inputs
+    images = TASKS[how.task].data(SHUFFLED).train.inputs
     generator = torch.Generator().manual_seed(number)
     # Every model is shown images of its own.
     chosen = torch.stack([images[torch.randperm(len(images), generator=generator)[:number]] for _ in SEEDS], 1)

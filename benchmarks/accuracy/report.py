@@ -14,16 +14,15 @@ from typing import Any
 from ..readme import markdown
 from ..results_file import FOLDER
 from .contenders import BATCH_NORM, CONTENDERS, OURS, RECALIBRATED
-from .experiments import EXPERIMENTS, PLAIN_SUMS
 from .figure import figure
-from .grid import EXPERIMENT_CELLS, LARGER, rates
-from .results import Cell, Results, Score
+from .grid import rates
+from .results import IN_WORDS, ONE_CLASS, SHUFFLED, Cell, Results, Score
 from .tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PUBLISHED = FOLDER / "accuracy_published.json"
 BATCHES = (1, 2, 4, 8, 32)
-NAMES = tuple(dict.fromkeys(name for contender in CONTENDERS.values() for name in contender.names(max(BATCHES))))
+NAMES = tuple(dict.fromkeys(name for contender in CONTENDERS.values() for name in contender.names))
 OTHERS = (BATCH_NORM, RECALIBRATED, "GroupNorm", "Batch Renormalization")  # what people have without this library
 CLOSE = 0.005  # half a point
 REFERENCE_BATCH = 32
@@ -58,11 +57,6 @@ def complete(results: Results) -> list[Cell]:
         for cell in results.cells()
         if all(results.best(cell, name) or results.error(cell, name) for name in NAMES)
     ]  # fmt: skip
-
-
-def described(cell: Cell) -> str:
-    """A cell in words."""
-    return f"{cell.task}, batch {cell.batch}{' of one class' if cell.one_class else ''}, {cell.optimizer}"
 
 
 # ------------------------------------------------------------------------------------------------------ the summary
@@ -104,36 +98,17 @@ def _emphasised(name: str) -> str:
     return f"**{name}**" if name == OURS else name
 
 
-def experiments(results: Results) -> str:
-    """What was tried beside the default, in the cells in which all of it was: ahead of it, and behind the best."""
-    names = [OURS, *EXPERIMENTS]
-    cells = [cell for cell in EXPERIMENT_CELLS if all(results.best(cell, name) for name in names)]
-    if not cells:
-        return "Not run yet."
-    rows = []
-    for name in names:
-        short = [_shortfall(results, cell, name, Results.best) for cell in cells]
-        worst = max(range(len(cells)), key=short.__getitem__)
-        close = sum(behind <= CLOSE for behind in short)
-        rows.append([
-            _emphasised(name), f"{close} of {len(cells)}", _points(fmean(short)), _points(short[worst]),
-            described(cells[worst]),
-        ])  # fmt: skip
-    header = ["", "within half a point of the best contender", "behind it, mean", "largest", "there"]
-    return markdown(header, rows)
-
-
 def by_batch(results: Results, cells: Sequence[Cell]) -> str:
     """The default against the best of all contenders, and of those that people have, by batch size and kind."""
     rows = []
-    for one_class, batch in product((False, True), BATCHES):
-        some = [cell for cell in cells if (cell.batch, cell.one_class) == (batch, one_class)]
+    for batches, batch in product((SHUFFLED, ONE_CLASS), BATCHES):
+        some = [cell for cell in cells if (cell.batch, cell.batches) == (batch, batches)]
         if some:
             short = [_shortfall(results, cell, OURS, Results.best) for cell in some]
             over_others = [_over_others(results, cell, Results.best) for cell in some]
             worst = [_over_others(results, cell, Results.worst) for cell in some]
             rows.append([
-                f"{batch}{' of one class' if one_class else ''}", str(len(some)),
+                f"{batch}{IN_WORDS[batches]}", str(len(some)),
                 f"{sum(behind <= CLOSE for behind in short)}", _points(fmean(short)),
                 f"{100 * fmean(over_others):+.1f}", f"{sum(ahead > 0 for ahead in worst)}",
             ])  # fmt: skip
@@ -156,7 +131,7 @@ def _over_others(
 def against_reference(results: Results) -> str:
     """The default at batch 1 and 2 beside nn.BatchNorm at batch 32, recalibrated and not."""
     rows = []
-    references = [cell for cell in results.cells() if cell.batch == REFERENCE_BATCH and not cell.one_class]
+    references = [cell for cell in results.cells() if cell.batch == REFERENCE_BATCH and cell.batches == SHUFFLED]
     for reference in references:
         theirs = [results.best(reference, name) for name in (BATCH_NORM, RECALIBRATED)]
         ours = [results.best(_at(reference, batch), OURS) for batch in (1, 2)]
@@ -171,15 +146,8 @@ def against_reference(results: Results) -> str:
     return markdown(header, rows)
 
 
-def larger_images(results: Results) -> str:
-    """All contenders and plain sums on larger images."""
-    cells = [cell for cell in results.cells() if cell.task == LARGER]
-    rows = [[_emphasised(name), *(_score(results.best(cell, name)) for cell in cells)] for name in (*NAMES, PLAIN_SUMS)]
-    return markdown(["", *(described(cell).removeprefix(f"{LARGER}, ") for cell in cells)], rows)
-
-
 def _at(cell: Cell, batch: int) -> Cell:
-    return Cell(cell.task, batch, cell.one_class, cell.optimizer)
+    return Cell(cell.task, batch, cell.batches, cell.optimizer)
 
 
 def _difference(ours: Score | None, theirs: Score | None) -> str:
@@ -203,7 +171,7 @@ def losses(results: Results, cells: Sequence[Cell]) -> list[str]:
             also = "" if others is None else f"; against {others[0]} {distance(ours, others[1])}"
             also = "" if others is not None and others[0] == best[0] else also
             gap = distance(ours, best[1])
-            found.append((gap.points, f"{described(cell)}: {_score(ours)}, {gap} against {best[0]}{also}"))
+            found.append((gap.points, f"{cell}: {_score(ours)}, {gap} against {best[0]}{also}"))
     return [line for _, line in sorted(found)]
 
 
@@ -215,7 +183,7 @@ def worst_rate_losses(results: Results, cells: Sequence[Cell]) -> list[str]:
         others = {name: score for name in OTHERS if (score := results.worst(cell, name)) is not None}
         name, best = max(others.items(), key=lambda item: item[1].mean)
         if ours is not None and ours.mean < best.mean:
-            line = f"{described(cell)}: {_score(ours)} at {ours.rate:g}, {name} {_score(best)} at {best.rate:g}"
+            line = f"{cell}: {_score(ours)} at {ours.rate:g}, {name} {_score(best)} at {best.rate:g}"
             found.append((ours.mean - best.mean, line))
     return [line for _, line in sorted(found)]
 
@@ -225,13 +193,13 @@ def worst_rate_losses(results: Results, cells: Sequence[Cell]) -> list[str]:
 
 def task_tables(results: Results, task: str) -> str:
     """A table for each optimizer and kind of batch: contenders by batch size."""
-    groups = dict.fromkeys((cell.optimizer, cell.one_class) for cell in results.cells() if cell.task == task)
+    groups = dict.fromkeys((cell.optimizer, cell.batches) for cell in results.cells() if cell.task == task)
     parts = []
-    for optimizer, one_class in groups:
-        cells = [Cell(task, batch, one_class, optimizer) for batch in BATCHES]
+    for optimizer, batches in groups:
+        cells = [Cell(task, batch, batches, optimizer) for batch in BATCHES]
         cells = [cell for cell in cells if cell in results.cells()]
         tried = dict.fromkeys(", ".join(f"{rate:g}" for rate in rates(cell)) for cell in cells)
-        kind = "batches of one class" if one_class else "independent batches"
+        kind = "batches of one class" if batches == ONE_CLASS else "independent batches"
         rows = [[_emphasised(name), *(cell_text(results, cell, name) for cell in cells)] for name in NAMES]
         table = markdown(["", *(f"batch {cell.batch}" for cell in cells)], rows)
         parts.append(f"**{optimizer}, {kind}** (rates {'; '.join(tried)})\n\n{table}")
@@ -275,29 +243,6 @@ of seconds need not be for nets of days.
 """
 
 
-ABOUT_LARGER_IMAGES = """## Larger images
-
-The digits enlarged to 24x24, the plain conv net. By the number of elements a batch of four images is a large one, and
-so the default believes it. Where the four are of one class, that is a mistake, which plain running sums
-(`max_lag=math.inf`) do not make; on independent batches they are worse."""
-
-
-ABOUT_EXPERIMENTS = """## What was tried
-
-On the way to the default, in the first cells of the grid. The cells after these had no part in the choice, but for the
-limit: its part for the variance, and its law in n, came when all cells had been seen, for segmentation with SGD. There,
-without the former, weights diverged faster than the statistics followed (44.0 and 35.4 with batches of 1 and 2).
-
-- *plain sums*: `max_lag=math.inf`. The sums of the backward pass are running averages as those of the forward; the
-  default trusts a batch of n elements by n/(n + 64) there, if that is more.
-- *no limit*: it is trusted, but running statistics may lag as far as they will. In the default they may by
-  0.05·(1 + 512/n), for mean and std.
-- *limit to the mean*: by 0.25·(1 + 64/n), for the mean alone.
-- *r_max 1.5*: in training it normalises by max(var, variance of the batch / 1.5²), a relative of Batch
-  Renormalization's r.
-- *Horizon(fraction=0.05)*: a memory half as long, early in training."""
-
-
 def page(results: Results) -> str:
     """The whole of docs/accuracy.md."""
     cells = complete(results)
@@ -311,7 +256,6 @@ def page(results: Results) -> str:
         f"Bold: more than half a point behind.\n\n{against_reference(results)}",
     ]
     behind, worse = losses(results, cells), worst_rate_losses(results, cells)
-    parts += [f"{ABOUT_LARGER_IMAGES}\n\n{larger_images(results)}", f"{ABOUT_EXPERIMENTS}\n\n{experiments(results)}"]
     parts += [
         f"## Losses\n\n{OURS} is more than half a point behind the best contender in {len(behind)} of {len(cells)} "
         f"cells (difference ± its standard error):\n\n{_listed(behind)}",
@@ -333,7 +277,7 @@ def _introduction(results: Results, cells: Sequence[Cell]) -> str:
     scores = [score for cell in cells for name in NAMES if (score := results.best(cell, name)) is not None]
     counts = sorted({len(score.test) for score in scores})
     return INTRODUCTION.format(
-        samples=last["samples"], seeds=f"{' or '.join(map(str, counts))} seeds",
+        samples=cells[0].samples, seeds=f"{' or '.join(map(str, counts))} seeds",
         error=_points(median(score.standard_error for score in scores)), ours=OURS, recalibrated=RECALIBRATED,
         complete=len(cells), begun=len(results.cells()),
         where=f"{on['processor']}, torch {on['torch']}, {on['date']}",

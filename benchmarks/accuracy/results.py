@@ -17,17 +17,35 @@ from typing import Any
 
 Record = dict[str, Any]
 
-SWEEP_SEEDS, MORE_SEEDS = tuple(range(5)), tuple(range(5, 15))
+SWEEP_SEEDS = tuple(range(5))
+
+# What the batches of a run are: independent samples, samples of one class, shifted views of one image, or the next ones
+# of a stream that stays with a class for long.
+SHUFFLED, ONE_CLASS, VIEWS, STREAM = "shuffled", "one class", "views", "stream"
+IN_WORDS = {SHUFFLED: "", ONE_CLASS: " of one class", VIEWS: " of views of one image", STREAM: " of a slow stream"}
+DIGITS_SAMPLES, IMAGE_SAMPLES = 1088, 5000  # trained on in a run, whatever the batch size
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained on what, and by what optimizer."""
+    """What is trained on what, in what batches, by what optimizer, for how many samples."""
 
     task: str
     batch: int
-    one_class: bool
+    batches: str
     optimizer: str
+    samples: int = DIGITS_SAMPLES
+
+    @classmethod
+    def of(cls, record: Record) -> Cell:
+        """The cell of a record; those of the first results say `one_class` and not how many samples."""
+        batches = record["batches"] if "batches" in record else ONE_CLASS if record["one_class"] else SHUFFLED
+        samples = record.get("samples", DIGITS_SAMPLES)
+        return cls(record["task"], record["batch"], batches, record["optimizer"], samples)
+
+    def __str__(self) -> str:
+        longer = "" if self.samples <= IMAGE_SAMPLES else f", {self.samples} samples"
+        return f"{self.task}, batch {self.batch}{IN_WORDS[self.batches]}, {self.optimizer}{longer}"
 
 
 @dataclass(frozen=True)
@@ -68,8 +86,7 @@ class Results:
         if "part" in record:
             self.parts.append(record["part"])
             return
-        cell = Cell(record["task"], record["batch"], record["one_class"], record["optimizer"])
-        self._records.setdefault((cell, record["contender"]), []).append(record)
+        self._records.setdefault((Cell.of(record), record["contender"]), []).append(record)
 
     def cells(self) -> list[Cell]:
         """Those with any result, in the order of the file."""
@@ -111,7 +128,7 @@ class Results:
 
     def _sweeps(self, cell: Cell, name: str) -> list[Record]:
         records = self._records.get((cell, name), ())
-        return [record for record in records if "error" not in record and record["seeds"] == list(SWEEP_SEEDS)]
+        return [record for record in records if "error" not in record and SWEEP_SEEDS[0] in record["seeds"]]
 
     def _score(self, cell: Cell, name: str, rate: float) -> Score:
         test, losses = [], []

@@ -5,22 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
 
 from ..results_file import machine
-from .grid import Job, pending
-from .results import Cell, Record, append, drop_unfinished_line, load
-from .train import run
+from .jobs import Grid, Job
+from .results import Record, append, drop_unfinished_line, load
+from .run import run
 
 
-def run_missing(
-    path: Path, cells: Sequence[Cell], samples: int, jobs: int, budget: float, say: Callable[[str], None]
-) -> None:
-    """Run what a file of results lacks, so many processes at a time, until the budget of seconds is spent.
+def run_missing(path: Path, grid: Grid, jobs: int, budget: float, say: Callable[[str], None]) -> None:
+    """Run what a file of results lacks of a grid, so many processes at a time, until the budget of seconds is spent.
 
     No run is begun after that; those under way are waited for.
     """
@@ -28,14 +26,14 @@ def run_missing(
     results = load(path)
     deadline = time.monotonic() + budget
     described = {**machine(), "threads": 1}
-    append(path, [{"part": {"command": "python -m benchmarks.accuracy", "samples": samples, "machine": described}}])
+    append(path, [{"part": {"command": grid.command, "machine": described}}])
     context = multiprocessing.get_context("spawn")
     running: dict[Future[list[Record]], Job] = {}
     with ProcessPoolExecutor(jobs, context, initializer=_prepare_worker) as pool:
         while True:
-            waiting = (job for job in pending(results, cells) if job not in running.values())
+            waiting = (job for job in grid.pending(results) if job not in running.values())
             while len(running) < jobs and time.monotonic() < deadline and (job := next(waiting, None)) is not None:
-                running[pool.submit(run, job, samples)] = job
+                running[pool.submit(run, job)] = job
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -44,7 +42,7 @@ def run_missing(
                 say(_line(job, records))
                 for record in records:
                     results.add(record)
-    left = sum(1 for _ in pending(results, cells))
+    left = sum(1 for _ in grid.pending(results))
     say(f"{left} runs left" if left else "complete")
 
 
@@ -55,6 +53,4 @@ def _prepare_worker() -> None:
 
 
 def _line(job: Job, records: list[Record]) -> str:
-    cell = job.cell
-    where = f"{cell.task}, batch {cell.batch}{' of one class' if cell.one_class else ''}, {cell.optimizer}"
-    return f"{where}: {job.contender}, {records[0].get('error') or str(records[0]['seconds']) + ' s'}"
+    return f"{job.cell}: {job.contender}, {records[0].get('error') or str(records[0]['seconds']) + ' s'}"

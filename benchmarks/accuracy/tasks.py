@@ -6,7 +6,7 @@ validation part, the tables show the test part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 from . import networks
 from .networks import Network
+from .results import DIGITS_SAMPLES, ONE_CLASS, STREAM, VIEWS
 
-SAMPLES = 1088  # trained on in every run, whatever the batch size: the training images once, 34 batches of 32
+SAMPLES = DIGITS_SAMPLES  # the training images once, 34 batches of 32
 VALIDATION, TEST = 259, 450
-CANVAS, CANVASES = 24, 160
+CANVASES = 160
 BACKGROUND = 10  # the class of pixels without ink
+RUN = 200, 300  # how long a stream stays with a class: from, to
 
 
 class Part(NamedTuple):
@@ -44,13 +46,29 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A network, its data, and a score in [0, 1] of answers (E, M, *) to labels (E, *), (M,)."""
+    """A network, its data, and a score in [0, 1] of answers (E, M, *) to labels (E, *), (M,).
+
+    The data depend on what batches are: see `SHUFFLED` and the others. `pretrained` says that runs begin with a net of
+    nn.BatchNorm2d that knows other classes.
+    """
 
     name: str
     network: Network
-    data: Callable[[bool], Data]  # whether batches are of one class
+    data: Callable[[str], Data]
     score: Callable[[Tensor, Tensor], Tensor]
     measure: str
+    pretrained: bool = False
+
+
+class Layout(NamedTuple):
+    """A square canvas with a square image in each quarter. Pixels are of the image where they exceed `ink`.
+
+    That is in units of the images, above their darkest.
+    """
+
+    canvas: int
+    image: int
+    ink: float
 
 
 @cache
@@ -78,57 +96,62 @@ def standardised(*parts: Part) -> Data:
     return Data(*(part._replace(inputs=(part.inputs - mean) / std) for part in parts))
 
 
-def images(one_class: bool) -> Data:
+def images(batches: str) -> Data:
     """(E, 1, 8, 8)."""
     return digits()
 
 
-def larger_images(one_class: bool) -> Data:
+def larger_images(batches: str) -> Data:
     """Enlarged threefold, (E, 1, 24, 24): a batch has nine times the elements, and says no more."""
     enlarge = partial(F.interpolate, scale_factor=3, mode="bilinear")
     return Data(*(part._replace(inputs=enlarge(part.inputs)) for part in digits()))
 
 
-def vectors(one_class: bool) -> Data:
+def vectors(batches: str) -> Data:
     """The pixels as 64 channels of one position, (E, 64, 1)."""
     return Data(*(part._replace(inputs=part.inputs.view(-1, 64, 1)) for part in digits()))
 
 
-def sequences(one_class: bool) -> Data:
+def sequences(batches: str) -> Data:
     """The pixels, row after row, as a sequence, (E, 1, 64)."""
     return Data(*(part._replace(inputs=part.inputs.view(-1, 1, 64)) for part in digits()))
 
 
 @cache
-def canvases(one_class: bool) -> Data:
+def canvases(batches: str) -> Data:
     """Four digits on a canvas, (E, 1, 24, 24); what to answer for a pixel is its digit, or `BACKGROUND`.
 
-    With `one_class`, the digits of a training canvas are alike; those to validate and test on are mixed in any case.
+    Where batches are of one class, so are the digits of a training canvas; those to validate and test on are mixed.
     """
-    plain = digits()
-    generator = torch.Generator().manual_seed(0)
     wanted = (SAMPLES, CANVASES, CANVASES)
-    alike = (one_class, False, False)
-    return standardised(*map(_compose, plain, wanted, alike, [generator] * 3))
+    return composed(digits(), wanted, batches == ONE_CLASS, Layout(canvas=24, image=8, ink=0))
 
 
-def _compose(part: Part, number: int, alike: bool, generator: torch.Generator) -> Part:
-    """Canvases with a digit in each quarter, at a random place in it."""
+def composed(plain: Data, wanted: Sequence[int], alike: bool, layout: Layout) -> Data:
+    """So many canvases of each part, always the same ones; those of the training part of one class if `alike`."""
+    generator = torch.Generator().manual_seed(0)
+    of_one_class = (alike, False, False)
+    return standardised(*map(_compose, plain, wanted, of_one_class, [generator] * 3, [layout] * 3))
+
+
+def _compose(part: Part, number: int, alike: bool, generator: torch.Generator, layout: Layout) -> Part:
+    """Canvases with an image in each quarter, at a random place in it."""
+    canvas, size = layout.canvas, layout.image
     background = part.inputs.min()
-    inputs = background.expand(number, 1, CANVAS, CANVAS).clone()
-    labels = torch.full((number, CANVAS, CANVAS), BACKGROUND)
+    inputs = background.expand(number, 1, canvas, canvas).clone()
+    labels = torch.full((number, canvas, canvas), BACKGROUND)
     classes = torch.randint(10, (number,), generator=generator)
-    half, room = CANVAS // 2, CANVAS // 2 - 8 + 1
+    half, room = canvas // 2, canvas // 2 - size + 1
     for i in range(number):
         choices = (part.classes == classes[i]).nonzero().flatten() if alike else torch.arange(len(part.classes))
         for quarter in range(4):
             chosen = choices[torch.randint(len(choices), (), generator=generator)]
             top, left = (torch.randint(room, (2,), generator=generator)).tolist()
-            rows = slice(top + half * (quarter // 2), top + half * (quarter // 2) + 8)
-            columns = slice(left + half * (quarter % 2), left + half * (quarter % 2) + 8)
+            rows = slice(top + half * (quarter // 2), top + half * (quarter // 2) + size)
+            columns = slice(left + half * (quarter % 2), left + half * (quarter % 2) + size)
             image = part.inputs[chosen, 0]
             inputs[i, 0, rows, columns] = image
-            labels[i, rows, columns][image > background] = part.labels[chosen]
+            labels[i, rows, columns][image > background + layout.ink] = part.labels[chosen]
     return Part(inputs, labels, classes)
 
 
@@ -164,18 +187,41 @@ TASKS = {
 }
 
 
-def schedule(classes: Tensor, batch: int, one_class: bool, samples: int, seed: int) -> Tensor:
-    """Which training samples make up each batch of a run, (steps, batch): epochs of full batches, shuffled.
+def schedule(classes: Tensor, batch: int, batches: str, samples: int, seed: int) -> Tensor:
+    """Which training samples make up each batch of a run, (steps, batch); see `SHUFFLED` and the others.
 
-    With `one_class` the samples of a batch are of one class.
+    Epochs are of full batches, shuffled. Those of one class are filled class by class; so are views, whose class is the
+    image that they show. A stream goes through all classes in random order, then through all in another order.
     """
     generator = torch.Generator().manual_seed(seed)
-    groups = (
-        [(classes == c).nonzero().flatten() for c in classes.unique()] if one_class else [torch.arange(len(classes))]
-    )
-    steps, batches = samples // batch, torch.empty(0, batch, dtype=torch.int64)
-    while len(batches) < steps:
+    steps = samples // batch
+    if batches == STREAM:
+        return _stream(classes, steps * batch, generator).view(steps, batch)
+    groups = _by_class(classes) if batches in (ONE_CLASS, VIEWS) else [torch.arange(len(classes))]
+    found = torch.empty(0, batch, dtype=torch.int64)
+    while len(found) < steps:
         shuffled = [group[torch.randperm(len(group), generator=generator)] for group in groups]
         full = torch.cat([group[: len(group) // batch * batch].view(-1, batch) for group in shuffled])
-        batches = torch.cat([batches, full[torch.randperm(len(full), generator=generator)]])
-    return batches[:steps]
+        found = torch.cat([found, full[torch.randperm(len(full), generator=generator)]])
+    return found[:steps]
+
+
+def _by_class(classes: Tensor) -> list[Tensor]:
+    """The numbers of the samples of each class."""
+    return list(classes.argsort(stable=True).split(classes.unique(return_counts=True)[1].tolist()))
+
+
+def _stream(classes: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Runs of one class, of random lengths. A class whose samples are used up begins anew, in another order."""
+    groups = _by_class(classes)
+    left = [torch.empty(0, dtype=torch.int64) for _ in groups]
+    runs: list[Tensor] = []
+    while sum(map(len, runs)) < length:
+        for number in torch.randperm(len(groups), generator=generator).tolist():
+            wanted = int(torch.randint(RUN[0], RUN[1] + 1, (), generator=generator))
+            while len(left[number]) < wanted:
+                again = groups[number][torch.randperm(len(groups[number]), generator=generator)]
+                left[number] = torch.cat([left[number], again])
+            runs.append(left[number][:wanted])
+            left[number] = left[number][wanted:]
+    return torch.cat(runs)[:length]

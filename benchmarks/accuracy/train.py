@@ -1,9 +1,10 @@
-"""One run: a stack of models, all rates and all seeds at once, trained, and scored in evaluation mode."""
+"""Training a stack of models, with a rate for each, and scoring it."""
 
 from __future__ import annotations
 
-import math
-import time
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -12,15 +13,11 @@ from torch.nn import functional as F
 
 from runningbn import update_bn_stats
 
-from .experiments import ALL_LAYERS
-from .grid import Job
-from .networks import build_stack
-from .results import Record
-from .tasks import TASKS, Data, Part, Task, schedule
+from .tasks import Part, Task
 
-EVALUATED_AT_ONCE = 64
-RECALIBRATED_AT_ONCE = 64
-
+EVALUATED_AT_ONCE = 64  # samples, but fewer if they are large:
+POSITIONS_AT_ONCE = 8 * 28**2  # a stack of 15 is slower with more of them
+RECALIBRATED_AT_ONCE, RECALIBRATED_WITH = 64, 1280
 
 OPTIMIZERS = {"SGD": partial(torch.optim.SGD, momentum=0.9), "plain SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
@@ -72,9 +69,13 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def train(
-    stack: nn.Module, optimizer: RatedOptimizer, part: Part, batches: Tensor, copies: int, falling: bool = True
+    stack: nn.Module, optimizer: RatedOptimizer, part: Part, batches: Tensor, copies: int, falling: bool = True,
+    warmup: float = 0.0,
 ) -> None:  # fmt: skip
-    """One step per batch of sample numbers, (steps, S, N), at rates that fall to zero linearly, or stay."""
+    """One step per batch of sample numbers, (steps, S, N), at rates that fall to zero linearly, or stay.
+
+    In a part `warmup` of the steps, the first, they also rise from zero.
+    """
     stack.train()
     models = batches.shape[1] * copies
     for step, batch in enumerate(batches):
@@ -82,15 +83,30 @@ def train(
         labels = torch.cat([part.labels[batch].transpose(0, 1)] * copies, 1)
         # The gradient of the sum is, for each model, that of its own loss.
         losses(logits_by_model(outputs, models), labels).sum().backward()
-        optimizer.step(1 - step / len(batches) if falling else 1.0)
+        factor = 1 - step / len(batches) if falling else 1.0
+        optimizer.step(factor * min(1.0, (step + 1) / max(1.0, warmup * len(batches))))
 
 
 @torch.no_grad()
 def evaluate(stack: nn.Module, task: Task, part: Part, models: int) -> tuple[list[float], list[float]]:
     """Score and mean loss of every model. A model of NaNs is evaluated like any other: it answers 0."""
+    positions = part.inputs[0, 0].numel()
+    at_once = max(1, min(EVALUATED_AT_ONCE, POSITIONS_AT_ONCE // positions))
     stack.eval()
+    return _scored(stack, task, part, models, at_once)
+
+
+@torch.no_grad()
+def evaluate_as_trained(stack: nn.Module, task: Task, part: Part, models: int, batch: int) -> list[float]:
+    """The score of every model in training mode, with batches as in training, by a copy that is thrown away."""
+    copied = copy.deepcopy(stack).train()
+    return _scored(copied, task, part, models, batch)[0]
+
+
+def _scored(stack: nn.Module, task: Task, part: Part, models: int, batch: int) -> tuple[list[float], list[float]]:
+    """Score and mean loss of every model as it is."""
     answers, loss = [], torch.zeros(models, dtype=torch.float64)
-    for inputs, labels in zip(part.inputs.split(EVALUATED_AT_ONCE), part.labels.split(EVALUATED_AT_ONCE), strict=True):
+    for inputs, labels in zip(part.inputs.split(batch), part.labels.split(batch), strict=True):
         logits = logits_by_model(stack(torch.cat([inputs] * models, 1)), models)
         answers.append(logits.argmax(2))
         everybody = labels.unsqueeze(1).expand(-1, models, *labels.shape[1:])
@@ -99,47 +115,29 @@ def evaluate(stack: nn.Module, task: Task, part: Part, models: int) -> tuple[lis
 
 
 def recalibrate(stack: nn.Module, part: Part, models: int) -> None:
-    """`update_bn_stats` with all training samples, in shuffled batches."""
-    order = torch.randperm(len(part.inputs), generator=torch.Generator().manual_seed(0))
-    batches = [torch.cat([part.inputs[some]] * models, 1) for some in order.split(RECALIBRATED_AT_ONCE)]
-    update_bn_stats(stack, batches)
+    """`update_bn_stats` with training samples, all or `RECALIBRATED_WITH`, in shuffled batches."""
+    order = torch.randperm(len(part.inputs), generator=torch.Generator().manual_seed(0))[:RECALIBRATED_WITH]
+    numbers = order.split(RECALIBRATED_AT_ONCE)
+    with broken_models_aside(stack, torch.cat([part.inputs[numbers[0]]] * models, 1), models):
+        update_bn_stats(stack, (torch.cat([part.inputs[some]] * models, 1) for some in numbers))
 
 
-def run(job: Job, samples: int) -> list[Record]:
-    """Train a contender in a cell and score it; a record for it and for each other name that its run stands for.
+@contextmanager
+def broken_models_aside(stack: nn.Module, example: Tensor, models: int) -> Iterator[None]:
+    """Zeros in the place of models whose outputs are not finite; afterwards they are as before.
 
-    A contender that cannot train there, as BatchNorm on one value per channel, gets a record with the error.
+    `update_bn_stats` leaves out batches that are not finite anywhere, which would be all of them, for everybody.
     """
-    cell, contender, models = job.cell, ALL_LAYERS[job.contender], len(job.rates) * len(job.seeds)
-    task = TASKS[cell.task]
-    data = task.data(cell.one_class)
-    begin = time.perf_counter()
-    order = [schedule(data.train.classes, cell.batch, cell.one_class, samples, seed) for seed in job.seeds]
-    batches = torch.stack(order, 1)
-    stack = build_stack(task.network, contender.norm(len(batches)), job.seeds, len(job.rates))
-    optimizer = RatedOptimizer(cell.optimizer, stack, torch.tensor(job.rates).repeat_interleave(len(job.seeds)))
+    with torch.no_grad():
+        outputs = logits_by_model(copy.deepcopy(stack).train()(example), models)
+        broken = ~outputs.isfinite().transpose(0, 1).flatten(1).all(1)
+        tensors = [tensor.detach() for tensor in (*stack.parameters(), *stack.buffers()) if tensor.dim()]
+        by_model = [tensor.view(models, -1) for tensor in tensors]
+        before = [rows[broken] for rows in by_model]
+        for rows in by_model:
+            rows[broken] = 0
     try:
-        train(stack, optimizer, data.train, batches, len(job.rates))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        return [job.record(name) | {"error": "one value per channel"} for name in contender.names(cell.batch)]
-    found = dict.fromkeys(contender.names(cell.batch), scores(job, task, data, stack))
-    if contender.recalibrated is not None:
-        recalibrate(stack, data.train, models)
-        found[contender.recalibrated] = scores(job, task, data, stack)
-    seconds = round(time.perf_counter() - begin, 1)
-    return [job.record(name) | of_name | {"seconds": seconds} for name, of_name in found.items()]
-
-
-def scores(job: Job, task: Task, data: Data, stack: nn.Module) -> Record:
-    """Scores and test losses, by rate and seed; null for a loss that is not finite."""
-    models = len(job.rates) * len(job.seeds)
-    validation, _ = evaluate(stack, task, data.validation, models)
-    test, loss = evaluate(stack, task, data.test, models)
-
-    def by_rate(values: list[float], digits: int) -> list[list[float | None]]:
-        rounded = [round(value, digits) if math.isfinite(value) else None for value in values]
-        return [rounded[i : i + len(job.seeds)] for i in range(0, len(rounded), len(job.seeds))]
-
-    return {"validation": by_rate(validation, 5), "test": by_rate(test, 5), "loss": by_rate(loss, 4)}
+        yield
+    finally:
+        for rows, values in zip(by_model, before, strict=True):
+            rows[broken] = values

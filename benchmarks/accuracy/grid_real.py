@@ -1,0 +1,59 @@
+"""The cells of the benchmark on real images and their order, the most informative first.
+
+5000 samples a run, 20 000 in the last two. Three seeds at each of five rates, the same for all contenders.
+"""
+
+from __future__ import annotations
+
+from .contenders import FINE_TUNED, REAL_CONTENDERS, Contender
+from .jobs import Grid
+from .results import IMAGE_SAMPLES, ONE_CLASS, SHUFFLED, STREAM, VIEWS, Cell
+from .tasks_real import AT_28, DEEP, FINE_TUNING, MOBILE, PLAIN, REAL_TASKS, RESIDUAL, SEGMENTATION, SERIES
+
+SEEDS = (0, 1, 2)
+LONG = 20_000
+RATES = {"AdamW": (0.0003, 0.001, 0.003, 0.01, 0.03), "SGD": (0.003, 0.01, 0.03, 0.1, 0.3)}
+FINE_TUNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01)
+
+
+def _cell(
+    task: str, batch: int, batches: str = SHUFFLED, optimizer: str = "AdamW", samples: int = IMAGE_SAMPLES
+) -> Cell:
+    return Cell(task, batch, batches, optimizer, samples)
+
+
+def _residual(optimizer: str) -> list[Cell]:
+    """What all others vary."""
+    kinds = ((1, SHUFFLED), (2, SHUFFLED), (4, ONE_CLASS), (32, SHUFFLED))
+    return [_cell(RESIDUAL, batch, batches, optimizer) for batch, batches in kinds]
+
+
+CELLS = (
+    *_residual("AdamW"),
+    *_residual("SGD"),
+    *(_cell(SEGMENTATION, batch) for batch in (1, 2)),
+    *(_cell(MOBILE, batch, batches) for batch, batches in ((1, SHUFFLED), (2, SHUFFLED), (4, ONE_CLASS))),
+    _cell(AT_28, 1),
+    _cell(PLAIN, 2),
+    _cell(PLAIN, 4, ONE_CLASS),
+    _cell(RESIDUAL, 4, VIEWS),
+    _cell(RESIDUAL, 4, STREAM),
+    _cell(RESIDUAL, 32, ONE_CLASS),
+    _cell(DEEP, 2),
+    _cell(SERIES, 2),
+    *(_cell(task, batch) for task in FINE_TUNING for batch in (1, 2)),
+    *(_cell(RESIDUAL, batch, samples=LONG) for batch in (1, 2)),
+)
+
+
+def rates(cell: Cell) -> tuple[float, ...]:
+    """The learning rates of the sweep."""
+    return FINE_TUNING_RATES if REAL_TASKS[cell.task].pretrained else RATES[cell.optimizer]
+
+
+def trained_in(cell: Cell) -> list[Contender]:
+    """The contenders, or those that can take over a pretrained net."""
+    return list((FINE_TUNED if REAL_TASKS[cell.task].pretrained else REAL_CONTENDERS).values())
+
+
+REAL_GRID = Grid("python -m benchmarks.accuracy --real", CELLS, rates, trained_in, SEEDS)
