@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,9 @@ OURS, OURS_CENTERED = "running, Horizon()", "running, centred weights"
 
 _BATCH_NORM = Contender(BATCH_NORM, _layer(_batch_norm), RECALIBRATED, convert=as_it_is, statistics=True)
 _OURS = Contender(OURS, running_layer(), convert=to_running(), statistics=True)
-_OURS_CENTERED = replace(_OURS, name=OURS_CENTERED, prepare=center_weights_of, convert=to_running_centred)
+_OURS_CENTERED = replace(
+    _OURS, name=OURS_CENTERED, prepare=partial(center_weights_of, depthwise=False), convert=to_running_centred
+)
 _EXACT: dict[str, Any] = {"gradient": "exact", "momentum": SquareRoot(0.1)}
 
 CONTENDERS = {
@@ -184,6 +187,15 @@ REAL_CONTENDERS = {
         Contender("FRN + TLU", frn, warmup=0.05),
         Contender("EvoNorm-S0", evonorm),
         Contender("Online Normalization", online_norm, statistics=True),
+    )
+}
+
+# Where there are depthwise convolutions.
+DEPTHWISE = {
+    contender.name: contender
+    for contender in (
+        *REAL_CONTENDERS.values(),
+        replace(_OURS_CENTERED, name=f"{OURS_CENTERED}, depthwise too", prepare=center_weights_of, convert=None),
     )
 }
 

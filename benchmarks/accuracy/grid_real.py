@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .contenders import FINE_TUNED, REAL_CONTENDERS, Contender
+from .contenders import DEPTHWISE, FINE_TUNED, REAL_CONTENDERS, Contender
 from .jobs import Grid
 from .results import IMAGE_SAMPLES, ONE_CLASS, SHUFFLED, STREAM, VIEWS, Cell
 from .tasks_real import AT_28, DEEP, FINE_TUNING, MOBILE, PLAIN, REAL_TASKS, RESIDUAL, SEGMENTATION, SERIES
@@ -13,7 +13,7 @@ from .tasks_real import AT_28, DEEP, FINE_TUNING, MOBILE, PLAIN, REAL_TASKS, RES
 SEEDS = (0, 1, 2)
 LONG = 20_000
 RATES = {"AdamW": (0.0003, 0.001, 0.003, 0.01, 0.03), "SGD": (0.003, 0.01, 0.03, 0.1, 0.3)}
-FINE_TUNING_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01)
+FINE_TUNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 
 
 def _cell(
@@ -53,7 +53,9 @@ def rates(cell: Cell) -> tuple[float, ...]:
 
 def trained_in(cell: Cell) -> list[Contender]:
     """The contenders, or those that can take over a pretrained net."""
-    return list((FINE_TUNED if REAL_TASKS[cell.task].pretrained else REAL_CONTENDERS).values())
+    if REAL_TASKS[cell.task].pretrained:
+        return list(FINE_TUNED.values())
+    return list((DEPTHWISE if cell.task == MOBILE else REAL_CONTENDERS).values())
 
 
 REAL_GRID = Grid("python -m benchmarks.accuracy --real", CELLS, rates, trained_in, SEEDS)

@@ -324,20 +324,23 @@ class Standardized(nn.Module):
         return (weight - mean) / (std + self.EPS)
 
 
-def center_weights_of(stack: nn.Module) -> None:
+def center_weights_of(stack: nn.Module, depthwise: bool = True) -> None:
     """Centre the weights of all convolutions that feed a normalisation: they have no bias."""
-    _reparametrise(stack, Centred)
+    _reparametrise(stack, Centred, depthwise)
 
 
 def standardize_weights(stack: nn.Module) -> None:
     """Standardise the weights of all convolutions that feed a normalisation: they have no bias."""
-    _reparametrise(stack, Standardized)
+    _reparametrise(stack, Standardized, True)
 
 
-def _reparametrise(stack: nn.Module, transform: type[nn.Module]) -> None:
+def _reparametrise(stack: nn.Module, transform: type[nn.Module], depthwise: bool) -> None:
     """The raw weights stay as they are, as parameters. A filter of a single weight would vanish and is left alone."""
     for layer in list(stack.modules()):
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.bias is None and layer.weight[0].numel() > 1:
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or layer.bias is not None or layer.weight[0].numel() == 1:
+            continue
+        # The stem of a stack has one input channel per group, too, but more output channels.
+        if depthwise or not layer.in_channels == layer.out_channels == layer.groups:
             parametrize.register_parametrization(layer, "weight", transform())
 
 

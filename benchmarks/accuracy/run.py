@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .contenders import CONTENDERS, FINE_TUNED, REAL_CONTENDERS, Contender
+from .contenders import CONTENDERS, DEPTHWISE, FINE_TUNED, Contender
 from .jobs import Job
 from .networks import build_stack
 from .pretrained import pretrained_stack
@@ -19,7 +19,7 @@ from .tasks import Data, Task, schedule
 from .tasks_real import ALL_TASKS
 from .train import RatedOptimizer, evaluate, evaluate_as_trained, recalibrate, train
 
-EVERYBODY = CONTENDERS | REAL_CONTENDERS | FINE_TUNED
+EVERYBODY = CONTENDERS | DEPTHWISE | FINE_TUNED
 SMALL_BATCH = 2  # up to here the training mode is scored, too,
 SCORED_AS_TRAINED = 1000  # with so many test samples
 
