@@ -7,6 +7,7 @@ from .recalibrate import get_bn_modules, precise_bn, update_bn_stats
 from .report import StatsReport
 from .running import RunningBatchNorm
 from .summary import bn_summary
+from .weights.centering import bake_weights, center_weights
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,10 @@ __all__ = [
     "RunningBatchNorm",
     "SquareRoot",
     "StatsReport",
+    "bake_weights",
     "batchnormify",
     "bn_summary",
+    "center_weights",
     "get_bn_modules",
     "precise_bn",
     "update_bn_stats",

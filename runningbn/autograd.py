@@ -23,9 +23,10 @@ from .gradients import (
     refuse_second_derivative,
     running_gradients,
 )
+from .law import Law
 from .momentum import Momentum
 from .statistics import GradientState
-from .update import is_recomputation
+from .update import RunningCoefficients, is_recomputation
 
 
 class Fused(Function):
@@ -35,11 +36,11 @@ class Fused(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
         backend: kernels.Backend, state: Any, gradient: GradientState | None, momentum: Momentum, running: bool,
-        max_lag: float,
+        law: Law,
     ) -> Tensor:  # fmt: skip
         """y by one call of the backend, which absorbs x too, unless this repeats a forward."""
         absorbs = not is_recomputation()
-        y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs, max_lag)
+        y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs, law)
         ctx.save_for_backward(x, weight, fixed)
         # Not saved for backward: these buffers are meant to change between forward and backward.
         ctx.backend, ctx.gradient = backend, gradient
@@ -82,9 +83,11 @@ def _composed_gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: GradientState | None, needs_dx: bool
 ) -> Gradients:
     """`training_backward` of what the backend cannot take, as in a compiled backward of an eager forward."""
-    if gradient is not None:
-        return running_gradients(dy, x, weight, fixed[0], fixed[1], fixed[4], fixed[5], gradient, needs_dx)
-    return exact_gradients(dy, x, weight, *_moments_and_kappas(fixed), needs_dx)
+    if gradient is None:
+        return exact_gradients(dy, x, weight, *_moments_and_kappas(fixed), needs_dx)
+    # Its variance is in rstd already.
+    mean, rstd, *of_batch = fixed.unbind()
+    return running_gradients(dy, x, weight, rstd, RunningCoefficients(mean, rstd, *of_batch), gradient, needs_dx)
 
 
 def _moments_and_kappas(fixed: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -131,11 +134,11 @@ class NormalizeRunning(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None,
-        mean: Tensor, var: Tensor, keep: Tensor, gain: Tensor, n: Tensor | None, *gradient: Tensor,
+        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None, n: Tensor | None,
+        mean: Tensor, var: Tensor, trust: Tensor, offset: Tensor, batch_std: Tensor, *gradient: Tensor,
     ) -> Tensor:  # fmt: skip
         """y by statistics that are done."""
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), keep, gain, n)
+        ctx.save_for_backward(x, weight, (var + eps).rsqrt(), n, mean, var, trust, offset, batch_std)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.ranks = ranks
         # Not saved for backward: these buffers are meant to change between forward and backward.
@@ -145,14 +148,16 @@ class NormalizeRunning(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The gradients of x, weight and bias; None for the rest."""
-        x, weight, mean, rstd, keep, gain, n = ctx.saved_tensors
+        x, weight, rstd, n, *fixed = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
         with torch.no_grad():
-            gradients = running_gradients(dy, x, weight, mean, rstd, keep, gain, ctx.gradient, needs_dx, ctx.ranks, n)
+            gradients = running_gradients(
+                dy, x, weight, rstd, RunningCoefficients(*fixed), ctx.gradient, needs_dx, ctx.ranks, n
+            )
             found = _affine_gradients(ctx, weight, gradients)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, *[None] * 11)
+        return (*found, *[None] * (4 + len(RunningCoefficients._fields) + len(GradientState._fields)))
 
 
 def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:

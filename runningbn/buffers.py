@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed import GroupReference, check_synchronisation
 from .momentum import Momentum, check_momentum
-from .statistics import GradientState, State
+from .statistics import GradientState, NoiseState, State, TrainingState
 
 # Samples that statistics taken over from elsewhere count for: more than any horizon needs to be at full length. Finite,
 # since weight averaging takes differences of buffers.
@@ -26,6 +26,8 @@ _OWN_BUFFERS = tuple(name for name in State._fields if name not in (*VIEW, "num_
 
 # Of no use beyond the backward pass that follows, so no part of a checkpoint.
 _PASSING = ("last_keep", "last_gain")
+# Of a `TrainingState`.
+TRAINING = (*NoiseState._fields, *GradientState._fields)
 CHECKPOINTED = tuple(name for name in _OWN_BUFFERS if name not in _PASSING)
 
 
@@ -44,8 +46,8 @@ class PooledStatistics(_BatchNorm):
     corrects_variance = True
     # What `replace_statistics` writes.
     statistics_names = (*CHECKPOINTED, *VIEW)
-    # Which of the running sums of the backward pass the class has.
-    gradient_buffers: tuple[str, ...] = ()
+    # What the class has of `TRAINING`.
+    training_buffers: tuple[str, ...] = ()
     # The class that batchnormify has to return a layer to.
     converted_from: type[nn.Module] | None = None
     # Whether to pool over the processes of a group in training.
@@ -87,18 +89,18 @@ class PooledStatistics(_BatchNorm):
             self.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
         for name in _OWN_BUFFERS:
             self.register_buffer(name, torch.zeros_like(mean), persistent=name not in _PASSING)
-        self.install_gradient_state()
+        self.install_training_state()
 
-    def install_gradient_state(self) -> None:
-        """Register the running sums of the backward pass that the class has, and remove those it does not have."""
-        for name in GradientState._fields:
+    def install_training_state(self) -> None:
+        """Register what only training reads and the class has, and remove what it does not have."""
+        for name in TRAINING:
             self._buffers.pop(name, None)
-        for name in self.gradient_buffers:
+        for name in self.training_buffers:
             self.register_buffer(name, torch.zeros_like(self._mean))
 
     def remove_state(self) -> None:
         """Leave the buffers of ``nn.BatchNorm``."""
-        for name in (*_OWN_BUFFERS, *GradientState._fields):
+        for name in (*_OWN_BUFFERS, *TRAINING):
             if name in self._buffers:
                 delattr(self, name)
 
@@ -122,9 +124,10 @@ class PooledStatistics(_BatchNorm):
         buffers = self._buffers
         return State(*[buffers[name] for name in State._fields])  # type: ignore[arg-type]
 
-    def _gradient_state(self) -> GradientState:
+    def _training_state(self) -> TrainingState:
         buffers = self._buffers
-        return GradientState(*[buffers[name] for name in GradientState._fields])  # type: ignore[arg-type]
+        noise, gradient = ([buffers[name] for name in part._fields] for part in (NoiseState, GradientState))
+        return TrainingState(NoiseState(*noise), GradientState(*gradient))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def seed(self) -> None:
@@ -183,7 +186,7 @@ class PooledStatistics(_BatchNorm):
     def reset_running_stats(self) -> None:
         """Forget everything: mean 0, variance 1, an empty state, no batches tracked."""
         super().reset_running_stats()
-        self._clear((*_OWN_BUFFERS, *self.gradient_buffers))
+        self._clear((*_OWN_BUFFERS, *self.training_buffers))
 
     def __setattr__(self, name: str, value: Any) -> None:
         reseeds = name in VIEW and isinstance(value, Tensor) and "sums" in self._buffers
@@ -201,7 +204,7 @@ class PooledStatistics(_BatchNorm):
         self.seed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        state = {id(self._buffers.get(name)) for name in (*State._fields, *GradientState._fields)}
+        state = {id(self._buffers.get(name)) for name in (*State._fields, *TRAINING)}
 
         def keep_state_wide(tensor: Tensor) -> Tensor:
             out = fn(tensor)
@@ -220,19 +223,19 @@ class PooledStatistics(_BatchNorm):
             )
             return
         brought = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        own, gradient, view = (brought.intersection(names) for names in (CHECKPOINTED, GradientState._fields, VIEW))
+        own, training, view = (brought.intersection(names) for names in (CHECKPOINTED, TRAINING, VIEW))
         # Counts do not fit 16 bits; and a part of a state is none, nor is one without its view.
         narrow = any(is_narrow(state_dict[prefix + name]) for name in own)
         usable = len(own) == len(CHECKPOINTED) and len(view) == 2 and not narrow
         seeds = len(view) == 2 and not usable
-        refused = set() if usable else own | gradient
+        refused = set() if usable else own | training
         if len(view) == 1:
             refused |= view
-        if not self.gradient_buffers:  # a RunningBatchNorm's, in a PreciseBatchNorm
-            refused |= gradient
+        if not self.training_buffers:  # a RunningBatchNorm's, in a PreciseBatchNorm
+            refused |= training
         for name in refused:
             del state_dict[prefix + name]
-        for name in (view | gradient) - refused:
+        for name in (view | training) - refused:
             state_dict[prefix + name] = _at_least_float32(state_dict[prefix + name])
         before = {name: (buffer, buffer.clone()) for name, buffer in self._buffers.items() if buffer is not None}
         errors = len(error_msgs)
@@ -248,17 +251,20 @@ class PooledStatistics(_BatchNorm):
             for name, (buffer, values) in before.items():
                 self._buffers[name] = buffer.copy_(values)
             return
-        # nn.BatchNorm has no state and PreciseBatchNorm no sums of gradients: not missing, but parts of them are.
+        # nn.BatchNorm has no state, PreciseBatchNorm nothing of `TRAINING` and version 0.1 no `NoiseState`: that is not
+        # missing, but parts of it are.
         forgiven = {prefix + name for name in CHECKPOINTED if seeds and (narrow or not own)}
-        forgiven |= {prefix + name for name in GradientState._fields if view and (narrow or not gradient)}
+        absent = [
+            part._fields for part in (NoiseState, GradientState) if not training.intersection(part._fields) - refused
+        ]
+        forgiven |= {prefix + name for part in absent for name in part if view and (narrow or not training & set(part))}
         missing_keys[:] = [key for key in missing_keys if key not in forgiven]
         if seeds:
             self.seed()
         if view:
             self._clear(_PASSING)
-            if not gradient - refused:
-                # Running sums of another network's gradients would only mislead.
-                self._clear(self.gradient_buffers)
+            # What was remembered of another network's batches and gradients would only mislead.
+            self._clear(tuple(name for part in absent for name in part))
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

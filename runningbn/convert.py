@@ -17,19 +17,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from .batches import call
 from .buffers import VIEW, PooledStatistics
 from .converted import PRECISE, PRECISE_ACT, NormAct, RunningBatchNormAct, is_norm_act
 from .distributed import check_synchronisation
 from .momentum import Horizon, check_momentum
 from .precise import PreciseBatchNorm
 from .running import RunningBatchNorm, check_gradient, check_max_lag
+from .weights.centering import bake_weights, decide, is_centered, wait
+from .weights.choice import Choice, Where, counted, report
 
 Kind = Literal["running", "precise", "torch"]
 Target = Union[Kind, Callable[[nn.Module], nn.Module]]
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Where = Callable[[str, nn.Module], bool]
-
-logger = logging.getLogger("runningbn")
 
 _COMMON_OPTIONS = ("momentum", "sync", "process_group")
 _RUNNING_OPTIONS = ("gradient", "max_lag")  # which no other layer has
@@ -39,16 +39,28 @@ _OPTIONS = {"running": {*_COMMON_OPTIONS, *_RUNNING_OPTIONS}, "precise": set(_CO
 # A model keeps its class; a layer that is converted itself does not.
 @overload
 def batchnormify(
-    model: _BatchNorm, to: Target = "running", *, where: Where | None = None, **layer_kwargs: Any
+    model: _BatchNorm,
+    to: Target = "running",
+    *,
+    where: Where | None = None,
+    center_weights: Any = False,
+    **layer_kwargs: Any,
 ) -> nn.Module: ...
 @overload
-def batchnormify(model: ModelT, to: Kind = "running", *, where: Where | None = None, **layer_kwargs: Any) -> ModelT: ...
+def batchnormify(
+    model: ModelT, to: Kind = "running", *, where: Where | None = None, center_weights: Any = False, **layer_kwargs: Any
+) -> ModelT: ...
 @overload
 def batchnormify(
     model: nn.Module, to: Callable[[nn.Module], nn.Module], *, where: Where | None = None
 ) -> nn.Module: ...
 def batchnormify(
-    model: nn.Module, to: Target = "running", *, where: Where | None = None, **layer_kwargs: Any
+    model: nn.Module,
+    to: Target = "running",
+    *,
+    where: Where | None = None,
+    center_weights: Any = False,
+    **layer_kwargs: Any,
 ) -> nn.Module:
     """Convert the BatchNorm layers of a model, in place.
 
@@ -70,10 +82,13 @@ def batchnormify(
             - ``"precise"``: `PreciseBatchNorm1d/2d/3d`, with the momentum of the layer;
             - ``"torch"``: back to the class the layer had before, ``nn.BatchNorm1d/2d/3d`` for layers of this library,
               ``nn.SyncBatchNorm`` for those with ``sync=True``. A float momentum or None is kept, a rule becomes 0.1;
-              the statistics take the dtype of the weight;
+              the statistics take the dtype of the weight. Centred weights are baked in, unless `where` is given;
             - a callable, which is given each layer and returns its replacement.
         where: ``where(name, module)`` says whether to convert a layer; one with several names is converted if it says
             so for any of them. It is asked about ``nn.BatchNorm`` and its subclasses only.
+        center_weights: an example batch, or True for the first forward pass of the model to decide: centre the filters
+            of the layers that feed a normalisation layer (with `where`: one that is converted), as `center_weights`
+            does. That function has more options. For the targets ``"running"`` and ``"precise"``.
         **layer_kwargs: for the converted layers: `momentum`, `sync`, `process_group` (running and precise), `gradient`
             and `max_lag` (running). A layer that is of the target kind already takes these, too.
 
@@ -82,7 +97,8 @@ def batchnormify(
 
     Raises:
         TypeError: for something that is not a module, or an option that the target does not take.
-        ValueError: for an unknown target or a bad option. The model is unchanged then.
+        ValueError: for an unknown target or a bad option. The model is unchanged then, and after any exception of its
+            own in the pass over the example batch.
 
     Example:
         >>> import torch
@@ -97,6 +113,9 @@ def batchnormify(
     if not isinstance(model, nn.Module):
         raise TypeError(f"batchnormify: expected a torch.nn.Module, got {type(model).__name__}")
     _check_options(to, layer_kwargs)
+    centers = center_weights is not False and center_weights is not None
+    if centers and to not in ("running", "precise"):
+        raise TypeError(f"batchnormify(to={to!r}) does not take center_weights; call runningbn.center_weights(model)")
     convertible: list[nn.Module] = []
     left_alone: dict[str, str] = {}
     for names, layer in _batch_norms(model):
@@ -114,6 +133,9 @@ def batchnormify(
             convertible.append(layer)
         else:
             left_alone[_shown(names)] = reason
+    choice = Choice(normalisations=None if where is None else convertible) if centers else None
+    # Decided before anything is changed, since the pass may fail.
+    plan = None if choice is None or center_weights is True else decide(model, choice, call, center_weights)
     if callable(to):
         model = _replace(model, {layer: to(layer) for layer in convertible})
     else:
@@ -121,6 +143,12 @@ def batchnormify(
         for layer in convertible:
             convert(layer, **layer_kwargs)
     _report(to, len(convertible), left_alone)
+    if plan is not None:
+        plan.carry_out()
+    elif choice is not None:
+        wait(model, choice)
+    elif to == "torch" and where is None and is_centered(model):
+        bake_weights(model)
     return model
 
 
@@ -262,7 +290,7 @@ def _become(layer: Any, cls: type[PooledStatistics]) -> None:
     layer.__class__ = cls
     layer.converted_from = origin
     if had_state:
-        layer.install_gradient_state()
+        layer.install_training_state()
     else:
         layer.install_state()
         layer.seed()
@@ -304,12 +332,5 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.M
 
 def _report(to: Target, converted: int, left_alone: dict[str, str]) -> None:
     target = to if isinstance(to, str) else getattr(to, "__name__", repr(to))
-    line = f"batchnormify: {converted} layer{'' if converted == 1 else 's'} converted to {target}"
-    if left_alone:
-        names: dict[str, list[str]] = {}
-        for name, reason in left_alone.items():
-            names.setdefault(reason, []).append(name)
-        reasons = "; ".join(f"{', '.join(together)} ({reason})" for reason, together in names.items())
-        logger.warning("%s, %d left alone: %s", line, len(left_alone), reasons)
-    else:
-        logger.info("%s", line)
+    level = logging.WARNING if left_alone else logging.INFO
+    report(level, f"batchnormify: {counted(converted)} converted to {target}", left_alone)

@@ -9,10 +9,9 @@ dtype of the statistics (float32 or float64).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,47 +19,57 @@ from torch import Tensor
 from . import kernels
 from .autograd import Fused, NormalizeExact, NormalizeRunning
 from .distributed import RankGroup, pool
+from .law import Law
 from .masks import blank, fill, real_sums
 from .momentum import Momentum, batch_weight, weighs_whole_batches
-from .statistics import GradientState, State, Sums, moments, without_empty
-from .update import Coefficients, absorb_precise, absorb_running
+from .statistics import GradientState, NoiseState, State, Sums, TrainingState, moments, without_empty
+from .update import Coefficients, RunningCoefficients, absorb_exact, absorb_precise, absorb_running
 
 
 def running(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    state: State, gradient: GradientState | None, momentum: Momentum, ranks: RankGroup | None,
-    mask: Tensor | None = None, max_lag: float = math.inf,
+    state: State, training: TrainingState | None, momentum: Momentum, ranks: RankGroup | None,
+    mask: Tensor | None, law: Law,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by the running statistics, this batch included. See `update.absorb_running`.
 
-    Where `gradient` is given, the sums in backward are running averages, too: see `normalize_running`. Where there is a
-    `mask`, only the elements count that it says are real: see `masks`.
+    With `training`, the sums in backward are running averages, too: see `normalize_running`. With a `mask`, only the
+    elements count that it says are real: see `masks`.
     """
-    if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
-        y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True, max_lag)
+    noise, gradient = (None, None) if training is None else training
+    if (
+        ranks is None
+        and mask is None
+        and (prepared := kernels.fused(x, (*state, *(noise or ())), momentum)) is not None
+    ):
+        y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True, law)
         return y
-    step = _step(partial(absorb_running, max_lag=max_lag), x, state, momentum, ranks, mask)
-    if gradient is None:
-        return normalize(x, weight, bias, step, eps)
+    if noise is None or gradient is None:
+        return normalize(x, weight, bias, _step(absorb_exact, x, state, momentum, ranks, mask, law), eps)
+    step = _step(partial(_absorb_running, noise), x, state, momentum, ranks, mask, law)
     return normalize_running(x, weight, bias, step, eps, gradient)
+
+
+def _absorb_running(noise: NoiseState, state: State, *others: Any) -> RunningCoefficients:
+    return absorb_running(state, noise, *others)
 
 
 def precise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None = None,
+    state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None, law: Law,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
     if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
-        y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False, math.inf)
+        y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False, law)
         return y
-    return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks, mask), eps)
+    return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks, mask, law), eps)
 
 
 class Step(NamedTuple):
     """A forward whose statistics are done.
 
     Attributes:
-        fixed: what to normalise by.
+        fixed: `Coefficients` or `RunningCoefficients`: what to normalise by, and what the backward needs.
         scratch: (p, x − p) as the statistics left it, for the output to be made in, once; None where there is none.
         ranks: the ranks that the batch was pooled over, and its gradients have to be; None where it was not.
         n: elements per channel of a batch that was pooled or masked.
@@ -68,7 +77,7 @@ class Step(NamedTuple):
         mask: which positions count, see `masks`; None for all.
     """
 
-    fixed: Coefficients
+    fixed: Any
     scratch: tuple[Tensor, Tensor] | None = None
     ranks: RankGroup | None = None
     n: Tensor | None = None
@@ -78,12 +87,12 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def _step(
-    absorb: Callable[[State, Sums, Tensor, int | Tensor, bool], Coefficients],
-    x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None,
+    absorb: Callable[[State, Sums, Tensor, int | Tensor, bool, Law], Coefficients | RunningCoefficients],
+    x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None, law: Law,
 ) -> Step:  # fmt: skip
     batch, samples, scratch = _batch_sums(x, state.shift.dtype, ranks, mask, state.last_keep)
     weight = batch_weight(momentum, samples, state.samples, state.steps)
-    fixed = absorb(state, batch, weight, samples, weighs_whole_batches(momentum))
+    fixed = absorb(state, batch, weight, samples, weighs_whole_batches(momentum), law)
     if ranks is None and mask is None:
         return Step(fixed, scratch)
     return Step(_with_pooled_kappa(fixed, batch), scratch, ranks, batch.count, state.last_keep, mask)
@@ -122,9 +131,9 @@ def _sums_and_scratch(x: Tensor, dtype: torch.dtype) -> tuple[Sums, tuple[Tensor
     return batch, None if centred is None else (batch.shift, centred)
 
 
-def _with_pooled_kappa(fixed: Coefficients, batch: Sums) -> Coefficients:
+def _with_pooled_kappa(fixed: Any, batch: Sums) -> Any:
     """κ = 1/n of a pooled or masked batch where x is normalised by its own statistics, which x does not tell."""
-    if fixed.kappa_mean is not None:
+    if isinstance(fixed, RunningCoefficients) or fixed.kappa_mean is not None:
         return fixed
     kappa = batch.count.reciprocal()
     # A copy, as torch.compile takes no tensor twice.
@@ -157,18 +166,18 @@ def normalize_running(
 ) -> Tensor:
     """y as in `normalize`; in backward the two sums are running averages too.
 
-        dbias = Σdy    dweight = Σdy·z    dx = weight·rstd·[dy − G0 − z·G1]
+        dbias = Σdy    dweight = Σdy·z    dx = weight·rstd·[dy − s·(G0 + z·G1)]
 
-    with G0, G1 the running means of dy and dy·z, this batch included, that `update.absorb_gradient` keeps in `gradient`
-    with the keep and gain of `fixed`; those of a pooled batch are over all ranks, but for dweight and dbias. Not the
-    derivative of a function: a second derivative raises RuntimeError.
+    with G0, G1 the running means of dy and dy·z, this batch included, that `update.absorb_gradient` keeps in
+    `gradient`, and s ≤ 1 of `law.bounded`; those of a pooled batch are over all ranks, but for dweight and dbias. Not
+    the derivative of a function: a second derivative raises RuntimeError.
 
     The nearest published relative is MABN: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation
     of Batch Normalization", ICLR 2020.
     """
     fixed, mask = step.fixed, step.mask
     y: Tensor = NormalizeRunning.apply(
-        x if mask is None else fill(x, mask, fixed.mean), weight, bias, eps, step.scratch, step.ranks,
-        fixed.mean, fixed.var, fixed.keep, fixed.gain, step.n, *gradient,
+        x if mask is None else fill(x, mask, fixed.mean), weight, bias, eps, step.scratch, step.ranks, step.n,
+        *fixed, *gradient,
     )  # fmt: skip
     return y if mask is None else blank(y, mask)

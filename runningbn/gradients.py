@@ -17,7 +17,7 @@ from . import kernels
 from .distributed import RankGroup, pool_gradients
 from .kernels.layout import spread
 from .statistics import GradientState
-from .update import absorb_gradient
+from .update import RunningCoefficients, absorb_gradient
 
 RUNNING_TWICE = (
     "RunningBatchNorm(gradient='running') cannot be differentiated twice: its backward uses running averages, "
@@ -51,17 +51,18 @@ def exact_gradients(
 
 
 def running_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, keep: Tensor, gain: Tensor,
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, fixed: RunningCoefficients,
     gradient: GradientState, needs_dx: bool, ranks: RankGroup | None = None, n: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """dx, from the running means of the sums, and this rank's Σdy and Σdy·z, which `gradient` absorbs."""
+    mean = fixed.mean
     sum_dy, sum_dy_xhat = _gradient_sums(dy, x, mean, rstd)
     pooled = sum_dy, sum_dy_xhat
     if ranks is not None:
         pooled = pool_gradients(sum_dy, sum_dy_xhat, ranks, gradient.count_dy)
     count = x.numel() // x.shape[1] if n is None else n
-    mean_dy, mean_dy_xhat = absorb_gradient(gradient, *pooled, keep, gain, count)
-    dx = _input_gradient(dy, x, mean, rstd, weight, mean_dy, mean_dy_xhat) if needs_dx else None
+    m0, m1 = absorb_gradient(gradient, pooled, rstd, fixed, count)
+    dx = _input_gradient(dy, x, mean, rstd, weight, m0, m1) if needs_dx else None
     return dx, sum_dy, sum_dy_xhat
 
 

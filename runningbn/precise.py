@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import functional
+from .law import Law
 from .layer import Layer
 
 
@@ -27,7 +28,7 @@ class PreciseBatchNorm(Layer):
         if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         weight, bias = self._weight_and_bias()
-        return functional.precise(input, weight, bias, self.eps, self._state(), self.momentum, ranks, mask)
+        return functional.precise(input, weight, bias, self.eps, self._state(), self.momentum, ranks, mask, Law())
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):

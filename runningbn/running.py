@@ -5,20 +5,18 @@ Shapes: N batch, C channels, `*` any trailing dimensions; n = elements per chann
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import functional
+from .buffers import TRAINING
+from .law import MAX_LAG, Law
 from .layer import Layer
 from .momentum import Horizon, Momentum
-from .statistics import GradientState
 
 Gradient = Literal["running", "exact"]
-# Settled by benchmarks/accuracy, see docs/accuracy.md.
-MAX_LAG = 0.05
 
 
 class RunningBatchNorm(Layer):
@@ -30,23 +28,23 @@ class RunningBatchNorm(Layer):
         y = \frac{x - m}{\sqrt{v + \epsilon}} \gamma + \beta, \qquad
         m = \frac{\sum w x}{\sum w}, \qquad v = \frac{\sum w x^2}{\sum w} - m^2
 
-    Training absorbs the batch, then normalises by the state; evaluation is the same formula without the update, so the
-    two agree, but for `max_lag`. Before any training it evaluates as ``nn.BatchNorm`` does (mean 0, variance 1). The
-    variance is biased, in `running_var` too: it is what the layer normalises by. While fewer than 20 samples have been
-    seen, the current batch included, it is at least 0.01, unless the statistics were taken over from elsewhere.
+    Training absorbs the batch, then normalises by the state; evaluation is the same formula without the update. So the
+    two agree to the last bit, unless a `max_lag` is set. Before any training it evaluates as ``nn.BatchNorm`` does
+    (mean 0, variance 1). The variance is biased, in `running_var` too: it is what the layer normalises by. While fewer
+    than 20 samples have been seen, the current batch included, it is at least 0.01, unless the statistics were taken
+    over from elsewhere.
 
     With dy = dL/dy, z = (x − m)·rstd and n elements per channel in the batch, `gradient` says what flows back through
     the statistics:
 
-    - ``"running"``: dx = γ·rstd·[dy − G0 − z·G1], where G0 and G1 are running means of dy and dy·z, in which a batch
-      weighs what it does in the forward, or n/(n + 64) if that is more. Forward and backward both see a large virtual
-      batch. No double backward. Steps of the optimizer can move m and v faster than the memory of the statistics
-      follows. So in training, with d = `max_lag`·(1 + 512/n), v is replaced by the variance of the batch over (1 + d)²
-      if that is more, then m by the nearest value that is at most d·√v from the mean of the batch: a batch comes out
-      with a mean of at most d and a std of at most 1 + d. Large batches are believed, then. Where they should not be,
-      as large images of one class or of one video, ``max_lag=math.inf`` leaves all to the running averages.
+    - ``"running"``: dx = γ·rstd·[dy − s·(G0 + z·G1)], where G0 and G1 are running means of dy and dy·z. Forward and
+      backward both see a large virtual batch. A batch weighs ρ = n_eff/(n_eff + 64) in these means, or what it does in
+      the forward if that is more; n_eff is its effective number of elements, which the layer measures by how far the
+      means of successive batches are apart: elements of one image, or of images of one class, are not independent. s ≤ 1
+      keeps ‖dx‖ ≤ 2·max|γ·rstd|·‖dy‖, whatever the statistics are. No double backward.
     - ``"exact"``: dx = γ·rstd·[dy − κ·(Σdy + z·Σdy·z)], the derivative of the forward as computed; κ = 1/n would be
-      BatchNorm. Differentiable twice. No `max_lag`.
+      BatchNorm. Differentiable twice. It trains badly on small batches, see docs/accuracy.md: it is for second
+      derivatives and for comparison. No `max_lag`.
 
     A channel whose batch is not finite keeps its state and is normalised by it. An empty batch changes nothing. No
     step synchronises with the host.
@@ -66,8 +64,9 @@ class RunningBatchNorm(Layer):
         device, dtype: of parameters and statistics; the latter are at least float32.
         bias: if False, no β.
         gradient: ``"running"`` or ``"exact"``.
-        max_lag: how far m and v may lag behind a large batch in training, in std; ``math.inf`` for no limit, and then a
-            batch weighs in G0 and G1 what it does in the forward, too.
+        max_lag: how far m and v may lag behind a batch in training, in std, with running gradients; ``math.inf``, the
+            default, for no limit. With d = `max_lag`·(1 + 512/n_eff), a batch comes out with a mean of at most d and a
+            std of at most 1 + d; state and evaluation do not know of it.
         sync: whether to pool over the processes of a group in training, see below.
         process_group: which ones; None for all. Needs ``sync=True``.
 
@@ -106,13 +105,13 @@ class RunningBatchNorm(Layer):
         >>> layer = RunningBatchNorm(16)
         >>> layer(torch.randn(1, 16, 8, 8)).shape
         torch.Size([1, 16, 8, 8])
-        >>> layer.momentum, layer.gradient
-        (Horizon(samples=128, start=8, fraction=0.1), 'running')
+        >>> layer.momentum, layer.gradient, layer.max_lag
+        (Horizon(samples=128, start=8, fraction=0.1), 'running', inf)
     """
 
     gradient: Gradient
     max_lag: float = MAX_LAG
-    gradient_buffers = GradientState._fields
+    training_buffers = TRAINING
     corrects_variance = False
     # Dimensions of the inputs, which say what nn.BatchNorm the layer stands for.
     input_dim: int | None = None
@@ -147,11 +146,14 @@ class RunningBatchNorm(Layer):
         ranks = self._ranks()
         if not self._absorbs(input, ranks):
             return self._normalize_only(input, ranks, mask)
-        gradient, max_lag = (None, math.inf) if self.gradient == "exact" else (self._gradient_state(), self.max_lag)
+        training = self._training_state() if self.gradient == "running" else None
         weight, bias = self._weight_and_bias()
         return functional.running(
-            input, weight, bias, self.eps, self._state(), gradient, self.momentum, ranks, mask, max_lag
+            input, weight, bias, self.eps, self._state(), training, self.momentum, ranks, mask, self._law()
         )
+
+    def _law(self) -> Law:
+        return Law(self.max_lag)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -72,18 +72,39 @@ class State(NamedTuple):
     last_gain: Tensor
 
 
-class GradientState(NamedTuple):
-    """The running sums of the backward pass, updated in place, in backward only.
+class NoiseState(NamedTuple):
+    """How noisy batch means are, measured in forward, with ``gradient="running"``; buffers too. See `law`.
 
     Attributes:
-        sum_dy: weighted sum of dy.
-        sum_dy_xhat: weighted sum of dy·z, z = (x − mean)·rstd.
-        count_dy: sum of the weights.
+        noise: R, the variance of batch means in units of the variance; 1/R is the effective number of elements.
+        noise_steps: the batches that R was measured from.
+        last_mean: the mean of the last of them.
+    """
+
+    noise: Tensor
+    noise_steps: Tensor
+    last_mean: Tensor
+
+
+class GradientState(NamedTuple):
+    """The running sums of the backward pass, with ``gradient="running"``; buffers too, updated in backward only.
+
+    Attributes:
+        sum_dy: weighted sum of the means of dy over batches.
+        sum_dy_xhat: weighted sum of those of dy·z, z = (x − mean)·rstd.
+        count_dy: sum of the weights; G0 and G1 are the quotients.
     """
 
     sum_dy: Tensor
     sum_dy_xhat: Tensor
     count_dy: Tensor
+
+
+class TrainingState(NamedTuple):
+    """What only training with ``gradient="running"`` reads."""
+
+    noise: NoiseState
+    gradient: GradientState
 
 
 def moments(state: Sums) -> tuple[Tensor, Tensor]:

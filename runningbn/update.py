@@ -11,7 +11,6 @@ spares the dispatch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,47 +18,51 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .statistics import GradientState, State, Sums, combine, moments, unbiased
-
-# fastai's guard: while fewer samples than this have been seen, a variance below the floor is not trusted.
-WARMUP_SAMPLES = 20
-VARIANCE_FLOOR = 0.01
-# A batch of n elements is trusted by n/(n + PRIOR_ELEMENTS): for what it says of means that the weights move, which
-# running averages know exactly but late.
-PRIOR_ELEMENTS = 64
-# Where running statistics may lag behind, by 1 + LAG_ELEMENTS/n times what they may behind a very large batch.
-LAG_ELEMENTS = 512
+from .law import Law, bounded, limited, measured_noise, trust
+from .statistics import GradientState, NoiseState, State, Sums, combine, moments, nonzero, unbiased
 
 
 class Coefficients(NamedTuple):
-    """All that one forward fixes for its normalisation and its backward: fresh tensors, never views of buffers.
+    """All that a forward fixes for its normalisation and its exact backward: fresh tensors, never views of buffers.
 
     Attributes:
         mean, var: what x is normalised by; var is biased.
         kappa_mean: derivative of mean by each element of x, gain/count.
         kappa_var: the same factor in the variance term; 0 where the variance is held at its floor.
-        keep, gain: what `absorb_gradient` absorbs the backward sums with: 1 − ρ and ρ/n, or 1 and 0 where the batch was
-            not finite. So the means of dy and dy·z are lerped towards those of the batch, by ρ = max(a, `trusted`), or
-            by a where there is no limit to the lag.
 
-    The last four are None where x is normalised by its own statistics: then κ = 1/n.
+    The last two are None where x is normalised by its own statistics: then κ = 1/n.
     """
 
     mean: Tensor
     var: Tensor
     kappa_mean: Tensor | None = None
     kappa_var: Tensor | None = None
-    keep: Tensor | None = None
-    gain: Tensor | None = None
 
 
-def absorb_running(
-    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, max_lag: float = math.inf
+class RunningCoefficients(NamedTuple):
+    """The same for a backward by running means.
+
+    Attributes:
+        mean, var: what x is normalised by, within the limits of the `law`.
+        trust: ρ, the weight of the batch in the running means of dy and dy·z; 0 where the batch was not finite.
+        offset: by how much the mean of the batch is above `mean`.
+        batch_std: its standard deviation.
+    """
+
+    mean: Tensor
+    var: Tensor
+    trust: Tensor
+    offset: Tensor
+    batch_std: Tensor
+
+
+def absorb_exact(
+    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, law: Law
 ) -> Coefficients:
-    """Absorb a batch; normalise by the state, this batch included.
+    """Absorb a batch; normalise by the state, this batch included, as the exact gradient wants it.
 
     mean = shift + sums/count, var = sqrs/count − (sums/count)², but at least 0.01 while fewer than 20 samples have
-    been seen; `running_mean` and `running_var` are set to these. What to normalise by is brought `within_reach`.
+    been seen; `running_mean` and `running_var` are set to these.
 
     Args:
         state: updated in place.
@@ -68,83 +71,86 @@ def absorb_running(
         samples: N, samples in the batch; a tensor, (), where it was pooled over ranks, and 0 where all were empty.
         whole_batches: whether the batch as a whole weighs a (gain = a·(count/debias)/n), or each of its elements
             (gain = a).
-        max_lag: how far mean and std of a large batch may be from 0 and above 1 when it is normalised; without a limit,
-            the backward means do not trust the batch either.
+        law: its constants; there is no limit to the lag here.
     """
-    return Coefficients(*_call("absorb_running", samples, *state, *batch, weight, samples, whole_batches, max_lag))
+    return Coefficients(*_call("absorb_exact", samples, *state, *batch, weight, samples, whole_batches, list(law)))
+
+
+def absorb_running(
+    state: State, noise: NoiseState, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, law: Law
+) -> RunningCoefficients:
+    """The same within the limits of the law; R, in `noise`, is updated too."""
+    arguments = *state, *noise, *batch, weight, samples, whole_batches, list(law)
+    return RunningCoefficients(*_call("absorb_running", samples, *arguments))
 
 
 def absorb_precise(
-    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool
+    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, law: Law
 ) -> Coefficients:
     """Absorb a batch; normalise by its own statistics.
 
     `running_mean` and `running_var` become the pooled mean and unbiased variance. The arguments are those of
-    `absorb_running`.
+    `absorb_exact`.
     """
-    return Coefficients(*_call("absorb_precise", samples, *state, *batch, weight, samples, whole_batches))
+    return Coefficients(*_call("absorb_precise", samples, *state, *batch, weight, samples, whole_batches, list(law)))
 
 
 def absorb_gradient(
-    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, keep: Tensor, gain: Tensor, n: int | Tensor
+    state: GradientState, sums: tuple[Tensor, Tensor], rstd: Tensor, fixed: RunningCoefficients, n: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Absorb the sums of a backward pass; return their running means G0 = sum_dy/count_dy, G1 = sum_dy_xhat/count_dy.
+    """Absorb the sums Σdy and Σdy·z of a backward pass; return the running means G0 and G1, `law.bounded`.
 
-    A channel whose sums are not finite (a GradScaler's overflow) leaves its state as it was.
+    A sum S in `state` becomes (1 − ρ)·S + ρ·(mean over the batch), `count_dy` (1 − ρ)·count_dy + ρ, and the means are
+    their quotients. A channel whose sums are not finite (a GradScaler's overflow) leaves its state as it was.
     """
-    mean_dy, mean_dy_xhat = _call("absorb_gradient", n, *state, sum_dy, sum_dy_xhat, keep, gain, n)
-    return mean_dy, mean_dy_xhat
+    m0, m1 = _call("absorb_gradient", n, *state, *sums, rstd, fixed.trust, fixed.offset, fixed.batch_std, n)
+    return m0, m1
+
+
+def _absorb_exact(*arguments: Any) -> tuple[Tensor, ...]:
+    state, batch, weight, batch_samples, whole_batches, law = _unpack(arguments)
+    absorbs = not is_recomputation()
+    if (backend := kernels.updating(state)) is not None:
+        return tuple(backend.absorb(state, None, batch, weight, batch_samples, whole_batches, True, absorbs, law))
+    if absorbs:
+        _absorb_into_view(state, batch, weight, batch_samples, whole_batches, law)
+    # By what evaluation takes, also in a channel that keeps its state, statistics written by hand included.
+    mean, var = state.running_mean.clone(), state.running_var.clone()
+    kappa = state.last_gain / nonzero(state.count)
+    floored = (var <= law.variance_floor) & (state.samples < law.warmup_samples)
+    return mean, var, kappa, kappa.masked_fill(floored, 0)
 
 
 def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
-    *arguments, max_lag = arguments  # type: ignore[assignment]
-    state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    if not is_recomputation():
-        if (backend := kernels.updating(state)) is not None:
-            return tuple(backend.absorb(state, batch, weight, batch_samples, whole_batches, True, max_lag))
-        ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
-        mean, var = moments(Sums(*state[:4]))
-        floored = (var < VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
-        _set_unless(ignored, state.running_mean, mean)
-        _set_unless(ignored, state.running_var, var.masked_fill_(floored, VARIANCE_FLOOR))
-    # By what evaluation takes, also in a channel that keeps its state, statistics written by hand included.
-    mean, var = state.running_mean.clone(), state.running_var.clone()
-    kappa = state.last_gain / state.count.clamp_min(torch.finfo(var.dtype).tiny)
-    floored = (var <= VARIANCE_FLOOR) & (state.samples < WARMUP_SAMPLES)
-    ignored = state.last_gain == 0
-    trust = 1 - state.last_keep
-    if max_lag < math.inf:
-        nearer = within_reach(mean, var, batch, max_lag)
-        mean, var = (torch.where(ignored, old, new) for old, new in zip((mean, var), nearer))
-        trust = torch.maximum(trust, trusted(batch.count))
-    trust.masked_fill_(ignored, 0)
-    return mean, var, kappa, kappa.masked_fill(floored, 0), 1 - trust, trust / batch.count.clamp_min(1)
-
-
-def trusted(n: Tensor) -> Tensor:
-    """n/(n + 64), how far to believe the mean over a batch of n elements rather than a running mean that may lag."""
-    return n / (n + PRIOR_ELEMENTS)
-
-
-def within_reach(mean: Tensor, var: Tensor, batch: Sums, max_lag: float) -> tuple[Tensor, Tensor]:
-    """The nearest mean and the nearest var, from above, by which a batch comes out with |mean| ≤ d and std ≤ 1 + d.
-
-    d = max_lag·(1 + 512/n). A step of the optimizer can move the means of all channels at once by more than their std,
-    and weights that have begun to diverge make the variance many times what it was before running averages know of it.
-    There and no farther the batch, noisy as it is, knows better.
-    """
+    begin, end = len(State._fields), len(State._fields) + len(NoiseState._fields)
+    noise = NoiseState(*arguments[begin:end])
+    state, batch, weight, batch_samples, whole_batches, law = _unpack((*arguments[:begin], *arguments[end:]))
+    absorbs = not is_recomputation()
+    if (backend := kernels.updating((*state, *noise))) is not None:
+        return tuple(backend.absorb(state, noise, batch, weight, batch_samples, whole_batches, True, absorbs, law))
     batch_mean, batch_var = moments(batch)
-    lag = max_lag * (1 + LAG_ELEMENTS / batch.count.clamp_min(1))
-    var = torch.maximum(var, batch_var / (1 + lag).square())
-    reach = lag * var.sqrt()
-    return torch.clamp(mean, batch_mean - reach, batch_mean + reach), var
+    if absorbs:
+        ignored = _absorb_into_view(state, batch, weight, batch_samples, whole_batches, law)
+        variance = torch.maximum(state.running_var, batch_var)
+        measured = measured_noise(noise, batch_mean, variance, law.window)
+        for buffer, value in zip(noise, measured):
+            _set_unless(ignored, buffer, value)
+    mean, var = state.running_mean.clone(), state.running_var.clone()
+    ignored = state.last_gain == 0
+    if law.limits:
+        nearer = limited(mean, var, batch_mean, batch_var, noise.noise, law)
+        mean, var = (torch.where(ignored, old, new) for old, new in zip((mean, var), nearer))
+    # What is not finite may not reach a backward that it has no part in.
+    of_batch = trust(1 - state.last_keep, noise.noise, law), batch_mean - mean, batch_var.sqrt()
+    return mean, var, *(vector.masked_fill(ignored, 0) for vector in of_batch)
 
 
 def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
-    state, batch, weight, batch_samples, whole_batches = _unpack(arguments)
-    if not is_recomputation():
-        if (backend := kernels.updating(state)) is not None:
-            return tuple(backend.absorb(state, batch, weight, batch_samples, whole_batches, False))
+    state, batch, weight, batch_samples, whole_batches, law = _unpack(arguments)
+    absorbs = not is_recomputation()
+    if (backend := kernels.updating(state)) is not None:
+        return tuple(backend.absorb(state, None, batch, weight, batch_samples, whole_batches, False, absorbs, law))
+    if absorbs:
         ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
         mean, var = moments(Sums(*state[:4]))
         _set_unless(ignored, state.running_mean, mean)
@@ -153,20 +159,23 @@ def _absorb_precise(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
-    state, (sum_dy, sum_dy_xhat, keep, gain, n) = GradientState(*arguments[:3]), arguments[3:]
+    fields = len(GradientState._fields)
+    state, (sum_dy, sum_dy_xhat, rstd, weight, offset, batch_std, n) = (
+        GradientState(*arguments[:fields]),
+        arguments[fields:],
+    )
     if (backend := kernels.updating(state)) is not None:
-        return tuple(backend.absorb_gradient(state, sum_dy, sum_dy_xhat, keep, gain, n))
-    # Infinity and NaN times 0 are NaN, which equals nothing.
-    ignored = (sum_dy + sum_dy_xhat) * 0 != 0
-    keep, gain = keep.masked_fill(ignored, 1), gain.masked_fill(ignored, 0)
-    state.sum_dy.mul_(keep).addcmul_(gain, sum_dy.masked_fill(ignored, 0))
-    state.sum_dy_xhat.mul_(keep).addcmul_(gain, sum_dy_xhat.masked_fill(ignored, 0))
-    if isinstance(n, Tensor):
-        state.count_dy.mul_(keep).addcmul_(gain, n)
-    else:
-        state.count_dy.mul_(keep).add_(gain, alpha=n)
-    count = state.count_dy.clamp_min(torch.finfo(gain.dtype).tiny)
-    return state.sum_dy / count, state.sum_dy_xhat / count
+        return tuple(backend.absorb_gradient(state, sum_dy, sum_dy_xhat, rstd, weight, offset, batch_std, n))
+    of_batch = sum_dy / n, sum_dy_xhat / n
+    # Infinity and NaN times 0 are NaN, which equals nothing. What the forward has ignored is normalised by constants, and
+    # no gradient flows through those.
+    ignored = ((sum_dy + sum_dy_xhat) * 0 != 0) | (weight == 0)
+    weight = weight.masked_fill(ignored, 0)
+    for buffer, new in zip(state, (*of_batch, torch.ones_like(weight))):
+        buffer.lerp_(new.masked_fill(ignored, 0), weight)
+    count = nonzero(state.count_dy)
+    means = state.sum_dy / count, state.sum_dy_xhat / count
+    return tuple(mean.masked_fill(ignored, 0) for mean in bounded(means, of_batch, offset * rstd, batch_std * rstd))
 
 
 def is_recomputation() -> bool:
@@ -216,14 +225,27 @@ def _absorb(state: State, batch: Sums, weight: Tensor, batch_samples: int | Tens
     return ignored
 
 
+def _absorb_into_view(
+    state: State, batch: Sums, weight: Tensor, batch_samples: int | Tensor, whole_batches: bool, law: Law
+) -> Tensor:
+    """`_absorb`, and the view of the state that is normalised by: the biased variance, with its floor."""
+    ignored = _absorb(state, batch, weight, batch_samples, whole_batches)
+    mean, var = moments(Sums(*state[:4]))
+    floored = (var < law.variance_floor) & (state.samples < law.warmup_samples)
+    _set_unless(ignored, state.running_mean, mean)
+    _set_unless(ignored, state.running_var, var.masked_fill_(floored, law.variance_floor))
+    return ignored
+
+
 def _set_unless(ignored: Tensor, buffer: Tensor, value: Tensor) -> None:
     buffer.copy_(torch.where(ignored, buffer, value))
 
 
-def _unpack(arguments: Sequence[Any]) -> tuple[State, Sums, Tensor, int | Tensor, bool]:
+def _unpack(arguments: Sequence[Any]) -> tuple[State, Sums, Tensor, int | Tensor, bool, Law]:
     state, batch = len(State._fields), len(Sums._fields)
-    weight, batch_samples, whole_batches = arguments[state + batch :]
-    return State(*arguments[:state]), Sums(*arguments[state : state + batch]), weight, batch_samples, whole_batches
+    weight, batch_samples, whole_batches, law = arguments[state + batch :]
+    sums = Sums(*arguments[state : state + batch])
+    return State(*arguments[:state]), sums, weight, batch_samples, whole_batches, Law(*law)
 
 
 def _call(name: str, number: int | Tensor, *arguments: Any) -> Any:
@@ -244,18 +266,24 @@ def _per_channel(outputs: int) -> Callable[..., Any]:
 
 _BATCH = (
     ", ".join(f"Tensor batch_{name}" for name in Sums._fields)
-    + ", Tensor weight, NUMBER batch_samples, bool whole_batches"
+    + ", Tensor weight, NUMBER batch_samples, bool whole_batches, float[] law"
 )
-_GRADIENT = "Tensor batch_sum_dy, Tensor batch_sum_dy_xhat, Tensor keep, Tensor gain, NUMBER n"
+_STATE, _STATE_AND_NOISE = _mutated(State._fields), _mutated((*State._fields, *NoiseState._fields))
+# Every name of a schema is one of its own.
+_GRADIENT = (
+    "Tensor batch_sum_dy, Tensor batch_sum_dy_xhat, Tensor rstd, Tensor trust, Tensor offset, Tensor batch_std, NUMBER n"
+)
 _UPDATES: dict[str, Callable[..., Any]] = {
+    "absorb_exact": _absorb_exact,
     "absorb_running": _absorb_running,
     "absorb_precise": _absorb_precise,
     "absorb_gradient": _absorb_gradient,
 }
 _LIBRARY = torch.library.Library("runningbn", "DEF")
 for _name, _arguments, _outputs in (
-    ("absorb_running", f"{_mutated(State._fields)}, {_BATCH}, float max_lag", len(Coefficients._fields)),
-    ("absorb_precise", f"{_mutated(State._fields)}, {_BATCH}", 2),
+    ("absorb_exact", f"{_STATE}, {_BATCH}", len(Coefficients._fields)),
+    ("absorb_running", f"{_STATE_AND_NOISE}, {_BATCH}", len(RunningCoefficients._fields)),
+    ("absorb_precise", f"{_STATE}, {_BATCH}", 2),
     ("absorb_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
 ):
     for _operator, _number in ((_name, "SymInt"), (f"{_name}_pooled", "Tensor")):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 CLAMP_SAMPLES = 20  # below so many samples seen, the current batch included, ...
 CLAMP_VARIANCE = 0.01  # ... the variance is at least this
-PRIOR_ELEMENTS = 64  # a batch of n elements is trusted by n/(n + 64)
-LAG_ELEMENTS = 512  # and may be lagged behind by max_lag·(1 + 512/n)
+LAG_NOISE = 512  # a batch whose mean has the variance R·var may be lagged behind by max_lag·(1 + 512·R)
+TRUST_NOISE = 64  # and weighs 1/(1 + 64·R) in the running means of the backward
+WINDOW = 100  # batches over which R is averaged
 
 
 # --------------------------------------------------------------------------------------------------- weights of a batch
@@ -159,7 +160,10 @@ class Channel:
     steps: float = 0.0
     running_mean: float = 0.0
     running_var: float = 1.0
-    # the running averages of the backward
+    # what only training reads
+    noise: float = 0.0
+    noise_steps: float = 0.0
+    last_mean: float = 0.0
     sum_dy: float = 0.0
     sum_dy_xhat: float = 0.0
     count_dy: float = 0.0
@@ -182,7 +186,7 @@ class Channel:
 
         new = (1 − a)·old + g·batch for count, sums and sqrs, (1 − a)² and g² for Σw². A batch with a non-finite sum
         does not enter: a = g = 0. By what is returned, the batch comes out with a mean of at most d and a std of at
-        most 1 + d, d = max_lag·(1 + 512/n).
+        most 1 + d, d = max_lag·(1 + 512·R).
         """
         n = x.numel()
         sums, sqrs = x.sum(), x.square().sum()
@@ -214,28 +218,45 @@ class Channel:
             var = var.clamp(min=CLAMP_VARIANCE)
         self.sums, self.sqrs = new_sums.item(), new_sqrs.item()
         self.running_mean, self.running_var = mean.item(), var.item()
+        self.measure_noise(x.mean().item(), x.var(correction=0).item())
         if max_lag < math.inf:
-            lag = max_lag * (1 + LAG_ELEMENTS / n)
+            lag = max_lag * (1 + LAG_NOISE * self.noise)
             var = var.clamp(min=x.var(correction=0).item() / (1 + lag) ** 2)
             reach = lag * math.sqrt(var.item())
             mean = mean.clamp(x.mean().item() - reach, x.mean().item() + reach)
         return mean, var, a
 
-    def average_gradients(self, dy: Tensor, x_hat: Tensor, a: float, trusts: bool) -> tuple[float, float]:
+    def measure_noise(self, batch_mean: float, batch_var: float) -> None:
+        """R ← R + (½·(b − b before)²/max(v, v_b) − R)/min(t, 100), each term at most 1, and 1 for the first batch."""
+        observed = 1.0
+        if self.noise_steps > 0:
+            variance = max(self.running_var, batch_var)
+            square = 0.5 * (batch_mean - self.last_mean) ** 2
+            observed = min(square / variance, 1) if variance > 0 else float(square > 0)
+        self.noise_steps += 1
+        self.noise += (observed - self.noise) / min(self.noise_steps, WINDOW)
+        self.last_mean = batch_mean
+
+    def average_gradients(self, dy: Tensor, x_hat: Tensor, a: float) -> tuple[float, float]:
         """The running means G0 of dy and G1 of dy·x_hat, the current batch included where its sums are finite.
 
-        Of n elements per channel, it weighs max(a, n/(n + 64)) or, unless it is to be trusted, a; nothing where the
-        forward has ignored it (a = 0).
+        It weighs max(a, 1/(1 + 64·R)). G0 + x_hat·G1 is made no longer than the projection of dy on the span of 1 and
+        x_hat. Where the sums are not finite, and where the forward has ignored the batch (a = 0), whose statistics are
+        then constants, nothing is absorbed and G0 = G1 = 0.
         """
-        n, mean_dy, mean_dy_xhat = dy.numel(), dy.mean().item(), (dy * x_hat).mean().item()
-        if math.isfinite(mean_dy) and math.isfinite(mean_dy_xhat):
-            weight = max(a, n / (n + PRIOR_ELEMENTS)) if trusts and a > 0 else a
-            self.sum_dy = (1 - weight) * self.sum_dy + weight * mean_dy
-            self.sum_dy_xhat = (1 - weight) * self.sum_dy_xhat + weight * mean_dy_xhat
-            self.count_dy = (1 - weight) * self.count_dy + weight
-        if self.count_dy == 0:
+        mean_dy, mean_dy_xhat = dy.mean().item(), (dy * x_hat).mean().item()
+        if a == 0 or not (math.isfinite(mean_dy) and math.isfinite(mean_dy_xhat)):
             return 0.0, 0.0
-        return self.sum_dy / self.count_dy, self.sum_dy_xhat / self.count_dy
+        weight = max(a, 1 / (1 + TRUST_NOISE * self.noise))
+        self.sum_dy = (1 - weight) * self.sum_dy + weight * mean_dy
+        self.sum_dy_xhat = (1 - weight) * self.sum_dy_xhat + weight * mean_dy_xhat
+        self.count_dy = (1 - weight) * self.count_dy + weight
+        g0, g1 = self.sum_dy / self.count_dy, self.sum_dy_xhat / self.count_dy
+        basis = torch.stack([torch.ones_like(x_hat), x_hat], 1)
+        projection = basis @ torch.linalg.lstsq(basis, dy[:, None], driver="gelsd").solution[:, 0]
+        subtracted = (g0 + x_hat * g1).norm().item()
+        scale = 1.0 if subtracted <= projection.norm().item() else projection.norm().item() / subtracted
+        return scale * g0, scale * g1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +276,8 @@ class ReferenceRunningBatchNorm:
     """RunningBatchNorm, channel by channel, after its definition.
 
     Training: the batch enters every channel's state (`Channel.absorb`), then y = (x − mean)·rstd·weight + bias with the
-    state's mean and biased variance, rstd = (var + eps)^−½; unless gradients are exact, these lag behind those of a
-    large batch by max_lag at most. Backward, with sums over the batch:
+    state's mean and biased variance, rstd = (var + eps)^−½; unless gradients are exact, these lag behind those of the
+    batch by d at most. Backward, with sums over the batch:
 
         exact     autograd through that formula, with the state before the batch as a constant
         running   dx = weight·rstd·(dy − G0 − x_hat·G1),  dweight = Σ dy·x_hat,  dbias = Σ dy
@@ -305,9 +326,7 @@ class ReferenceRunningBatchNorm:
         return dx, (rows * step.x_hat).sum(1), rows.sum(1)
 
     def _dx(self, step: Step, c: int, dy: Tensor) -> Tensor:
-        mean_dy, mean_dy_xhat = self.channels[c].average_gradients(
-            dy, step.x_hat[c], step.a[c], self.max_lag < math.inf
-        )
+        mean_dy, mean_dy_xhat = self.channels[c].average_gradients(dy, step.x_hat[c], step.a[c])
         return step.weight[c].detach() * step.rstd[c] * (dy - mean_dy - step.x_hat[c] * mean_dy_xhat)
 
     def evaluate(self, x: Tensor) -> Tensor:

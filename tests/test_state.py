@@ -56,6 +56,9 @@ GOLDEN_PRECISE = [
 ]
 GOLDEN_RUNNING = [
     *GOLDEN_PRECISE,
+    ("noise", (3,), "float32"),
+    ("noise_steps", (3,), "float32"),
+    ("last_mean", (3,), "float32"),
     ("sum_dy", (3,), "float32"),
     ("sum_dy_xhat", (3,), "float32"),
     ("count_dy", (3,), "float32"),

@@ -135,7 +135,7 @@ def _behind(layer: SavedLayer) -> Tensor:
 
 
 def _state_not_finite(layer: SavedLayer) -> Tensor:
-    parts = [*layer.state.values(), *layer.gradient_state.values()]
+    parts = [*layer.state.values(), *layer.training_state.values()]
     return torch.stack([~part.isfinite() for part in parts]).any(0) if parts else _all_or_none(layer, False)
 
 

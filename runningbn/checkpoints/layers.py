@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buffers import CHECKPOINTED, SETTLED, VIEW, is_narrow
-from ..statistics import GradientState, Sums
+from ..buffers import CHECKPOINTED, SETTLED, TRAINING, VIEW, is_narrow
+from ..statistics import Sums
 
 AFFINE = ("weight", "bias")
 # One number per channel each, where a layer has them.
-PER_CHANNEL = (*VIEW, *AFFINE, *CHECKPOINTED, *GradientState._fields)
+PER_CHANNEL = (*VIEW, *AFFINE, *CHECKPOINTED, *TRAINING)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SavedLayer:
         weight, bias: None where there is none.
         batches: `num_batches_tracked`, None where there is none.
         state: the pooled state of our layers; empty for all others.
-        gradient_state: the running sums of RunningBatchNorm's backward pass, likewise.
+        training_state: what only training of RunningBatchNorm reads, likewise.
         unusable_state: whether it has parts of a state, or all of it in 16 bits, which a load does not take over.
     """
 
@@ -44,7 +44,7 @@ class SavedLayer:
     bias: Tensor | None
     batches: int | None
     state: Mapping[str, Tensor]
-    gradient_state: Mapping[str, Tensor]
+    training_state: Mapping[str, Tensor]
     unusable_state: bool
 
     @property
@@ -154,7 +154,7 @@ def _layer(name: str, parts: Mapping[str, Tensor]) -> SavedLayer:
         bias=wide.get("bias"),
         batches=_batches(parts.get("num_batches_tracked")),
         state={part: wide[part] for part in own} if usable else {},
-        gradient_state={part: wide[part] for part in GradientState._fields if part in wide} if usable else {},
+        training_state={part: wide[part] for part in TRAINING if part in wide} if usable else {},
         unusable_state=bool(own) and not usable,
     )
 

@@ -21,16 +21,20 @@ and with sweeps, which leave the state of the layer to others:
 also do a whole training step of one process, the update of the state included, while the data are in cache,
 
     prepared(buffers)                                 -> the buffers of a layer as the next two take them, or None
-    training_forward(x, weight, bias, eps, state, momentum, running, absorbs, max_lag) -> y, fixed
-    training_backward(dy, x, weight, fixed, gradient, needs_dx)                        -> dx or None, Σdy, Σdy·z
+    training_forward(x, weight, bias, eps, state, momentum, running, absorbs, law) -> y, fixed
+    training_backward(dy, x, weight, fixed, gradient, needs_dx)                    -> dx or None, Σdy, Σdy·z
 
 and the update alone, for sums that came from elsewhere,
 
-    absorb(state, batch, weight, samples, whole_batches, running, max_lag) -> the vectors of `update.Coefficients`
-    absorb_gradient(state, sum_dy, sum_dy_xhat, keep, gain, n)             -> G0, G1
+    absorb(state, noise, batch, weight, samples, whole_batches, running, absorbs, law) -> the vectors of the `update`
+    absorb_gradient(state, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, n)     -> s·G0, s·G1
 
-`fixed` is (2, C), mean and rstd, where x is normalised by itself, and (6, C) where it is by the running statistics:
-mean, rstd, kappa_mean, kappa_var, keep, gain. See `update` for what these mean.
+A forward whose backward goes by running means has in `state`, behind the buffers of a `State`, those of a `NoiseState`;
+in `absorb`, `noise` is None without them. Without `absorbs`, as in a recomputation, the buffers are taken as they are.
+
+`fixed` is (2, C), mean and rstd, where x is normalised by itself; (4, C) where it is by the running statistics, exactly:
+mean, rstd, kappa_mean, kappa_var; and (5, C) for running means in backward: mean, rstd, trust, offset, batch_std. See
+`update` for what these mean.
 
 The first of `BACKENDS` that serves an input takes it, unless `use_backend` or the environment variable
 RUNNINGBN_BACKEND names one.

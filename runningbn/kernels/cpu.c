@@ -93,7 +93,7 @@ const char *runningbn_initialize(ParallelFor function, const char *most) {
 }
 
 /* What cpu.py compares with its own, so that it never calls a library that was built from other sources. */
-const int64_t runningbn_version = 1;
+const int64_t runningbn_version = 2;
 const int64_t runningbn_forward_size = sizeof(Forward), runningbn_backward_size = sizeof(Backward);
 
 /* One call, forward or backward, as the driver below sees it. */

@@ -25,11 +25,12 @@ typedef struct {
     void *y;
     const void *weight, *bias; /* REAL, or NULL */
     double eps;
-    double max_lag; /* of the statistics, see update.within_reach; infinite for no limit */
+    /* The law.Law, in its order. */
+    double max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples;
     /* The sums of the batch: results of SUMS, or arguments of ABSORB without it; NULL if nobody asks. REAL. */
     void *batch_shift, *batch_sums, *batch_sqrs, *batch_count;
     /* What x is normalised by: results of ABSORB or SUMS, or arguments of APPLY alone; `var` or `rstd` may be NULL. */
-    void *mean, *var, *rstd, *kappa_mean, *kappa_var, *keep, *gain;
+    void *mean, *var, *rstd, *kappa_mean, *kappa_var, *trust, *offset, *batch_std;
     /* The update. Without ABSORB the following are not looked at. */
     int64_t running, absorbs, whole_batches, rule;
     double rule_arguments[3];
@@ -39,6 +40,8 @@ typedef struct {
     void *shift, *sums, *sqrs, *count, *count_sqrs, *debias, *samples, *steps, *running_mean, *running_var;
     int64_t *num_batches_tracked;
     void *last_keep, *last_gain;
+    /* With running gradients, a statistics.NoiseState; otherwise NULL. */
+    void *noise, *noise_steps, *last_mean;
 } Forward;
 
 typedef struct {
@@ -47,12 +50,12 @@ typedef struct {
     void *dx;
     const void *weight, *mean, *rstd;    /* REAL; weight may be NULL */
     void *batch_sum_dy, *batch_sum_dy_xhat; /* results of SUMS, or arguments of ABSORB without it. REAL. */
-    /* dx = weight·rstd·(dy − m0 − z·m1). With running sums, m0 and m1 are results of ABSORB, unless NULL; without
+    /* dx = weight·rstd·(dy − m0 − z·m1). With running means, m0 and m1 are results of ABSORB, unless NULL; without
        them they are arguments, or where NULL kappa times the sums of the batch; kappa NULL is 1/n. */
     void *m0, *m1;
     const void *kappa_mean, *kappa_var;
     void *sum_dy, *sum_dy_xhat, *count_dy; /* the running sums, see statistics.GradientState; or NULL */
-    const void *keep, *gain;
+    const void *trust, *offset, *batch_std;
     const void *pooled_count; /* elements per channel over all ranks, or NULL: then as here */
 } Backward;
 

@@ -22,27 +22,33 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..law import Law
 from ..momentum import SQUARE_ROOT, Momentum, encoded, weighs_whole_batches
-from ..statistics import GradientState, State, Sums
+from ..statistics import GradientState, NoiseState, State, Sums
 from .layout import are_vectors
 
 # The structs of cpu.h, whose fields are 8 bytes each: q and Q are integers and pointers, d doubles.
-_FORWARD = Struct("@7q4Q2d11Q4q3dQd13Q")
-_BACKWARD = Struct("@7q18Q")
-_STRUCTS = {"version": 1, "forward_size": _FORWARD.size, "backward_size": _BACKWARD.size}
+_FORWARD = Struct("@7q4Q7d12Q4q3dQd16Q")
+_BACKWARD = Struct("@7q19Q")
+_STRUCTS = {"version": 2, "forward_size": _FORWARD.size, "backward_size": _BACKWARD.size}
 _SUMS, _ABSORB, _APPLY = 1, 2, 4
 _GIVEN = SQUARE_ROOT + 1  # a weight per channel instead of a rule
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _STATISTICS = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 Prepared = tuple[tuple[Tensor, ...], tuple[int, ...]]
-# Of a backward call: m0, m1, kappa_mean, kappa_var, three running sums, keep, gain.
-_NO_VECTORS: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 0)
+# Of a backward call: m0, m1, kappa_mean, kappa_var, three running sums, trust, offset, batch_std.
+_NO_VECTORS: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 # Layers whose buffers are known; looking at a dozen tensors takes longer than a small batch.
 _prepared: dict[int, tuple[tuple[int, ...], list[weakref.ref[Tensor]]]] = {}
 _MOST_PREPARED = 4096
 _NO_BATCH = (0, 0, 0, 0)
-_NO_UPDATE: tuple[float, ...] = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0, 0.0, *[0] * len(State._fields))
+# Of `fixed`, by whether x is normalised by running statistics and whether within limits.
+_ROWS = {(False, False): 2, (True, False): 4, (True, True): 5}
+_NO_NOISE = (0, 0, 0)
+_NO_COEFFICIENTS = (0, 0, 0, 0, 0, 0)  # rstd, kappa_mean, kappa_var, trust, offset, batch_std
+_NO_UPDATE: tuple[float, ...] = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0, 0.0, *[0] * len(State._fields), *_NO_NOISE)
+_NO_LAW = Law()
 
 
 def unavailable() -> str | None:
@@ -100,7 +106,7 @@ def normalize(
     data, geometry = _laid_out(x)
     y = torch.empty_like(data)
     mean, var = _vector(mean, x), _vector(var, x)
-    _forward(data, geometry, y, _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), 0, 0, 0, 0, 0))
+    _forward(data, geometry, y, _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), *_NO_COEFFICIENTS))
     return y
 
 
@@ -110,7 +116,7 @@ def batch_norm(
     """y in the dtype of x, mean and biased variance, (C,) in `dtype`, of a batch; without gradients."""
     data, geometry = _laid_out(x)
     y, mean, var = torch.empty_like(data), *(torch.empty(x.shape[1], dtype=dtype) for _ in range(2))
-    _forward(data, geometry, y, _SUMS | _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), 0, 0, 0, 0, 0))
+    _forward(data, geometry, y, _SUMS | _APPLY, weight, bias, eps, fixed=(*_pointers((mean, var)), *_NO_COEFFICIENTS))
     return y, mean, var
 
 
@@ -144,25 +150,33 @@ def batch_norm_gradients(
 
 def training_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: Prepared, momentum: Momentum,
-    running: bool, absorbs: bool, max_lag: float,
+    running: bool, absorbs: bool, law: Law,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and `fixed`. Without `absorbs`, as in a recomputation, the state is taken as it is."""
+    buffers, pointers = state
+    limited = len(buffers) > len(State._fields)
     data, geometry = _laid_out(x)
     y = torch.empty_like(data)
     dtype = _STATISTICS[x.dtype]
-    fixed = torch.empty((6 if running else 2, geometry[2]), dtype=dtype)
+    fixed = torch.empty((_ROWS[running, limited], geometry[2]), dtype=dtype)
     first, row = fixed.data_ptr(), geometry[2] * dtype.itemsize
-    others = (first + 2 * row, first + 3 * row, first + 4 * row, first + 5 * row) if running else (0, 0, 0, 0)
+    second = first + row
     stages = _APPLY
-    if absorbs or not running or max_lag < math.inf:
+    if absorbs or not running or limited:
         stages |= _SUMS
     if absorbs or running:
         stages |= _ABSORB
-    update = (running, absorbs, weighs_whole_batches(momentum), *encoded(momentum), 0, len(x), *state[1])
+    if limited:
+        fixes = (first, 0, second, 0, 0, second + row, second + 2 * row, second + 3 * row)
+    elif running:
+        fixes = (first, 0, second, second + row, second + 2 * row, 0, 0, 0)
+    else:
+        fixes = (first, 0, second, 0, 0, 0, 0, 0)
+    rule = (running, absorbs, weighs_whole_batches(momentum), *encoded(momentum), 0, len(x))
+    update = (*rule, *pointers, *(() if limited else _NO_NOISE))
     if absorbs:
-        _note_change(state[0])
-    fixes = (first, 0, first + row, *others)
-    _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, fixes, update, max_lag)
+        _note_change(buffers)
+    _forward(data, geometry, y, stages, weight, bias, eps, _NO_BATCH, fixes, update, law)
     return y, fixed
 
 
@@ -175,42 +189,47 @@ def training_backward(
     if gradient is not None:
         _note_change(gradient[0])
         stages |= _ABSORB
-        vectors = (0, 0, 0, 0, *gradient[1], first + 4 * row, first + 5 * row)
+        vectors = (0, 0, 0, 0, *gradient[1], first + 2 * row, first + 3 * row, first + 4 * row)
     elif len(fixed) > 2:
-        vectors = (0, 0, first + 2 * row, first + 3 * row, 0, 0, 0, 0, 0)
+        vectors = (0, 0, first + 2 * row, first + 3 * row, 0, 0, 0, 0, 0, 0)
     return _backward(dy, x, stages, weight, first, first + row, vectors)
 
 
 def absorb(
-    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, running: bool,
-    max_lag: float = math.inf,
+    state: State, noise: NoiseState | None, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool,
+    running: bool, absorbs: bool, law: Law,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Absorb sums that came from elsewhere; the vectors of `update.Coefficients`, the first two where not running."""
+    """Absorb sums that came from elsewhere; the vectors of the `update` that this is."""
     mean = state.running_mean
     batch, weight = Sums(*(_vector(part.expand_as(mean), mean) for part in batch)), _vector(weight, mean)
-    out = [torch.empty_like(mean) for _ in range(6 if running else 2)]
+    out = [torch.empty_like(mean) for _ in range(_ROWS[running, noise is not None])]
     first, second, *others = _pointers(out)
+    of_batch, kappas = (others, (0, 0)) if noise is not None else ((0, 0, 0), others or (0, 0))
     packed = _FORWARD.pack(
-        _DTYPES[mean.dtype], _ABSORB, 1, 1, 1, len(mean), 1, 0, 0, 0, 0, 0.0, max_lag, *_pointers(batch),
-        first, second, 0, *(others or (0, 0, 0, 0)),
-        running, True, whole_batches, _GIVEN, 0.0, 0.0, 0.0, weight.data_ptr(), float(samples), *_pointers(state),
+        _DTYPES[mean.dtype], _ABSORB, 1, 1, 1, len(mean), 1, 0, 0, 0, 0, 0.0, *law, *_pointers(batch),
+        first, second, 0, *kappas, *of_batch,
+        running, absorbs, whole_batches, _GIVEN, 0.0, 0.0, 0.0, weight.data_ptr(), float(samples), *_pointers(state),
+        *(_NO_NOISE if noise is None else _pointers(noise)),
     )  # fmt: skip
-    _note_change(state)
+    if absorbs:
+        _note_change((*state, *(noise or ())))
     _check(_library()[0].runningbn_forward(packed))
     return tuple(out)
 
 
 def absorb_gradient(
-    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, keep: Tensor, gain: Tensor, n: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Absorb sums that came from elsewhere; G0 and G1, see `update.absorb_gradient`."""
+    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, rstd: Tensor, trust: Tensor, offset: Tensor,
+    batch_std: Tensor, n: int | Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Absorb sums that came from elsewhere; G0 and G1, bounded, see `update.absorb_gradient`."""
     like = state.sum_dy
-    vectors = [_vector(t, like) for t in (sum_dy, sum_dy_xhat, keep, gain)]
+    sums, fixed = [sum_dy, sum_dy_xhat], [rstd, trust, offset, batch_std]
+    sums, fixed = ([_vector(t, like) for t in vectors] for vectors in (sums, fixed))
     count = _vector(torch.as_tensor(n).expand_as(like), like)
     out = torch.empty_like(like), torch.empty_like(like)
     packed = _BACKWARD.pack(
-        _DTYPES[like.dtype], _ABSORB, 1, 1, 1, len(like), 1, 0, 0, 0, 0, 0, 0, *_pointers(vectors[:2]),
-        *_pointers(out), 0, 0, *_pointers(state), *_pointers(vectors[2:]), count.data_ptr(),
+        _DTYPES[like.dtype], _ABSORB, 1, 1, 1, len(like), 1, 0, 0, 0, 0, 0, fixed[0].data_ptr(), *_pointers(sums),
+        *_pointers(out), 0, 0, *_pointers(state), *_pointers(fixed[1:]), count.data_ptr(),
     )  # fmt: skip
     _note_change(state)
     _check(_library()[0].runningbn_backward(packed))
@@ -220,14 +239,14 @@ def absorb_gradient(
 def _forward(
     data: Tensor, geometry: tuple[int, int, int, int], y: Tensor | None, stages: int,
     weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0,
-    batch: Sequence[int] = _NO_BATCH, fixed: Sequence[int] = (0, 0, 0, 0, 0, 0, 0),
-    update: Sequence[float] = _NO_UPDATE, max_lag: float = math.inf,
+    batch: Sequence[int] = _NO_BATCH, fixed: Sequence[int] = (0, 0, *_NO_COEFFICIENTS),
+    update: Sequence[float] = _NO_UPDATE, law: Law = _NO_LAW,
 ) -> None:  # fmt: skip
     weight = None if weight is None else _vector(weight, data)
     bias = None if bias is None else _vector(bias, data)
     packed = _FORWARD.pack(
         _DTYPES[data.dtype], stages, torch.get_num_threads(), *geometry,
-        data.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), eps, max_lag, *batch, *fixed, *update,
+        data.data_ptr(), _pointer(y), _pointer(weight), _pointer(bias), eps, *law, *batch, *fixed, *update,
     )  # fmt: skip
     _check(_library()[0].runningbn_forward(packed))
 

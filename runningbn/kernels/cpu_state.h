@@ -11,13 +11,8 @@
 
 #ifndef RUNNINGBN_STATE
 #define RUNNINGBN_STATE
-static const double VARIANCE_FLOOR = 0.01, WARMUP_SAMPLES = 20, PRIOR_ELEMENTS = 64,
-                    LAG_ELEMENTS = 512;
-
 static double largest(double a, double b) { return a > b ? a : b; }
-
-/* See update.trusted; of a batch that is not empty. */
-static double trusted(double n) { return n / (n + PRIOR_ELEMENTS); }
+static double smallest(double a, double b) { return a < b ? a : b; }
 #endif
 
 /* a per channel, see momentum.py. Channels mostly agree, and so one value serves many. */
@@ -42,6 +37,29 @@ TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, i
         }
         weight[c] = a;
     }
+}
+
+/* See law.measured_noise. */
+TARGET static void STATE_NAME(measure_noise)(const Forward *f, int64_t c, double batch_mean, double variance) {
+    const double difference = batch_mean - (double)AT(f->last_mean), steps = (double)AT(f->noise_steps);
+    double observed = steps == 0 ? 1 : 0.5 * difference * difference / largest(variance, TINY);
+    observed = smallest(observed, 1);
+    AT(f->noise) = (REAL)((double)AT(f->noise) + (observed - (double)AT(f->noise)) / smallest(steps + 1, f->window));
+    AT(f->noise_steps) = (REAL)(steps + 1);
+    AT(f->last_mean) = (REAL)batch_mean;
+}
+
+/* See law.bounded: what scales the running means `m0` and `m1`, of a batch whose means are `p0` and `p1`. */
+TARGET static double STATE_NAME(scale_of_means)(const Backward *b, int64_t c, double m0, double m1, double p0,
+                                                double p1) {
+    const double rstd = (double)AT(b->rstd), offset = (double)AT(b->offset) * rstd;
+    const double spread = (double)AT(b->batch_std) * rstd;
+    const int varies = spread > sqrt(EPSILON) * fabs(offset);
+    const double along = varies ? (p1 - offset * p0) / largest(spread, TINY) : 0;
+    const double of_batch = hypot(p0, along), of_memory = hypot(m0 + offset * m1, spread * m1);
+    /* A batch that is not finite is no reason to subtract anything. */
+    if (!(of_batch <= MAXIMUM)) return 0;
+    return of_memory <= of_batch ? 1 : of_batch / largest(of_memory, TINY);
 }
 
 TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t end) {
@@ -115,8 +133,8 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                         double of_state = (double)AT(f->sqrs) / count - offset * offset;
                         if (of_state < 0) of_state = 0;
                         if (f->running) {
-                            if (of_state < VARIANCE_FLOOR && (double)AT(f->samples) < WARMUP_SAMPLES)
-                                of_state = VARIANCE_FLOOR;
+                            if (of_state < f->variance_floor && (double)AT(f->samples) < f->warmup_samples)
+                                of_state = f->variance_floor;
                         } else {
                             /* Bessel's correction for weighted elements, see statistics.unbiased. */
                             const double uncorrected = 1 - (double)AT(f->count_sqrs) / (count * count);
@@ -128,25 +146,30 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                 }
                 if (f->running) {
                     /* By what evaluation takes, also in a channel that keeps its state. */
-                    const double batch_mean = mean, batch_var = var, weight = 1 - (double)AT(f->last_keep);
+                    const double batch_mean = mean, batch_var = var;
                     const int ignored = AT(f->last_gain) == 0;
                     mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
-                    const double kappa = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);
-                    const int floored = var <= (double)(REAL)VARIANCE_FLOOR && (double)AT(f->samples) < WARMUP_SAMPLES;
-                    SET(f->kappa_mean, kappa)
-                    SET(f->kappa_var, floored ? 0 : kappa)
-                    double trust = ignored ? 0 : weight;
-                    if (f->max_lag <= DBL_MAX && !ignored) {
-                        trust = largest(weight, trusted(n));
-                        /* See update.within_reach. */
-                        const double lag = f->max_lag * (1 + LAG_ELEMENTS / n);
-                        var = largest(var, batch_var / ((1 + lag) * (1 + lag)));
-                        const double reach = lag * sqrt(var);
-                        mean = largest(mean, batch_mean - reach);
-                        if (mean > batch_mean + reach) mean = batch_mean + reach;
+                    if (f->noise) {
+                        if (f->absorbs && !ignored) STATE_NAME(measure_noise)(f, c, batch_mean, largest(var, batch_var));
+                        const double noise = (double)AT(f->noise);
+                        /* See law.trust and law.limited. */
+                        const double trust = largest(1 - (double)AT(f->last_keep), 1 / (1 + f->trust_noise * noise));
+                        if (f->max_lag <= DBL_MAX && !ignored) {
+                            const double d = f->max_lag * (1 + f->lag_noise * noise);
+                            var = largest(var, batch_var / ((1 + d) * (1 + d)));
+                            const double reach = d * sqrt(var);
+                            mean = smallest(largest(mean, batch_mean - reach), batch_mean + reach);
+                        }
+                        SET(f->trust, ignored ? 0 : trust)
+                        SET(f->offset, ignored ? 0 : batch_mean - mean)
+                        SET(f->batch_std, ignored ? 0 : sqrt(batch_var))
+                    } else {
+                        const double kappa = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);
+                        const int floored = var <= (double)(REAL)f->variance_floor &&
+                                            (double)AT(f->samples) < f->warmup_samples;
+                        SET(f->kappa_mean, kappa)
+                        SET(f->kappa_var, floored ? 0 : kappa)
                     }
-                    SET(f->keep, 1 - trust)
-                    SET(f->gain, trust / largest(n, 1))
                 }
             }
             residual = mean - (double)(REAL)mean;
@@ -185,15 +208,20 @@ TARGET static void STATE_NAME(finish_backward)(const Backward *b, const Scratch 
         }
         if (b->stages & ABSORB) {
             const double n = b->pooled_count ? (double)AT(b->pooled_count) : elements;
+            const double p0 = sum_dy / n, p1 = sum_dy_xhat / n, trust = (double)AT(b->trust);
             const int finite = fabs(sum_dy) <= MAXIMUM && fabs(sum_dy_xhat) <= MAXIMUM;
             if (finite) {
-                const double keep = (double)AT(b->keep), gain = (double)AT(b->gain);
-                AT(b->sum_dy) = (REAL)(keep * (double)AT(b->sum_dy) + gain * sum_dy);
-                AT(b->sum_dy_xhat) = (REAL)(keep * (double)AT(b->sum_dy_xhat) + gain * sum_dy_xhat);
-                AT(b->count_dy) = (REAL)(keep * (double)AT(b->count_dy) + gain * n);
+                const double keep = 1 - trust;
+                AT(b->sum_dy) = (REAL)(keep * (double)AT(b->sum_dy) + trust * p0);
+                AT(b->sum_dy_xhat) = (REAL)(keep * (double)AT(b->sum_dy_xhat) + trust * p1);
+                AT(b->count_dy) = (REAL)(keep * (double)AT(b->count_dy) + trust);
             }
             const double count = largest((double)AT(b->count_dy), TINY);
             m0 = (double)AT(b->sum_dy) / count, m1 = (double)AT(b->sum_dy_xhat) / count;
+            /* What the forward has ignored is normalised by constants, and no gradient flows through those. */
+            const int counts = finite && trust != 0;
+            const double scale = counts ? STATE_NAME(scale_of_means)(b, c, m0, m1, p0, p1) : 0;
+            m0 *= scale, m1 *= scale;
             SET(b->m0, m0)
             SET(b->m1, m1)
         } else if (b->m0) {

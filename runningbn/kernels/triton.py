@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..law import Law
 from ..momentum import Momentum, encoded, weighs_whole_batches
-from ..statistics import GradientState, State, Sums
+from ..statistics import GradientState, NoiseState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 from .layout import are_vectors, dense, empty_like, is_rows
 
@@ -138,22 +139,24 @@ def prepared(buffers: Buffers) -> Buffers | None:
 
 
 def training_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: State, momentum: Momentum,
-    running: bool, absorbs: bool, max_lag: float,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: tuple[Tensor, ...], momentum: Momentum,
+    running: bool, absorbs: bool, law: Law,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and `fixed`. Without `absorbs`, as in a recomputation, the state is taken as it is."""
     kernels, x = _kernels(), x.detach()
     data, plan, y = dense(x), _plan_for(x), empty_like(x)
     (splits, tiles), channels = plan.summing, x.shape[1]
-    dtype = state.shift.dtype
-    fixed = x.new_empty((6 if running else 2, channels), dtype=dtype)
+    statistics, measured = State(*state[: len(State._fields)]), state[len(State._fields) :]
+    noise = NoiseState(*measured) if measured else None
+    dtype = statistics.shift.dtype
+    fixed = x.new_empty((2 if not running else 4 if noise is None else 5, channels), dtype=dtype)
     scratch = x.new_empty((3 * splits + 3, channels), dtype=dtype)
     weight, bias = _vector(weight), _vector(bias)
     with _on(x.device):
         rule, *parameters = encoded(momentum)
         kernels.batch_statistics[(plan.blocks * splits,)](
-            data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, state,
-            *plan.sizes, splits, tiles, len(x), _bits(eps), _bits(max_lag), *map(_bits, parameters),
+            data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, statistics, noise,
+            *plan.sizes, splits, tiles, len(x), _bits(eps), *map(_bits, (*law, *parameters)),
             RULE=rule, WHOLE_BATCHES=weighs_whole_batches(momentum), RUNNING=running, ABSORBS=absorbs,
             BP=plan.at_once, **plan.tile, **_OPTIONS,
         )  # fmt: skip
@@ -190,29 +193,31 @@ def training_backward(
 
 
 def absorb(
-    state: State, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool, running: bool,
-    max_lag: float = math.inf,
+    state: State, noise: NoiseState | None, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool,
+    running: bool, absorbs: bool, law: Law,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Absorb sums that came from elsewhere; the vectors of `update.Coefficients`, the first two where not running."""
+    """Absorb sums that came from elsewhere; the vectors of the `update` that this is."""
     mean = state.running_mean
     vectors = Sums(*(part.expand_as(mean).contiguous() for part in batch))
-    out = tuple([torch.empty_like(mean) for _ in range(6 if running else 2)])
+    out = tuple([torch.empty_like(mean) for _ in range(2 if not running else 4 if noise is None else 5)])
     with _on(mean.device):
         _kernels().absorb_sums[(_vectors(len(mean)),)](
-            vectors, weight.contiguous(), state, out, samples, len(mean), _bits(max_lag),
-            WHOLE_BATCHES=whole_batches, RUNNING=running, BC=_VECTOR, **_OPTIONS,
+            vectors, weight.contiguous(), state, noise, out, samples, len(mean), *map(_bits, law),
+            WHOLE_BATCHES=whole_batches, RUNNING=running, ABSORBS=absorbs, BC=_VECTOR, **_OPTIONS,
         )  # fmt: skip
-    torch.autograd.graph.increment_version(state)
+    if absorbs:
+        torch.autograd.graph.increment_version((*state, *(noise or ())))
     return out
 
 
 def absorb_gradient(
-    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, keep: Tensor, gain: Tensor, n: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Absorb sums that came from elsewhere; G0 and G1, see `update.absorb_gradient`."""
+    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, rstd: Tensor, trust: Tensor, offset: Tensor,
+    batch_std: Tensor, n: int | Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Absorb sums that came from elsewhere; G0 and G1, bounded, see `update.absorb_gradient`."""
     like = state.sum_dy
     count = n.expand_as(like).contiguous() if isinstance(n, Tensor) else torch.full_like(like, n)
-    vectors = [t.contiguous() for t in (sum_dy, sum_dy_xhat, keep, gain)]
+    vectors = [t.contiguous() for t in (sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std)]
     out = torch.empty_like(like), torch.empty_like(like)
     with _on(like.device):
         _kernels().absorb_gradient_sums[(_vectors(len(like)),)](

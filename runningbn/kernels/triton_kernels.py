@@ -26,13 +26,15 @@ _TINY32, _EPS32, _MAX32 = (tl.constexpr(2.0**-126), tl.constexpr(2.0**-23), tl.c
 _TINY64, _EPS64, _MAX64 = (tl.constexpr(2.0**-1022), tl.constexpr(2.0**-52), tl.constexpr((2 - 2.0**-52) * 2.0**1023))
 
 _SIZES = ["outer", "channels", "inner", "splits", "tiles"]
-_RULE = ["batch_samples", "eps", "max_lag", "rule_a", "rule_b", "rule_c"]
+_LAW = ["max_lag", "lag_noise", "trust_noise", "window", "variance_floor", "warmup_samples"]
+_RULE = ["batch_samples", "eps", *_LAW, "rule_a", "rule_b", "rule_c"]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_RULE])
 def batch_statistics(
-    x, scratch, counter, weight, bias, fixed, state,
-    outer, channels, inner, splits, tiles, batch_samples, eps, max_lag, rule_a, rule_b, rule_c,
+    x, scratch, counter, weight, bias, fixed, state, noise,
+    outer, channels, inner, splits, tiles, batch_samples, eps,
+    max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples, rule_a, rule_b, rule_c,
     RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, ABSORBS: tl.constexpr,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -43,9 +45,11 @@ def batch_statistics(
         scratch: (3·splits + 3, C): partial sums, then mean, slope and base of `affine_map`, both written here.
         counter: (blocks of channels,), int32, zero before and after.
         weight, bias: (C,) or None.
-        fixed: (2 or 6, C), written: see the package.
+        fixed: (2, 4 or 5, C), written: see the package.
         state: the buffers of a `State`, updated where ABSORBS, and taken as they are elsewhere.
-        eps, max_lag, rule_a, rule_b, rule_c: float64, as integers of the same bits: Triton passes numbers as float32.
+        noise: those of a `NoiseState`, likewise; None for the exact gradient.
+        eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
+            Triton passes numbers as float32.
     """
     dtype = scratch.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
@@ -81,17 +85,24 @@ def batch_statistics(
     if _is_last(counter + block, splits):
         mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP)
         n = (outer.to(tl.int64) * inner).to(tl.float64)
+        floor, few = _number(variance_floor), _number(warmup_samples)
         if ABSORBS:
             a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
             of_state = _absorb(
-                mean, squares, n, a, batch_samples.to(tl.float64), state, c, exists, WHOLE_BATCHES, RUNNING
+                mean, squares, n, a, batch_samples.to(tl.float64), state, floor, few, c, exists, WHOLE_BATCHES, RUNNING
             )
             if block == 0:
                 tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
         elif RUNNING:
             of_state = _recalled(state, c, exists)
         if RUNNING:
-            coefficients = _coefficients(of_state, mean, squares, n, _number(max_lag), dtype)
+            if noise is None:
+                coefficients = _exact_coefficients(of_state, floor, few, dtype)
+            else:
+                coefficients = _running_coefficients(
+                    of_state, mean, squares, n, noise, _number(max_lag), _number(lag_noise), _number(trust_noise),
+                    _number(window), c, exists, dtype, ABSORBS,
+                )  # fmt: skip
             mean, var = coefficients[0], coefficients[1]
             _store_rows(fixed, 2, coefficients, channels, c, exists)
         else:
@@ -136,7 +147,7 @@ def gradient_statistics(
         scratch: (2·splits + 3, C): partial sums, then the rows of `input_gradient`, both written here.
         counter: (blocks of channels,), int32, zero before and after.
         weight: (C,) or None.
-        fixed: (2, C) or, where BY_STATE, (6, C): what the forward left.
+        fixed: (2, C) or, where BY_STATE, (4 or 5, C): what the forward left.
         sums: (2, C), written: Σdy and Σdy·z.
         gradient: the buffers of a `GradientState`, updated, or None for the exact gradient.
     """
@@ -175,8 +186,9 @@ def gradient_statistics(
         tl.store(sums + channels + c, sum_dy_xhat.to(dtype), mask=exists)
         n = (outer.to(tl.int64) * inner).to(tl.float64)
         if gradient is not None:
-            keep, gain = _float64(fixed + 4 * channels, c, exists), _float64(fixed + 5 * channels, c, exists)
-            m0, m1 = _absorb_gradient(gradient, sum_dy, sum_dy_xhat, keep, gain, n, c, exists)
+            trust, offset = _float64(fixed + 2 * channels, c, exists), _float64(fixed + 3 * channels, c, exists)
+            std = _float64(fixed + 4 * channels, c, exists)
+            m0, m1 = _absorb_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists)
         elif BY_STATE:
             kappa_mean, kappa_var = _float64(fixed + 2 * channels, c, exists), _float64(fixed + 3 * channels, c, exists)
             # A channel that was not finite has sums that are not either, and its κ is 0.
@@ -219,36 +231,48 @@ def input_gradient(
         tl.store(dx + base + local, of_x.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["channels", "batch_samples", "max_lag"])
+@triton.jit(do_not_specialize=["channels", "batch_samples", *_LAW])
 def absorb_sums(
-    batch, given_weight, state, out, batch_samples, channels, max_lag,
-    WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, BC: tl.constexpr,
+    batch, given_weight, state, noise, out, batch_samples, channels,
+    max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples,
+    WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, ABSORBS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Absorb sums that came from elsewhere.
 
     Args:
         batch: the vectors of `Sums`.
         given_weight: (C,), a.
-        state: the buffers of a `State`, updated.
-        out: 6 or, unless RUNNING, 2 vectors, written: those of `update.Coefficients`.
+        state: the buffers of a `State`, updated where ABSORBS, and taken as they are elsewhere.
+        noise: those of a `NoiseState`, likewise, or None.
+        out: 2 vectors, written, or where RUNNING 4, or 5 with `noise`: those of the `update` that this is.
         batch_samples: N, or a pointer to it.
-        max_lag: float64, as the integer of the same bits.
+        max_lag to warmup_samples: float64, as integers of the same bits.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     exists = c < channels
+    floor, few = _number(variance_floor), _number(warmup_samples)
     samples = (tl.load(batch_samples) if batch_samples.dtype.is_ptr() else batch_samples).to(tl.float64)
     n = _float64(batch.count, c, exists)
     sums = _float64(batch.sums, c, exists)
     offset = sums / tl.where(n > 0, n, 1)
     mean = _float64(batch.shift, c, exists) + offset
     squares = _not_negative(_float64(batch.sqrs, c, exists) - sums * offset)
-    a = _float64(given_weight, c, exists)
-    of_state = _absorb(mean, squares, n, a, samples, state, c, exists, WHOLE_BATCHES, RUNNING)
-    if tl.program_id(0) == 0:
-        tracked = tl.load(state.num_batches_tracked)
-        tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
-    if RUNNING:
-        results = _coefficients(of_state, mean, squares, n, _number(max_lag), state.shift.dtype.element_ty)
+    if ABSORBS:
+        a = _float64(given_weight, c, exists)
+        of_state = _absorb(mean, squares, n, a, samples, state, floor, few, c, exists, WHOLE_BATCHES, RUNNING)
+        if tl.program_id(0) == 0:
+            tracked = tl.load(state.num_batches_tracked)
+            tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
+    elif RUNNING:
+        of_state = _recalled(state, c, exists)
+    dtype = state.shift.dtype.element_ty
+    if noise is not None:
+        results = _running_coefficients(
+            of_state, mean, squares, n, noise, _number(max_lag), _number(lag_noise), _number(trust_noise),
+            _number(window), c, exists, dtype, ABSORBS,
+        )  # fmt: skip
+    elif RUNNING:
+        results = _exact_coefficients(of_state, floor, few, dtype)
     else:
         results = (mean, squares / tl.where(n > 0, n, 1))
     for i in tl.static_range(len(out)):
@@ -256,13 +280,17 @@ def absorb_sums(
 
 
 @triton.jit(do_not_specialize=["channels"])
-def absorb_gradient_sums(gradient, sum_dy, sum_dy_xhat, keep, gain, count, m0, m1, channels, BC: tl.constexpr):
+def absorb_gradient_sums(
+    gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, count, m0, m1, channels, BC: tl.constexpr
+):  # fmt: skip
     """Absorb the sums of a backward pass that came from elsewhere, all (C,); writes G0 and G1 to `m0` and `m1`."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     exists = c < channels
     first, second = _float64(sum_dy, c, exists), _float64(sum_dy_xhat, c, exists)
-    keep, gain = _float64(keep, c, exists), _float64(gain, c, exists)
-    first, second = _absorb_gradient(gradient, first, second, keep, gain, _float64(count, c, exists), c, exists)
+    rstd, trust = _float64(rstd, c, exists), _float64(trust, c, exists)
+    offset, std = _float64(offset, c, exists), _float64(batch_std, c, exists)
+    n = _float64(count, c, exists)
+    first, second = _absorb_gradient(gradient, first, second, rstd, trust, offset, std, n, c, exists)
     tl.store(m0 + c, first.to(m0.dtype.element_ty), mask=exists)
     tl.store(m1 + c, second.to(m1.dtype.element_ty), mask=exists)
 
@@ -471,12 +499,14 @@ def _expm1(u):
 
 @triton.jit
 def _absorb(
-    mean, squares, n, a, batch_samples, state, c, exists, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr
+    mean, squares, n, a, batch_samples, state, floor, few, c, exists,
+    WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr,
 ):  # fmt: skip
     """`update._absorb` and what sets the running statistics, of a batch with weight a.
 
     Args:
         mean, squares, n: the batch: mean, Σ(x − mean)² and number of elements, float64.
+        floor, few: the least variance that is believed below so many samples, float64.
 
     Returns:
         What `_recalled` would find in the buffers.
@@ -524,8 +554,7 @@ def _absorb(
     offset = sums / divisor
     of_state = _not_negative(sqrs / divisor - offset * offset)
     if RUNNING:
-        floor = tl.full([], 0.01, dtype).to(tl.float64)
-        of_state = tl.where((of_state < floor) & (samples < 20), floor, of_state)
+        of_state = tl.where((of_state < floor) & (samples < few), floor, of_state)
     else:
         # Bessel's correction for weighted elements, see statistics.unbiased.
         of_state /= _at_least(1 - count_sqrs / _at_least(divisor * divisor, TINY), EPS)
@@ -559,43 +588,89 @@ def _recalled(state, c, exists):
 
 
 @triton.jit
-def _coefficients(of_state, batch_mean, squares, n, max_lag, dtype: tl.constexpr):
-    """mean, var, kappa_mean, kappa_var, keep, gain as in `update.Coefficients`, float64; `of_state` as `_recalled`."""
+def _exact_coefficients(of_state, floor, few, dtype: tl.constexpr):
+    """mean, var, kappa_mean, kappa_var as in `update.Coefficients`, float64; `of_state` as `_recalled`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
-    mean, var, keep, gain, count, samples = of_state
+    mean, var, _, gain, count, samples = of_state
     kappa = gain / _at_least(count, TINY)
-    floored = (var <= tl.full([], 0.01, dtype).to(tl.float64)) & (samples < 20)
-
-    # See `update.within_reach`. Without a limit, the reach is infinite or NaN, and nothing is beyond it.
-    ignored = gain == 0
-    lag = max_lag * (1 + 512 / n)
-    least = squares / n / ((1 + lag) * (1 + lag))
-    var = tl.where((least > var) & ~ignored, least, var)
-    reach = lag * tl.sqrt(var)
-    lowest, highest = batch_mean - reach, batch_mean + reach
-    nearest = tl.where(mean < lowest, lowest, tl.where(mean > highest, highest, mean))
-    mean = tl.where(ignored, mean, nearest)
-
-    trust = tl.where(max_lag < float("inf"), _at_least(n / (n + 64), 1 - keep), 1 - keep)
-    trust = tl.where(ignored, 0, trust)
-    return mean, var, kappa, tl.where(floored, 0, kappa), 1 - trust, trust / _at_least(n, 1)
+    floored = (var <= _rounded(floor, dtype)) & (samples < few)
+    return mean, var, kappa, tl.where(floored, 0, kappa)
 
 
 @triton.jit
-def _absorb_gradient(gradient, sum_dy, sum_dy_xhat, keep, gain, n, c, exists):
-    """`update.absorb_gradient`: G0 and G1, (BC,), float64."""
+def _running_coefficients(
+    of_state, batch_mean, squares, n, noise, max_lag, lag_noise, trust_noise, window, c, exists,
+    dtype: tl.constexpr, ABSORBS: tl.constexpr,
+):  # fmt: skip
+    """mean, var, trust, offset, batch_std as in `update.RunningCoefficients`, float64; see `law`."""
+    TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
+    mean, var, keep, gain, _, _ = of_state
+    ignored = gain == 0
+    batch_var = squares / tl.where(n > 0, n, 1)
+    measured = _float64(noise.noise, c, exists)
+    if ABSORBS:
+        steps = _float64(noise.noise_steps, c, exists)
+        difference = batch_mean - _float64(noise.last_mean, c, exists)
+        observed = 0.5 * difference * difference / _at_least(tl.where(batch_var > var, batch_var, var), TINY)
+        observed = tl.where((steps == 0) | (observed > 1), 1, observed)
+        new = measured + (observed - measured) / tl.where(steps + 1 > window, window, steps + 1)
+        measured = tl.where(ignored, measured, _rounded(new, dtype))
+        tl.debug_barrier()  # as in `_absorb`
+        tl.store(noise.noise + c, measured.to(dtype), mask=exists & ~ignored)
+        tl.store(noise.noise_steps + c, (steps + 1).to(dtype), mask=exists & ~ignored)
+        tl.store(noise.last_mean + c, batch_mean.to(dtype), mask=exists & ~ignored)
+
+    trust = _at_least(1 / (1 + trust_noise * measured), 1 - keep)
+    limited = (max_lag < float("inf")) & ~ignored
+    d = max_lag * (1 + lag_noise * measured)
+    least = batch_var / ((1 + d) * (1 + d))
+    var = tl.where(limited & (least > var), least, var)
+    reach = d * tl.sqrt(var)
+    lowest, highest = batch_mean - reach, batch_mean + reach
+    nearest = tl.where(mean < lowest, lowest, tl.where(mean > highest, highest, mean))
+    mean = tl.where(limited, nearest, mean)
+    # What is not finite may not reach a backward that it has no part in.
+    offset, std = tl.where(ignored, 0, batch_mean - mean), tl.where(ignored, 0, tl.sqrt(batch_var))
+    return mean, var, tl.where(ignored, 0, trust), offset, std
+
+
+@triton.jit
+def _absorb_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, n, c, exists):
+    """`update.absorb_gradient`: G0 and G1, (BC,), float64, times the factor of `law.bounded`."""
     dtype = gradient.sum_dy.dtype.element_ty
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     MAX: tl.constexpr = _MAX64 if dtype == tl.float64 else _MAX32
+    EPS: tl.constexpr = _EPS64 if dtype == tl.float64 else _EPS32
     finite = (tl.abs(sum_dy) <= MAX) & (tl.abs(sum_dy_xhat) <= MAX)
+    p0, p1 = sum_dy / n, sum_dy_xhat / n
     first, second = _float64(gradient.sum_dy, c, exists), _float64(gradient.sum_dy_xhat, c, exists)
-    count = _float64(gradient.count_dy, c, exists)
-    first = tl.where(finite, _rounded(keep * first + gain * sum_dy, dtype), first)
-    second = tl.where(finite, _rounded(keep * second + gain * sum_dy_xhat, dtype), second)
-    count = tl.where(finite, _rounded(keep * count + gain * n, dtype), count)
+    count, keep = _float64(gradient.count_dy, c, exists), 1 - trust
+    first = tl.where(finite, _rounded(keep * first + trust * p0, dtype), first)
+    second = tl.where(finite, _rounded(keep * second + trust * p1, dtype), second)
+    count = tl.where(finite, _rounded(keep * count + trust, dtype), count)
     tl.debug_barrier()  # as in `_absorb`
     tl.store(gradient.sum_dy + c, first.to(dtype), mask=exists & finite)
     tl.store(gradient.sum_dy_xhat + c, second.to(dtype), mask=exists & finite)
     tl.store(gradient.count_dy + c, count.to(dtype), mask=exists & finite)
     count = _at_least(count, TINY)
-    return first / count, second / count
+    m0, m1 = first / count, second / count
+
+    offset, spread = offset * rstd, batch_std * rstd
+    varies = spread * spread > EPS * offset * offset
+    along = tl.where(varies, (p1 - offset * p0) / _at_least(spread, TINY), 0)
+    constant, slope = m0 + offset * m1, spread * m1
+    of_batch, of_memory = _hypot(p0, along), _hypot(constant, slope)
+    scale = tl.where(of_memory <= of_batch, 1, of_batch / _at_least(of_memory, TINY))
+    # A batch that is not finite is no reason to subtract anything. What the forward has ignored is normalised by
+    # constants, and no gradient flows through those.
+    scale = tl.where(finite & (of_batch <= MAX) & (trust != 0), scale, 0)
+    return m0 * scale, m1 * scale
+
+
+@triton.jit
+def _hypot(a, b):
+    """√(a² + b²), (BC,), without overflow or underflow of the squares."""
+    larger = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+    divisor = tl.where(larger > 0, larger, 1)
+    a, b = a / divisor, b / divisor
+    return larger * tl.sqrt(a * a + b * b)

@@ -1,0 +1,150 @@
+"""What a forward pass does with the outputs of some layers: seen from the tensors, in one pass that leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..batches import Forward, runner
+from ..observe import Observer, _replace_forward, observed, random_state_kept
+
+
+class Output:
+    """What became of a tensor that a layer returned.
+
+    Attributes:
+        normalised_by: the normalisation layers that it is the input of.
+        used_by: what else takes it, by the name of the operation.
+    """
+
+    def __init__(self) -> None:
+        self.normalised_by: set[nn.Module] = set()
+        self.used_by: set[str] = set()
+
+
+class Uses(TorchDispatchMode):
+    """Sees every operation of a forward pass.
+
+    Attributes:
+        outputs: of each layer, one for each call.
+        weight_used_by: the operations outside a layer that take its weight.
+
+    Args:
+        layers: whose outputs to look after.
+    """
+
+    def __init__(self, layers: Collection[nn.Module]) -> None:
+        super().__init__()
+        self.outputs: dict[nn.Module, list[Output]] = {layer: [] for layer in layers}
+        self.weight_used_by: dict[nn.Module, set[str]] = {layer: set() for layer in layers}
+        self._owners = {id(layer._parameters.get("weight")): layer for layer in layers}
+        # By identity, and weakly: not all activations are to stay in memory.
+        self._followed = WeakTensorKeyDictionary()
+        self._running: list[nn.Module] = []
+        self._normalised: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__.strip("_")
+        for tensor in _tensors(args, kwargs):
+            output, owner = self._followed.get(tensor), self._owners.get(id(tensor))
+            if output is not None and not any(tensor is x for x in self._normalised):
+                output.used_by.add(name)
+            if owner is not None and owner not in self._running:
+                self.weight_used_by[owner].add(name)
+        return func(*args, **kwargs)
+
+    def run_layer(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward whose output is followed from then on."""
+        self._running.append(layer)
+        try:
+            y = forward(*args, **kwargs)
+        finally:
+            self._running.pop()
+        self.outputs[layer].append(Output())
+        if isinstance(y, Tensor):
+            self._followed[y] = self.outputs[layer][-1]
+        return y
+
+    def run_normalisation(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward that may do with its input what it likes."""
+        inputs = list(_tensors(args, kwargs))[:1]
+        for x in inputs:
+            if (output := self._followed.get(x)) is not None:
+                output.normalised_by.add(layer)
+        before, self._normalised = self._normalised, [*self._normalised, *inputs]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._normalised = before
+
+    def end(self) -> None:
+        """Whatever is still there now was returned to the caller, or is kept somewhere."""
+        for output in self._followed.values():
+            output.used_by.add("the caller")
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument, {})
+
+
+def watched(
+    model: nn.Module, layers: Collection[nn.Module], normalisations: Collection[nn.Module], forward: Forward, batch: Any
+) -> Uses:
+    """Run a batch through the model, in evaluation and without gradients, and put everything back."""
+    uses = Uses(layers)
+    results = []
+
+    def run(model: nn.Module, batch: Any) -> None:
+        # A copy, since a model may write into its input, and will be given the same once more.
+        results.append(forward(model, tree_map_only(Tensor, torch.clone, batch)))
+
+    with ExitStack() as stack:
+        # In inference mode, operations would arrive before they are taken apart.
+        stack.enter_context(torch.inference_mode(False))
+        # Under autocast, casts of weights are kept for later use, and those made here have no gradients.
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(random_state_kept(model))
+        stack.enter_context(_buffers_kept(model))
+        stack.enter_context(observed(model, Observer([], _no_moments)))
+        for layer in layers:
+            _replace_forward(stack, layer, partial(uses.run_layer, layer, layer.forward))
+        for layer in normalisations:
+            _replace_forward(stack, layer, partial(uses.run_normalisation, layer, layer.forward))
+        with uses:
+            runner(model, run)(batch)
+        uses.end()
+    return uses
+
+
+def _no_moments(number: int) -> NoReturn:
+    raise AssertionError("no layer is observed")
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    before = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, values in before:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
