@@ -155,7 +155,6 @@ CONTENDERS = {
         Contender("PreciseBatchNorm", _layer(_precise), statistics=True),
         _OURS,
         _OURS_CENTERED,
-        Contender("running, SquareRoot(0.1)", running_layer(momentum=SquareRoot(0.1)), statistics=True),
         Contender(
             "exact, SquareRoot(0.1)", running_layer(**_EXACT), convert=to_running(**_EXACT),
             statistics=True,
