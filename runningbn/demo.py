@@ -24,13 +24,13 @@ from rich.table import Table
 
 from .demo_experiment import CONTENDERS, SITUATIONS, TEST_IMAGES, Run, Situation, run_experiment
 
-OURS = "RunningBatchNorm"
+OURS, OURS_CENTERED = "RunningBatchNorm", "+ centred weights"
 CHANCE = 0.1  # ten digits, about as many of each
 
 QUICK_STEPS = 250  # per run, with --quick
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, by their lightness, in print.
-COLOURS = {"BatchNorm": "#999999", "GroupNorm": "#56b4e9", OURS: "#d55e00"}
+COLOURS = {"BatchNorm": "#999999", "GroupNorm": "#56b4e9", OURS: "#d55e00", OURS_CENTERED: "#e69f00"}
 CAPTION_COLOUR = "#555555"
 
 
@@ -150,7 +150,7 @@ def _against(opponent: str, by_situation: Scores) -> str:
 def summary_sentence(runs: Sequence[Run]) -> str:
     """What was seen, in one sentence: points of accuracy between us and each opponent, and whose runs diverged."""
     by_situation = scores(runs)
-    opponents = [name for name in next(iter(by_situation.values())) if name != OURS]
+    opponents = [name for name in next(iter(by_situation.values())) if name not in (OURS, OURS_CENTERED)]
     diverged = [
         f"{score.diverged} of {len(score.losses)} {contender} runs with {situation}"
         for situation, entries in by_situation.items()

@@ -1,4 +1,4 @@
-"""The demo's experiment: an ordinary model, three ways to normalise it, three situations in which batches are tiny.
+"""The demo's experiment: an ordinary model, four ways to normalise it, three situations in which batches are tiny.
 
 Every contender starts from the same weights, sees the same batches in the same order and is trained by the same
 optimizer at the same rate. The data are scikit-learn's handwritten digits, which come with that package. `demo` shows
@@ -118,12 +118,18 @@ def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(min(8, channels // 4), channels)
 
 
+def batchnormify_and_center(model: nn.Module) -> nn.Module:
+    """RunningBatchNorm, and the filters of the convolutions before it centred."""
+    return batchnormify(model, center_weights=torch.zeros(1, 1, 8, 8))
+
+
 NETWORKS = {"residual net": residual_net, "fastai's net": fastai_net}
 
 CONTENDERS = (
     Contender("BatchNorm", nn.BatchNorm2d),
     Contender("GroupNorm", group_norm),
     Contender("RunningBatchNorm", nn.BatchNorm2d, convert=batchnormify),
+    Contender("+ centred weights", nn.BatchNorm2d, convert=batchnormify_and_center),
 )
 
 # AdamW has torch's default rate, tuned for nobody. fastai's lesson takes plain SGD at 0.4, where nobody learns these

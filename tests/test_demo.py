@@ -24,7 +24,7 @@ from runningbn.demo_experiment import (
     schedule,
 )
 
-NAMES = ["BatchNorm", "GroupNorm", "RunningBatchNorm"]
+NAMES = ["BatchNorm", "GroupNorm", "RunningBatchNorm", "+ centred weights"]
 each_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 
 
@@ -190,10 +190,12 @@ def test_json_has_null_for_a_loss_that_is_not_a_number():
 
 
 def test_figure_draws_every_contender_and_every_seed():
-    runs = [run for s in SITUATIONS for run in made_up([[0.7, 0.8], [0.8, 0.9], [0.9, 1.0]], situation=s.name)]
+    runs = [
+        run for s in SITUATIONS for run in made_up([[0.7, 0.8], [0.8, 0.9], [0.9, 1.0], [0.8, 1.0]], (0.5,) * 4, s.name)
+    ]
     (axes,) = results_figure(runs, SITUATIONS).axes
     heights = [round(bar.get_height()) for container in axes.containers for bar in container]
-    assert heights == [75] * 3 + [85] * 3 + [95] * 3
+    assert heights == [75] * 3 + [85] * 3 + [95] * 3 + [90] * 3
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == len(runs)
     assert [label.get_text() for label in axes.get_xticklabels()] == [s.name for s in SITUATIONS]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == NAMES
@@ -217,7 +219,12 @@ def test_contenders_differ_in_their_normalisation_only(situation):
     assert norms["BatchNorm"] == {nn.BatchNorm2d}
     assert norms["GroupNorm"] == {nn.GroupNorm}
     assert len(norms["RunningBatchNorm"]) == 1
-    assert all(issubclass(kind, RunningBatchNorm) for kind in norms["RunningBatchNorm"])
+    for name in ("RunningBatchNorm", "+ centred weights"):
+        assert all(issubclass(kind, RunningBatchNorm) for kind in norms[name])
+    centered = [
+        {type(layer) for layer in model.modules() if type(layer).__name__ == "CenteredConv2d"} for model in models
+    ]
+    assert [len(kinds) for kinds in centered] == [0, 0, 0, 1]
 
 
 @each_situation
