@@ -20,18 +20,15 @@ from typing import Any
 from runningbn.demo import results_figure, scores, training_notes
 from runningbn.demo_experiment import TEST_IMAGES, Run, Situation
 
+from .accuracy.report_real import residual_net_table
+from .accuracy.report_results import REAL_RESULTS, load_real
+from .accuracy.report_tables import markdown
 from .cases import COPY, FASTAI, OURS, PEER
 from .layers_report import Row, disturbed, figure, losses, losses_title, of_grid, page_faults, summary, worst_errors
 from .models import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table of GitHub's Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def demo_runs() -> tuple[list[Run], list[Situation]]:
@@ -59,6 +56,11 @@ def demo_table() -> str:
         rows.append([f"{name} ({notes[name]})", *cells])
     seeds = len({run.seed for run in runs})
     return markdown([f"accuracy on {TEST_IMAGES} test images, {seeds} seeds", *contenders], rows)
+
+
+def real_images() -> str:
+    """Test accuracy of the residual net on Fashion-MNIST, by kind of batch and contender."""
+    return residual_net_table(load_real(REAL_RESULTS))
 
 
 def machine(contents: dict[str, Any]) -> str:
@@ -229,6 +231,7 @@ EXAMPLES = ("pruning", "weight_averaging", "domain_shift")
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": demo_table,
+        "real images": real_images,
         "speed": speed_summary,
         "models": models,
         "recalibration speed": recalibration_speed,

@@ -9,6 +9,9 @@ The elements of one image, or of images of one class, are not independent. What 
 
 R = 1/n for independent elements, and a slow drift of the mean cancels in the difference. It settles three things:
 
+R is kept per sample: N·R is averaged, N being the samples of each batch, and R of a batch is that over its N. So it
+follows a batch size that changes.
+
 - Forward: by what a batch is normalised, its mean comes out within d and its std at most 1 + d; see `limited`.
 - Backward: the weight ρ of a batch in the running means of dy and dy·z; see `trust`.
 - Whatever these means are, their part in dx is no longer than that of the batch itself would be; see `bounded`.
@@ -54,17 +57,24 @@ class Law(NamedTuple):
         return self.max_lag < float("inf")
 
 
-def measured_noise(state: NoiseState, batch_mean: Tensor, variance: Tensor, window: float) -> NoiseState:
-    """R after one more batch, in [0, 1]; `variance` is max(v, v_b).
+def measured_noise(
+    state: NoiseState, batch_mean: Tensor, variance: Tensor, samples: int | Tensor, window: float
+) -> NoiseState:
+    """N·R after one more batch of N samples; `variance` is max(v, v_b).
 
     The first batch has none to be compared with and counts as R = 1, a single effective element, which fades like any
     other observation.
     """
     difference = batch_mean - state.last_mean
     observed = (0.5 * difference * difference / nonzero(variance)).clamp_max(1)
-    observed = torch.where(state.noise_steps == 0, 1, observed)
+    observed = torch.where(state.noise_steps == 0, 1, observed) * samples
     steps = state.noise_steps + 1
     return NoiseState(state.noise + (observed - state.noise) / steps.clamp_max(window), steps, batch_mean)
+
+
+def noise_of_batch(noise: Tensor, samples: int | Tensor) -> Tensor:
+    """R of a batch of N samples, in [0, 1], from N·R as it is kept."""
+    return (noise / samples).clamp_max(1)
 
 
 def limited(

@@ -40,8 +40,8 @@ class RunningBatchNorm(Layer):
     - ``"running"``: dx = γ·rstd·[dy − s·(G0 + z·G1)], where G0 and G1 are running means of dy and dy·z. Forward and
       backward both see a large virtual batch. A batch weighs ρ = n_eff/(n_eff + 64) in these means, or what it does in
       the forward if that is more; n_eff is its effective number of elements, which the layer measures by how far the
-      means of successive batches are apart: elements of one image, or of images of one class, are not independent. s ≤ 1
-      keeps ‖dx‖ ≤ 2·max|γ·rstd|·‖dy‖, whatever the statistics are. No double backward.
+      means of successive batches are apart: elements of one image, or of images of one class, are not independent.
+      s ≤ 1 keeps ‖dx‖ ≤ 2·max|γ·rstd|·‖dy‖, whatever the statistics are. No double backward.
     - ``"exact"``: dx = γ·rstd·[dy − κ·(Σdy + z·Σdy·z)], the derivative of the forward as computed; κ = 1/n would be
       BatchNorm. Differentiable twice. It trains badly on small batches, see docs/accuracy.md: it is for second
       derivatives and for comparison. No `max_lag`.

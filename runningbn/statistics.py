@@ -76,7 +76,7 @@ class NoiseState(NamedTuple):
     """How noisy batch means are, measured in forward, with ``gradient="running"``; buffers too. See `law`.
 
     Attributes:
-        noise: R, the variance of batch means in units of the variance; 1/R is the effective number of elements.
+        noise: N·R, R being the variance of batch means in units of the variance, and N the samples of a batch.
         noise_steps: the batches that R was measured from.
         last_mean: the mean of the last of them.
     """

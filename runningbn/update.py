@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .law import Law, bounded, limited, measured_noise, trust
+from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
 from .statistics import GradientState, NoiseState, State, Sums, combine, moments, nonzero, unbiased
 
 
@@ -132,16 +132,16 @@ def _absorb_running(*arguments: Any) -> tuple[Tensor, ...]:
     if absorbs:
         ignored = _absorb_into_view(state, batch, weight, batch_samples, whole_batches, law)
         variance = torch.maximum(state.running_var, batch_var)
-        measured = measured_noise(noise, batch_mean, variance, law.window)
+        measured = measured_noise(noise, batch_mean, variance, batch_samples, law.window)
         for buffer, value in zip(noise, measured):
             _set_unless(ignored, buffer, value)
     mean, var = state.running_mean.clone(), state.running_var.clone()
-    ignored = state.last_gain == 0
+    ignored, of_means = state.last_gain == 0, noise_of_batch(noise.noise, batch_samples)
     if law.limits:
-        nearer = limited(mean, var, batch_mean, batch_var, noise.noise, law)
+        nearer = limited(mean, var, batch_mean, batch_var, of_means, law)
         mean, var = (torch.where(ignored, old, new) for old, new in zip((mean, var), nearer))
     # What is not finite may not reach a backward that it has no part in.
-    of_batch = trust(1 - state.last_keep, noise.noise, law), batch_mean - mean, batch_var.sqrt()
+    of_batch = trust(1 - state.last_keep, of_means, law), batch_mean - mean, batch_var.sqrt()
     return mean, var, *(vector.masked_fill(ignored, 0) for vector in of_batch)
 
 
@@ -167,8 +167,8 @@ def _absorb_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     if (backend := kernels.updating(state)) is not None:
         return tuple(backend.absorb_gradient(state, sum_dy, sum_dy_xhat, rstd, weight, offset, batch_std, n))
     of_batch = sum_dy / n, sum_dy_xhat / n
-    # Infinity and NaN times 0 are NaN, which equals nothing. What the forward has ignored is normalised by constants, and
-    # no gradient flows through those.
+    # Infinity and NaN times 0 are NaN, which equals nothing. What the forward has ignored is normalised by constants,
+    # and no gradient flows through those.
     ignored = ((sum_dy + sum_dy_xhat) * 0 != 0) | (weight == 0)
     weight = weight.masked_fill(ignored, 0)
     for buffer, new in zip(state, (*of_batch, torch.ones_like(weight))):
@@ -270,9 +270,10 @@ _BATCH = (
 )
 _STATE, _STATE_AND_NOISE = _mutated(State._fields), _mutated((*State._fields, *NoiseState._fields))
 # Every name of a schema is one of its own.
-_GRADIENT = (
-    "Tensor batch_sum_dy, Tensor batch_sum_dy_xhat, Tensor rstd, Tensor trust, Tensor offset, Tensor batch_std, NUMBER n"
+_GRADIENT = ", ".join(
+    f"Tensor {name}" for name in ("batch_sum_dy", "batch_sum_dy_xhat", "rstd", "trust", "offset", "batch_std")
 )
+_GRADIENT += ", NUMBER n"
 _UPDATES: dict[str, Callable[..., Any]] = {
     "absorb_exact": _absorb_exact,
     "absorb_running": _absorb_running,

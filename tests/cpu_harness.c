@@ -88,7 +88,7 @@ static int written(const char *name, Numbers values, int64_t count, int64_t dtyp
     return 0;
 }
 
-enum { VECTORS = 32 };
+enum { VECTORS = 36 };
 
 /* A forward and its backward. running: 0 for statistics of the batch, 1 for running ones, 2 for running sums, too. */
 static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, int64_t inner, int64_t threads,
@@ -97,8 +97,13 @@ static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, in
     Numbers x = numbers(count, dtype, gap, 1, 0), dy = numbers(count, dtype, gap, 1, 0);
     Numbers y = numbers(count, dtype, gap, 0, NAN), dx = numbers(count, dtype, gap, 0, NAN);
     Numbers v[VECTORS];
-    /* The first fourteen are results; the state is empty but for a variance of 1; 30 and 31 are weight and bias. */
-    for (int i = 0; i < VECTORS; i++) v[i] = numbers(channels, real, 0, i >= 30, i < 14 ? NAN : i == 25 ? 1 : 0);
+    /* The first fourteen are results; the state is empty but for a variance of 1; 30 and 31 are weight and bias; 32 to
+       34 are a NoiseState. */
+    for (int i = 0; i < VECTORS; i++)
+        v[i] = numbers(channels, real, 0, i == 30 || i == 31, i < 14 ? NAN : i == 25 ? 1 : 0);
+    /* In every other channel as after many batches without noise, with which limits are near. */
+    for (int64_t c = 0; c < channels; c++) set(v[33].data, real, c, c % 2 ? 50 : 0);
+    const int exact = running == 1, limited = running == 2;
     int64_t *tracked = malloc(sizeof *tracked);
     if (!tracked) abort();
     *tracked = 0;
@@ -107,9 +112,13 @@ static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, in
         .channels = channels, .inner = inner, .x = x.data, .y = y.data, .weight = affine ? v[30].data : NULL,
         .bias = affine ? v[31].data : NULL, .eps = 1e-5, .batch_shift = v[0].data, .batch_sums = v[1].data,
         .batch_sqrs = v[2].data, .batch_count = v[3].data, .mean = v[4].data, .var = v[5].data, .rstd = v[6].data,
-        .kappa_mean = running ? v[7].data : NULL, .kappa_var = running ? v[8].data : NULL,
-        .keep = running ? v[9].data : NULL, .gain = running ? v[10].data : NULL, .running = running != 0,
-        .absorbs = 1, .whole_batches = rule == HORIZON, .rule = rule,
+        .max_lag = affine ? 0.05 : INFINITY, .lag_noise = 512, .trust_noise = 64, .window = 100,
+        .variance_floor = 0.01, .warmup_samples = 20,
+        .kappa_mean = exact ? v[7].data : NULL, .kappa_var = exact ? v[8].data : NULL,
+        .trust = limited ? v[9].data : NULL, .offset = limited ? v[10].data : NULL,
+        .batch_std = limited ? v[13].data : NULL, .noise = limited ? v[32].data : NULL,
+        .noise_steps = limited ? v[33].data : NULL, .last_mean = limited ? v[34].data : NULL,
+        .running = running != 0, .absorbs = 1, .whole_batches = rule == HORIZON, .rule = rule,
         .rule_arguments = {rule == HORIZON ? 128 : 0.1, 8, 0.05}, .batch_weight = v[30].data,
         .samples_of_batch = (double)outer, .shift = v[16].data, .sums = v[17].data, .sqrs = v[18].data,
         .count = v[19].data, .count_sqrs = v[20].data, .debias = v[21].data, .samples = v[22].data,
@@ -122,7 +131,7 @@ static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, in
         .batch_sum_dy_xhat = v[12].data, .kappa_mean = running == 1 ? v[7].data : NULL,
         .kappa_var = running == 1 ? v[8].data : NULL, .sum_dy = running == 2 ? v[27].data : NULL,
         .sum_dy_xhat = running == 2 ? v[28].data : NULL, .count_dy = running == 2 ? v[29].data : NULL,
-        .keep = running == 2 ? v[9].data : NULL, .gain = running == 2 ? v[10].data : NULL};
+        .trust = forward.trust, .offset = forward.offset, .batch_std = forward.batch_std};
     /* The same once more without absorbing, as in a recomputation, and the sums alone. */
     Forward again = forward;
     Backward sums_alone = backward;
@@ -130,9 +139,11 @@ static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, in
     int failed = runningbn_forward(&forward) || runningbn_forward(&again) || runningbn_backward(&backward) ||
                  runningbn_backward(&sums_alone);
     failed |= written("y", y, count, dtype) | written("dx", dx, count, dtype);
-    for (int i = 0; i < (running ? 11 : 7); i++) failed |= written("forward", v[i], channels, real);
+    for (int i = 0; i < (exact ? 9 : 7); i++) failed |= written("forward", v[i], channels, real);
+    for (int i = 9; limited && i < 11; i++) failed |= written("forward", v[i], channels, real);
+    if (limited) failed |= written("forward", v[13], channels, real);
     for (int i = 11; i < 13; i++) failed |= written("backward", v[i], channels, real);
-    for (int i = 14; i < 30; i++) failed |= written("state", v[i], channels, real);
+    for (int i = 14; i < VECTORS; i++) failed |= written("state", v[i], channels, real);
     if (*tracked != 1) failed = 1, fprintf(stderr, "batches tracked: %lld\n", (long long)*tracked);
     if (failed)
         fprintf(stderr, "dtype %d rows %d (%d, %d, %d) threads %d running %d rule %d\n", (int)dtype, (int)rows,

@@ -161,7 +161,8 @@ class Channel:
     running_mean: float = 0.0
     running_var: float = 1.0
     # what only training reads
-    noise: float = 0.0
+    noise: float = 0.0  # N·R
+    of_batch: float = 1.0  # R of the last batch
     noise_steps: float = 0.0
     last_mean: float = 0.0
     sum_dy: float = 0.0
@@ -218,24 +219,25 @@ class Channel:
             var = var.clamp(min=CLAMP_VARIANCE)
         self.sums, self.sqrs = new_sums.item(), new_sqrs.item()
         self.running_mean, self.running_var = mean.item(), var.item()
-        self.measure_noise(x.mean().item(), x.var(correction=0).item())
+        self.measure_noise(x.mean().item(), x.var(correction=0).item(), batch_size)
         if max_lag < math.inf:
-            lag = max_lag * (1 + LAG_NOISE * self.noise)
+            lag = max_lag * (1 + LAG_NOISE * self.of_batch)
             var = var.clamp(min=x.var(correction=0).item() / (1 + lag) ** 2)
             reach = lag * math.sqrt(var.item())
             mean = mean.clamp(x.mean().item() - reach, x.mean().item() + reach)
         return mean, var, a
 
-    def measure_noise(self, batch_mean: float, batch_var: float) -> None:
-        """R ← R + (½·(b − b before)²/max(v, v_b) − R)/min(t, 100), each term at most 1, and 1 for the first batch."""
+    def measure_noise(self, batch_mean: float, batch_var: float, samples: int) -> None:
+        """N·R ← N·R + (N·o − N·R)/min(t, 100), o = min(½·(b − b before)²/max(v, v_b), 1), or 1 for the first batch."""
         observed = 1.0
         if self.noise_steps > 0:
             variance = max(self.running_var, batch_var)
             square = 0.5 * (batch_mean - self.last_mean) ** 2
             observed = min(square / variance, 1) if variance > 0 else float(square > 0)
         self.noise_steps += 1
-        self.noise += (observed - self.noise) / min(self.noise_steps, WINDOW)
+        self.noise += (observed * samples - self.noise) / min(self.noise_steps, WINDOW)
         self.last_mean = batch_mean
+        self.of_batch = min(self.noise / samples, 1)
 
     def average_gradients(self, dy: Tensor, x_hat: Tensor, a: float) -> tuple[float, float]:
         """The running means G0 of dy and G1 of dy·x_hat, the current batch included where its sums are finite.
@@ -247,7 +249,7 @@ class Channel:
         mean_dy, mean_dy_xhat = dy.mean().item(), (dy * x_hat).mean().item()
         if a == 0 or not (math.isfinite(mean_dy) and math.isfinite(mean_dy_xhat)):
             return 0.0, 0.0
-        weight = max(a, 1 / (1 + TRUST_NOISE * self.noise))
+        weight = max(a, 1 / (1 + TRUST_NOISE * self.of_batch))
         self.sum_dy = (1 - weight) * self.sum_dy + weight * mean_dy
         self.sum_dy_xhat = (1 - weight) * self.sum_dy_xhat + weight * mean_dy_xhat
         self.count_dy = (1 - weight) * self.count_dy + weight

@@ -12,11 +12,13 @@ from pools import InThisProcess
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.accuracy import networks, published, report, results, runner, tasks, train
+from benchmarks.accuracy import networks, published, report, report_tables, results, runner, tasks, train
 from benchmarks.accuracy.contenders import CONTENDERS, OURS, BatchRenorm
 from benchmarks.accuracy.figure import figure
 from benchmarks.accuracy.grid import CELLS, GRID, rates
 from benchmarks.accuracy.jobs import Job
+from benchmarks.accuracy.report_digits import NAMES
+from benchmarks.accuracy.report_results import RealResults
 from benchmarks.accuracy.results import ONE_CLASS, SHUFFLED, Cell
 from benchmarks.accuracy.run import run
 
@@ -246,7 +248,7 @@ def made_up(cell: Cell, scores: dict[str, list[list[float]]], **also) -> list[di
 def made_up_results() -> results.Results:
     """In one cell the default is best, in the next it loses, in the last most contenders are missing."""
     first, second, third = (Cell("residual net", batch, SHUFFLED, "AdamW") for batch in (2, 32, 8))
-    level = {name: [[0.8, 0.82], [0.9, 0.92]] for name in report.NAMES}
+    level = {name: [[0.8, 0.82], [0.9, 0.92]] for name in NAMES}
     records = made_up(first, level | {OURS: [[0.85, 0.85], [0.95, 0.97]]})
     records += made_up(second, level | {"GroupNorm": [[0.7, 0.7], [0.93, 0.93]]})
     records += made_up(third, {OURS: [[0.5, 0.5], [0.6, 0.6]], "exact, SquareRoot(0.1)": [[0.5, 0.5], [0.7, 0.7]]})
@@ -267,7 +269,7 @@ def test_scores_are_at_the_rate_that_validation_likes(made_up_results):
 
 
 def test_the_report_shows_the_best_the_losses_and_what_is_missing(made_up_results):
-    text = report.page(made_up_results)
+    text = report.page(RealResults(), made_up_results)
     rows = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in text.splitlines() if line.startswith("|")}
     assert "2 of 3 begun cells" in text
     # Behind by 2 points of 93 in the second cell only; nobody has a better worst rate.
@@ -285,7 +287,8 @@ def test_the_report_shows_the_best_the_losses_and_what_is_missing(made_up_result
 
 
 def test_batches_of_two_are_set_beside_batches_of_32(made_up_results):
-    (row,) = report.against_reference(made_up_results).splitlines()[2:]
+    row, centred = report_tables.against_reference(made_up_results).splitlines()[2:]
+    assert "| **running, centred weights** | 91.0" in centred
     assert [cell.strip() for cell in row.split("|")[3:-1]] == [
         "91.0 ± 1.4", "91.0 ± 1.4", "–", "96.0 ± 1.4", "–", "–", "+5.0 ± 1.4", "+5.0 ± 1.4",
     ]  # fmt: skip

@@ -16,7 +16,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
-from runningbn.statistics import GradientState, State
+from runningbn.law import Law
+from runningbn.statistics import GradientState, NoiseState, State
 
 LAYERS = {
     "running": lambda: RunningBatchNorm(4),
@@ -130,27 +131,28 @@ def test_a_channel_that_is_not_finite_is_guarded_as_in_eager():
         assert torch.isfinite(got).all()
 
 
-def arguments(channels: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A state that has seen something, and the sums of a batch of 10 elements."""
+def arguments(name: str, channels: int = 3) -> list[torch.Tensor]:
+    """A state that has seen something, as an operator takes it, and the sums of a batch of 10 elements."""
     layer = RunningBatchNorm(channels)
     layer(noise((6, channels), 1))
-    state = [getattr(layer, name).clone() for name in State._fields]
+    fields = (*State._fields, *NoiseState._fields) if name == "absorb_running" else State._fields
     sqrs, count = noise((channels,), 3).square(), torch.full((channels,), 10.0)
     batch = [noise((channels,), 2), torch.zeros(channels), sqrs, count]
-    return state, batch
+    return [*(getattr(layer, field).clone() for field in fields), *batch]
 
 
-@pytest.mark.parametrize("name", ["absorb_running", "absorb_precise"])
+@pytest.mark.parametrize("name", ["absorb_exact", "absorb_running", "absorb_precise"])
 @pytest.mark.parametrize("whole_batches", [True, False])
 def test_the_updates_are_sound_operators(name, whole_batches):
-    state, batch = arguments()
     operator = getattr(torch.ops.runningbn, name).default
-    max_lag = [0.25] if name == "absorb_running" else []
-    torch.library.opcheck(operator, (*state, *batch, torch.full((3,), 0.3), 10, whole_batches, *max_lag))
+    tensors = arguments(name)
+    torch.library.opcheck(operator, (*tensors, torch.full((3,), 0.3), 10, whole_batches, list(Law(max_lag=0.25))))
 
 
 def test_the_update_of_the_gradient_is_a_sound_operator():
     state = [noise((3,), seed) for seed in range(len(GradientState._fields))]
     batch = [noise((3,), 10 + seed) for seed in range(2)]
-    keep, gain = torch.full((3,), 0.7), torch.full((3,), 0.3)
-    torch.library.opcheck(torch.ops.runningbn.absorb_gradient.default, (*state, *batch, keep, gain, 10))
+    rstd, trust, offset, batch_std = (torch.full((3,), value) for value in (1.5, 0.3, 0.1, 0.8))
+    torch.library.opcheck(
+        torch.ops.runningbn.absorb_gradient.default, (*state, *batch, rstd, trust, offset, batch_std, 10)
+    )

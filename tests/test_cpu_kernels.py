@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, functional, kernels
 from runningbn.kernels import cpu, use_backend
+from runningbn.law import Law
 from runningbn.momentum import batch_weight, weighs_whole_batches
-from runningbn.statistics import GradientState, State, Sums, moments
-from runningbn.update import absorb_gradient, absorb_precise, absorb_running
+from runningbn.statistics import GradientState, NoiseState, State, Sums, TrainingState, moments
+from runningbn.update import (
+    Coefficients,
+    RunningCoefficients,
+    absorb_exact,
+    absorb_gradient,
+    absorb_precise,
+    absorb_running,
+)
 
 if cpu.unavailable() is not None:
     pytest.skip(f"the C backend cannot serve here: {cpu.unavailable()}", allow_module_level=True)
 
-EPS, MAX_LAG = 1e-5, 0.05
+EPS, LAW = 1e-5, Law(max_lag=0.05)
 MODES = ("running gradient", "exact gradient", "precise")
 # For a thread of its own a share of 2**15 elements is needed, so the large ones are what threads cut.
 ROWS = ((1, 5), (7, 1), (2, 1), (33, 37), (64, 65), (401, 260), (40_001, 3), (1_100, 65), (3_000, 37))
@@ -97,6 +104,16 @@ def gradient_state(channels: int, dtype: torch.dtype) -> GradientState:
     return GradientState(*torch.zeros(3, channels, dtype=dtype).unbind())
 
 
+def noise_state(channels: int, dtype: torch.dtype) -> NoiseState:
+    return NoiseState(*torch.zeros(3, channels, dtype=dtype).unbind())
+
+
+def quiet_state(channels: int, dtype: torch.dtype) -> NoiseState:
+    """After many batches with little noise, with which the limits to the lag are near."""
+    measured = torch.linspace(0, 0.01, channels, dtype=dtype)
+    return NoiseState(measured, torch.full_like(measured, 40), torch.linspace(0.8, 1.2, channels, dtype=dtype))
+
+
 def converted(state: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     return [t.clone() if t.dtype == torch.int64 else t.to(dtype, copy=True) for t in state]
 
@@ -116,103 +133,144 @@ def assert_same_state(actual: State, expected: State, roundings: float) -> None:
     assert torch.equal(actual.num_batches_tracked, expected.num_batches_tracked)
 
 
+def assert_same_noise(actual: NoiseState, expected: NoiseState, roundings: float, scale: Tensor | float) -> None:
+    """R up to roundings of means that are about `scale` standard deviations."""
+    assert_near(actual.noise, expected.noise, roundings, scale)
+    assert torch.equal(actual.noise_steps.double(), expected.noise_steps.double())
+    assert_near(actual.last_mean, expected.last_mean, roundings, expected.last_mean.abs().max() + 1)
+
+
 # ------------------------------------------------------------------------------------------------- the update by itself
 
 
+Absorb = Callable[..., "Coefficients | RunningCoefficients"]
+# By state, noise, batch, weight, samples and whether batches count as a whole.
+UPDATES: dict[str, Absorb] = {
+    "precise": lambda state, noise, *others: absorb_precise(state, *others, LAW),
+    "exact": lambda state, noise, *others: absorb_exact(state, *others, LAW),
+    "running without a limit": lambda *everything: absorb_running(*everything, LAW._replace(max_lag=float("inf"))),
+    "running": lambda *everything: absorb_running(*everything, LAW),
+}
+each_update = pytest.mark.parametrize("kind", UPDATES)
+
+
 @pytest.mark.parametrize("whole_batches", [False, True])
-@pytest.mark.parametrize(
-    "absorb",
-    [absorb_precise, absorb_running, partial(absorb_running, max_lag=MAX_LAG)],
-    ids=["precise", "running without a limit", "running"],
-)
+@each_update
 @pytest.mark.parametrize("start", [empty_state, seeded_state])
 @each_dtype(torch.float32, torch.float64)
 @each_rule()
-def test_the_update_is_that_of_torch(momentum, dtype, start, absorb, whole_batches):
-    channels, running = 6, absorb is not absorb_precise
-    states = {name: start(channels, dtype) for name in ("cpu", "aten")}
+def test_the_update_is_that_of_torch(momentum, dtype, start, kind, whole_batches):
+    channels = 6
+    states = {name: (start(channels, dtype), quiet_state(channels, dtype)) for name in ("cpu", "aten")}
     for step, size in enumerate(RAGGED):
         x = data((size, channels, 7), dtype, step) * 3**step + step  # so that variances lag
         batch, _ = kernels.batch_sums(x, dtype)
         found = {}
-        for name, state in states.items():
+        for name, (state, noise_) in states.items():
             weight = batch_weight(momentum, size, state.samples, state.steps)
             samples = size if step % 2 else torch.tensor(size, dtype=dtype)  # as of one process, as of a pool
             with use_backend(name):
-                found[name] = absorb(state, batch, weight, samples, whole_batches)
+                found[name] = UPDATES[kind](state, noise_, batch, weight, samples, whole_batches)
         # The torch side rounds some ten times a batch, and each leaves its trace until it decays.
         roundings = 16 * (step + 1)
-        assert_same_state(states["cpu"], states["aten"], roundings)
-        scale = max(t.abs().max().item() for t in moments(Sums(*states["aten"][:4]))) + moments(batch)[1].max().item()
+        (state, measured), (expected_state, expected_noise) = states["cpu"], states["aten"]
+        assert_same_state(state, expected_state, roundings)
+        assert_same_noise(measured, expected_noise, roundings, 4)
+        scale = max(t.abs().max().item() for t in moments(Sums(*expected_state[:4]))) + moments(batch)[1].max().item()
         for part, expected in zip(found["cpu"][:2], found["aten"][:2]):
             assert_near(part, expected, roundings, scale)
-        for part, expected in zip(found["cpu"][2:], found["aten"][2:]):
-            if running:
-                assert_near(part, expected, roundings)
-            else:
+        for field, part in list(found["cpu"]._asdict().items())[2:]:
+            expected = getattr(found["aten"], field)
+            if kind == "precise":
                 assert part is expected is None
+            elif field == "trust":  # by its derivative, how far roundings of R count
+                assert_near(part, expected, roundings * LAW.trust_noise, 4)
+            else:
+                assert_near(part, expected, roundings, scale if field in ("offset", "batch_std") else None)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), "far"])
-@pytest.mark.parametrize("running", [False, True])
+@each_update
 @each_dtype(torch.float32, torch.float64)
 @each_rule()
-def test_what_is_not_finite_leaves_a_channel_bit_for_bit_as_it_was(momentum, dtype, running, poison):
-    absorb = absorb_running if running else absorb_precise
-    state = seeded_state(4, dtype)
+def test_what_is_not_finite_leaves_a_channel_bit_for_bit_as_it_was(momentum, dtype, kind, poison):
+    absorb, state, measured = UPDATES[kind], seeded_state(4, dtype), noise_state(4, dtype)
     batch, _ = kernels.batch_sums(data((8, 4, 3), dtype), dtype)
     with use_backend("cpu"):
-        absorb(state, batch, batch_weight(momentum, 8, state.samples, state.steps), 8, weighs_whole_batches(momentum))
+        weight = batch_weight(momentum, 8, state.samples, state.steps)
+        absorb(state, measured, batch, weight, 8, weighs_whole_batches(momentum))
         before = State(*(t.clone() for t in state))
+        noise_before = NoiseState(*(t.clone() for t in measured))
         bad = Sums(*(t.clone() for t in batch))
         if poison == "far":
             bad.shift[2] = torch.finfo(dtype).max ** 0.5
         else:
             bad.sqrs[2] = poison
         weight = batch_weight(momentum, 8, state.samples, state.steps)
-        found = absorb(state, bad, weight, 8, weighs_whole_batches(momentum))
+        found = absorb(state, measured, bad, weight, 8, weighs_whole_batches(momentum))
     for name, old, new in zip(State._fields, before, state):
         if name not in ("num_batches_tracked", "last_keep", "last_gain"):
             assert old[2] == new[2], name
     assert (state.last_keep[2], state.last_gain[2]) == (1, 0)
     assert state.num_batches_tracked == before.num_batches_tracked + 1
     assert (state.steps - before.steps).tolist() == [1, 1, 0, 1]
-    if running:
+    if kind != "precise":
         assert found.mean[2] == before.running_mean[2]
         assert found.var[2] == before.running_var[2]
-        assert found.kappa_mean[2] == 0
+        # The coefficients of its backward; a batch in which another channel is bad is compared with as any other.
+        assert all(part[2] == 0 for part in found[2:])
+    for old, new in zip(noise_before, measured):
+        assert old[2] == new[2]
+    absorbed = [0, 0, 0, 0] if kind in ("precise", "exact") else [1, 1, 0, 1]
+    assert (measured.noise_steps - noise_before.noise_steps).tolist() == absorbed
 
 
 @each_dtype(torch.float32, torch.float64)
 def test_a_batch_without_samples_is_not_counted(dtype):
-    state = seeded_state(3, dtype)
-    before = [t.clone() for t in state]
+    state, measured = seeded_state(3, dtype), quiet_state(3, dtype)
+    before = [t.clone() for t in (*state, *measured)]
     with use_backend("cpu"):
         zero = torch.zeros(3, dtype=dtype)
-        absorb_running(state, Sums(zero, zero, zero, zero), zero, torch.tensor(0.0, dtype=dtype), True)
-    for name, old, new in zip(State._fields, before, state):
+        absorb_running(state, measured, Sums(zero, zero, zero, zero), zero, torch.tensor(0.0, dtype=dtype), True, LAW)
+    for name, old, new in zip((*State._fields, *NoiseState._fields), before, (*state, *measured)):
         if name not in ("steps", "last_keep"):
             assert torch.equal(old, new), name
 
 
 @each_dtype(torch.float32, torch.float64)
 def test_the_gradient_update_is_that_of_torch(dtype):
-    states = {name: gradient_state(4, dtype) for name in ("cpu", "aten")}
+    """With a channel that is not finite now and then, one that the forward ignores, a constant one and plain ones."""
+    channels = 6
+    states = {name: gradient_state(channels, dtype) for name in ("cpu", "aten")}
+    bound = torch.zeros(channels, dtype=torch.bool)
     for step, n in enumerate(RAGGED):
-        sums = [data((4,), dtype, 10 + step) * n, data((4,), dtype, 20 + step) * n]
-        keep, gain = torch.full((4,), 0.75, dtype=dtype), torch.full((4,), 0.3, dtype=dtype)
+        # Ever smaller, so that what is remembered outgrows what comes.
+        sums = [data((channels,), dtype, 10 * i + step) * n / 4**step for i in (1, 2)]
+        rstd, trust = torch.linspace(0.5, 2, channels, dtype=dtype), torch.full((channels,), 0.3, dtype=dtype)
+        trust[4] = 0
+        offset, batch_std = data((channels,), dtype, 30 + step), data((channels,), dtype, 40 + step).abs() + 0.1
+        batch_std[5] = 0
         sums[step % 2][2] = [float("nan"), float("inf"), 1.0][step % 3]
-        before = states["cpu"].sum_dy[2].item()
-        number = n if step % 2 else torch.full((4,), float(n), dtype=dtype)
+        before = [part.clone() for part in states["cpu"]]
+        number = n if step % 2 else torch.full((channels,), float(n), dtype=dtype)
+        fixed = RunningCoefficients(torch.zeros_like(rstd), rstd, trust, offset, batch_std)
         found = {}
         for name, state in states.items():
             with use_backend(name):
-                found[name] = absorb_gradient(state, *sums, keep, gain, number)
-        if step % 3 < 2:
-            assert states["cpu"].sum_dy[2] == before
-        # Three roundings a batch on the side of torch, one here, and those of a quotient.
-        for part, expected in zip((*states["cpu"], *found["cpu"]), (*states["aten"], *found["aten"])):
-            assert_near(part, expected, 4 * (step + 1), max(s.nan_to_num(0, 0).abs().max() for s in (expected, *sums)))
+                found[name] = absorb_gradient(state, (sums[0], sums[1]), rstd, fixed, number)
+        ignored = [2, 4] if step % 3 < 2 else [4]
+        for old, new in zip(before, states["cpu"]):
+            assert torch.equal(old[ignored], new[ignored])
+        assert all(part[ignored].eq(0).all() for part in found["cpu"])
+        # Some roundings a batch on the side of torch, one here; those of a quotient, and of means that cancel in it.
+        scale = max(float(s.nan_to_num(0, 0, 0).abs().max()) for s in (*states["aten"], *sums)) + 1e-3
+        for part, expected in zip(states["cpu"], states["aten"]):
+            assert_near(part, expected, 8 * (step + 1), max(scale, 1))
+        for part, expected in zip(found["cpu"], found["aten"]):
+            assert_near(part, expected, 64 * (step + 1), scale)
+        means = states["cpu"].sum_dy / states["cpu"].count_dy.clamp_min(1e-30)
+        bound |= (found["cpu"][0].abs() < 0.99 * means.abs()) & (trust > 0)
+    assert bound[[0, 1, 3, 5]].all()
 
 
 @each_dtype(torch.float32, torch.float64)
@@ -221,9 +279,8 @@ def test_the_weight_of_a_batch_is_that_of_the_rule(momentum, dtype):
     state, weights = empty_state(2, dtype), []
     for step, size in enumerate((*RAGGED, 1_000, 3, 3)):
         expected = batch_weight(momentum, size, state.samples.double(), state.steps.double())
-        cpu.training_forward(
-            data((size, 2), dtype, step), None, None, EPS, cpu.prepared(state), momentum, True, True, MAX_LAG
-        )
+        x = data((size, 2), dtype, step)
+        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), momentum, True, True, LAW)
         # 1 − a is rounded once where it is stored, and again in the subtraction here.
         assert_near(1 - state.last_keep, expected, 2, scale=1)
         weights.append(expected[0].item())
@@ -241,6 +298,7 @@ class Outcome(NamedTuple):
     dweight: Tensor
     dbias: Tensor
     state: State
+    noise: NoiseState
     gradient: GradientState
 
 
@@ -249,37 +307,39 @@ def affine(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def started(channels: int, dtype: torch.dtype) -> tuple[State, GradientState]:
-    """Buffers that are not as they were made."""
+def started(channels: int, dtype: torch.dtype) -> tuple[State, NoiseState, GradientState]:
+    """Buffers that are not as they were made; in some channels limits to the lag and to what is subtracted bind."""
     state, gradient = empty_state(channels, torch.float64), gradient_state(channels, torch.float64)
     with use_backend("aten"):
         batch, _ = kernels.batch_sums(data((5, channels, 4), torch.float64, 3), torch.float64)
-        fixed = absorb_running(state, batch, torch.full((channels,), 0.4).double(), 5, False)
-        sums = data((2, channels), torch.float64, 4).unbind()
-        absorb_gradient(gradient, *sums, fixed.keep, fixed.gain, 20)
+        measured = noise_state(channels, torch.float64)
+        fixed = absorb_running(state, measured, batch, torch.full((channels,), 0.4).double(), 5, False, LAW)
+        first, second = (data((2, channels), torch.float64, 4) * 5).unbind()
+        absorb_gradient(gradient, (first, second), (fixed.var + EPS).rsqrt(), fixed, 20)
     # Rounded to float32, whatever the dtype: all start from the same.
-    state, gradient = converted(state, torch.float32), converted(gradient, torch.float32)
-    return State(*converted(state, dtype)), GradientState(*converted(gradient, dtype))
+    parts = ((State, state), (NoiseState, quiet_state(channels, torch.float64)), (GradientState, gradient))
+    state, measured, gradient = (of(*converted(converted(part, torch.float32), dtype)) for of, part in parts)
+    return state, measured, gradient
 
 
 def train(
     backend: str, mode: str, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Outcome:
     """One step, forward and backward, from buffers that are always the same."""
-    state, gradient = started(x.shape[1], dtype)
+    state, measured, gradient = started(x.shape[1], dtype)
     x = x.detach().requires_grad_()
     weight, bias = (None if t is None else t.detach().to(dtype).requires_grad_() for t in (weight, bias))
     with use_backend(backend):
         if mode == "precise":
-            y = functional.precise(x, weight, bias, EPS, state, Horizon(), None)
+            y = functional.precise(x, weight, bias, EPS, state, Horizon(), None, None, LAW)
         else:
-            running = gradient if mode == "running gradient" else None
-            y = functional.running(x, weight, bias, EPS, state, running, Horizon(), None)
+            training = TrainingState(measured, gradient) if mode == "running gradient" else None
+            y = functional.running(x, weight, bias, EPS, state, training, Horizon(), None, None, LAW)
         wanted = [t for t in (x, weight, bias) if t is not None]
         found = iter(torch.autograd.grad(y, wanted, dy))
         none = torch.zeros(x.shape[1], dtype=dtype)
         dx, dweight, dbias = (none if t is None else next(found) for t in (x, weight, bias))
-    return Outcome(y.detach(), dx, dweight, dbias, state, gradient)
+    return Outcome(y.detach(), dx, dweight, dbias, state, measured, gradient)
 
 
 def reference(mode: str, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Outcome:
@@ -309,8 +369,9 @@ def assert_step_near(
     assert_near(actual.dbias, expected.dbias, 4 * sums, total)
     assert_near(actual.dweight, expected.dweight, 4 * sums, total * z)
     assert_same_state(actual.state, expected.state, 16 * sums)
+    assert_same_noise(actual.noise, expected.noise, 16 * sums, z)
     for mine, theirs in zip(actual.gradient, expected.gradient):
-        assert_near(mine, theirs, 8 * sums, total * z)
+        assert_near(mine, theirs, 8 * sums * LAW.trust_noise, (total / n + 1) * z)
 
 
 def shapes_and_layouts() -> Iterator[pytest.param]:
@@ -352,21 +413,40 @@ def test_weight_and_bias_may_be_absent(mode, dtype, shape, given):
 
 @pytest.mark.parametrize("shape", [(33, 37), (3, 5, 7, 7), (2, 2, 300, 400), (3_000, 37)])
 @each_dtype(*DTYPES)
-@pytest.mark.parametrize("running", [False, True])
-def test_a_forward_that_does_not_absorb_repeats_the_last_and_touches_no_buffer(running, dtype, shape):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forward_that_does_not_absorb_repeats_the_last_and_touches_no_buffer(mode, dtype, shape):
     x, (weight, bias) = data(shape, dtype), affine(shape[1], wide(dtype))
-    state, _ = started(shape[1], wide(dtype))
+    state, measured, _ = started(shape[1], wide(dtype))
+    buffers = (*state, *measured) if mode == "running gradient" else tuple(state)
     torch.set_num_threads(2)
-    first = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, True, MAX_LAG)
-    before = {name: t.clone() for name, t in state._asdict().items()}
-    second = cpu.training_forward(x, weight, bias, EPS, cpu.prepared(state), Horizon(), running, False, MAX_LAG)
+    arguments = x, weight, bias, EPS, cpu.prepared(buffers), Horizon(), mode != "precise"
+    first = cpu.training_forward(*arguments, True, LAW)
+    before = [t.clone() for t in buffers]
+    second = cpu.training_forward(*arguments, False, LAW)
     assert_identical(dict(enumerate(second)), dict(enumerate(first)))
-    assert_identical(state._asdict(), before)
+    assert_identical(dict(enumerate(buffers)), dict(enumerate(before)))
+
+
+@each_update
+@each_dtype(torch.float32, torch.float64)
+def test_an_update_that_does_not_absorb_repeats_the_last_and_touches_no_buffer(dtype, kind):
+    """By sums that came from elsewhere, as a recomputation of a pooled batch does."""
+    state, measured, _ = started(6, dtype)
+    batch, _ = kernels.batch_sums(data((7, 6, 5), dtype), dtype)
+    limits = LAW._replace(max_lag=float("inf")) if kind == "running without a limit" else LAW
+    noise_ = measured if kind.startswith("running") else None
+    arguments = state, noise_, batch, torch.full((6,), 0.3, dtype=dtype), 7, True, kind != "precise"
+    first = cpu.absorb(*arguments, True, limits)
+    before = [t.clone() for t in (*state, *measured)]
+    second = cpu.absorb(*arguments, False, limits)
+    assert_identical(dict(enumerate(second)), dict(enumerate(first)))
+    assert_identical(dict(enumerate((*state, *measured))), dict(enumerate(before)))
 
 
 def bits(outcome: Outcome) -> dict[str, Tensor]:
     parts = outcome._asdict()
-    return {**parts.pop("state")._asdict(), **parts.pop("gradient")._asdict(), **parts}
+    states = [parts.pop(name)._asdict() for name in ("state", "noise", "gradient")]
+    return {**states[0], **states[1], **states[2], **parts}
 
 
 @pytest.mark.parametrize("threads", THREADS)
@@ -431,7 +511,7 @@ def test_nothing_is_left_unwritten(dtype, shape, layout):
     for mode in MODES:
         for name, part in bits(train("cpu", mode, x, dy, weight, bias, wide(dtype))).items():
             assert part.isfinite().all(), name
-    state, _ = started(shape[1], wide(dtype))
+    state, measured, _ = started(shape[1], wide(dtype))
     batch, _ = cpu.batch_sums(x, wide(dtype))
     mean, var = moments(batch)
     rstd = (var + EPS).rsqrt()
@@ -443,8 +523,9 @@ def test_nothing_is_left_unwritten(dtype, shape, layout):
         *sums,
         cpu.input_gradient(dy, x, mean, rstd, weight, *sums),
         *cpu.batch_norm_gradients(dy, x, mean, rstd, weight),
-        *cpu.absorb(state, batch, torch.full_like(mean, 0.5), 3, True, True),
-        *cpu.absorb(state, batch, torch.full_like(mean, 0.5), 3, True, False),
+        *cpu.absorb(state, measured, batch, torch.full_like(mean, 0.5), 3, True, True, True, LAW),
+        *cpu.absorb(state, None, batch, torch.full_like(mean, 0.5), 3, True, True, True, LAW),
+        *cpu.absorb(state, None, batch, torch.full_like(mean, 0.5), 3, True, False, True, LAW),
     )
     assert all(part.isfinite().all() for part in results)
 
@@ -549,7 +630,7 @@ def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(l
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
     for running in (False, True):
         state = empty_state(shape[1], torch.float32)
-        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), 1.0, running, True, MAX_LAG)
+        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), 1.0, running, True, LAW)
         n = x.numel() / shape[1]
         unbiased = state.running_var.double() * (1 if running else (n - 1) / n)
         torch.testing.assert_close(unbiased, expected, rtol=1e-6, atol=0)
@@ -587,7 +668,7 @@ def test_a_channel_that_is_not_finite_keeps_its_state_and_leaves_the_others_alon
         if buffer.dim():
             others = [0, 1, 2, 4]
             assert torch.equal(buffer[others], clean[name][others]), name
-            if name not in ("last_keep", "last_gain", *layer.gradient_buffers):
+            if name not in ("last_keep", "last_gain"):
                 assert buffer[3] == before[name][3], name
             assert buffer[3].isfinite(), name
     for name in ("y", "dx"):
@@ -635,16 +716,18 @@ def test_buffers_may_have_gaps():
 
 
 HALVES = {
-    "all": State._fields + GradientState._fields,
+    "all": State._fields + NoiseState._fields + GradientState._fields,
     "state": State._fields,
+    "noise": NoiseState._fields,
     "first": ("shift",),
     "last": ("last_gain",),
     "one of the gradient": ("count_dy",),
 }
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["whole steps", "masked"])
 @pytest.mark.parametrize("names", HALVES.values(), ids=HALVES.keys())
-def test_buffers_that_became_narrow_are_refused_or_taken_as_torch_takes_them(names):
+def test_buffers_that_became_narrow_are_refused_or_taken_as_torch_takes_them(names, masked):
     def step(layer: RunningBatchNorm) -> Tensor | None:
         x = noise((8, 4, 3), 0)
         training_step(layer, x)
@@ -656,10 +739,11 @@ def test_buffers_that_became_narrow_are_refused_or_taken_as_torch_takes_them(nam
                 buffer.data = memory[: buffer.numel()].copy_(buffer)
         refused = False
         try:
-            y = layer(x.requires_grad_())
+            mask = torch.ones(8, 3, dtype=torch.bool) if masked else None
+            y = layer(x.requires_grad_(), mask)
             y.backward(noise(y.shape, 1))
         except RuntimeError as error:
-            refused = any(part in str(error) for part in ("dtype", "type Float", "cannot take"))
+            refused = any(part in str(error) for part in ("dtype", "type Float", "cannot take", "type c10::Half"))
             if not refused:
                 raise
         for name in names:

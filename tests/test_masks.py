@@ -10,6 +10,7 @@ from steps import assert_identical, buffers_of, evaluate
 from torch import Tensor, nn
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot, update_bn_stats
+from runningbn.buffers import TRAINING
 
 C, L = 3, 9
 KINDS = {
@@ -76,9 +77,15 @@ def test_any_mask_is_a_batch_of_the_real_elements(kind):
         for name in ("y", "dx"):
             assert torch.equal(actual[name].movedim(1, 2)[~mask], torch.zeros_like(x).movedim(1, 2)[~mask])
             actual[name] = actual[name].movedim(1, 2)[mask]
+        if kind == "running-float":
+            # How much the backward believes a batch depends on its samples; see test_law_backends for its reference.
+            del actual["dx"], expected["dx"]
         assert_steps_near(actual, expected)
     of_packed = {**state_of(packed), "samples": torch.full((C,), 3.0 + 2 + 2, dtype=torch.float64)}
-    assert_steps_near(state_of(masked), of_packed)
+    of_masked = state_of(masked)
+    for name in TRAINING:
+        of_packed.pop(name, None), of_masked.pop(name, None)
+    assert_steps_near(of_masked, of_packed)
 
 
 @each_kind

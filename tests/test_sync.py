@@ -12,9 +12,12 @@ from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import Tensor, nn
 
 from runningbn import Horizon, PreciseBatchNorm2d, RunningBatchNorm
+from runningbn.buffers import TRAINING
 
 KINDS = {
     "running": functools.partial(RunningBatchNorm, gradient="running"),
+    # So near a limit that it binds, however noisy a few batches are.
+    "running-limited": functools.partial(RunningBatchNorm, max_lag=1e-3),
     "running-cumulative": functools.partial(RunningBatchNorm, momentum=None),
     "exact": functools.partial(RunningBatchNorm, gradient="exact"),
     "precise": PreciseBatchNorm2d,
@@ -74,14 +77,14 @@ def joined(outcomes: list[dict]) -> dict[str, Tensor]:
 
 def expected_running(kind: str, size: int) -> list[tuple[dict, dict]]:
     layer = layer_of(kind, torch.float64)
-    reference = ReferenceRunningBatchNorm(layer.weight, layer.bias, layer.momentum, layer.gradient)
+    reference = ReferenceRunningBatchNorm(layer.weight, layer.bias, layer.momentum, layer.gradient, layer.max_lag)
     expected = []
     for step in range(len(SIZES)):
         x, dy = whole(step, size)
         forward = reference.forward(x)
         gradients = dict(zip(("dx", "dweight", "dbias"), reference.backward(forward, dy)))
         names = ("running_mean", "running_var", "count_sqrs", "debias", "samples", "steps")
-        names += ("sum_dy", "sum_dy_xhat", "count_dy") if layer.gradient == "running" else ()
+        names += TRAINING if layer.gradient == "running" else ()
         expected.append(({"y": forward.y.detach(), **gradients}, {name: reference.state(name) for name in names}))
     return expected
 

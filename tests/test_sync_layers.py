@@ -59,7 +59,7 @@ def test_process_group_without_sync_is_refused():
 
 def test_repr_shows_sync_where_it_is_set():
     assert "sync" not in repr(RunningBatchNorm(3))
-    assert repr(RunningBatchNorm(3, sync=True)).endswith("sync=True, gradient='running', max_lag=0.05)")
+    assert repr(RunningBatchNorm(3, sync=True)).endswith("sync=True, gradient='running', max_lag=inf)")
     assert repr(RunningBatchNorm(3, sync=True, gradient="exact")).endswith("sync=True, gradient='exact')")
     assert repr(PreciseBatchNorm2d(3, sync=True)).endswith("track_running_stats=True, sync=True)")
 

@@ -32,9 +32,9 @@ and the update alone, for sums that came from elsewhere,
 A forward whose backward goes by running means has in `state`, behind the buffers of a `State`, those of a `NoiseState`;
 in `absorb`, `noise` is None without them. Without `absorbs`, as in a recomputation, the buffers are taken as they are.
 
-`fixed` is (2, C), mean and rstd, where x is normalised by itself; (4, C) where it is by the running statistics, exactly:
-mean, rstd, kappa_mean, kappa_var; and (5, C) for running means in backward: mean, rstd, trust, offset, batch_std. See
-`update` for what these mean.
+`fixed` is (2, C), mean and rstd, where x is normalised by itself; (4, C) where it is by the running statistics, with
+an exact backward: mean, rstd, kappa_mean, kappa_var; and (5, C) with one by running means: mean, rstd, trust, offset,
+batch_std. See `update` for what these mean.
 
 The first of `BACKENDS` that serves an input takes it, unless `use_backend` or the environment variable
 RUNNINGBN_BACKEND names one.

@@ -43,7 +43,7 @@ TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, i
 TARGET static void STATE_NAME(measure_noise)(const Forward *f, int64_t c, double batch_mean, double variance) {
     const double difference = batch_mean - (double)AT(f->last_mean), steps = (double)AT(f->noise_steps);
     double observed = steps == 0 ? 1 : 0.5 * difference * difference / largest(variance, TINY);
-    observed = smallest(observed, 1);
+    observed = smallest(observed, 1) * f->samples_of_batch;
     AT(f->noise) = (REAL)((double)AT(f->noise) + (observed - (double)AT(f->noise)) / smallest(steps + 1, f->window));
     AT(f->noise_steps) = (REAL)(steps + 1);
     AT(f->last_mean) = (REAL)batch_mean;
@@ -151,7 +151,8 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                     mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
                     if (f->noise) {
                         if (f->absorbs && !ignored) STATE_NAME(measure_noise)(f, c, batch_mean, largest(var, batch_var));
-                        const double noise = (double)AT(f->noise);
+                        /* See law.noise_of_batch. */
+                        const double noise = smallest((double)AT(f->noise) / f->samples_of_batch, 1);
                         /* See law.trust and law.limited. */
                         const double trust = largest(1 - (double)AT(f->last_keep), 1 / (1 + f->trust_noise * noise));
                         if (f->max_lag <= DBL_MAX && !ignored) {

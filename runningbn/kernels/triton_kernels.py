@@ -100,8 +100,8 @@ def batch_statistics(
                 coefficients = _exact_coefficients(of_state, floor, few, dtype)
             else:
                 coefficients = _running_coefficients(
-                    of_state, mean, squares, n, noise, _number(max_lag), _number(lag_noise), _number(trust_noise),
-                    _number(window), c, exists, dtype, ABSORBS,
+                    of_state, mean, squares, n, batch_samples.to(tl.float64), noise, _number(max_lag),
+                    _number(lag_noise), _number(trust_noise), _number(window), c, exists, dtype, ABSORBS,
                 )  # fmt: skip
             mean, var = coefficients[0], coefficients[1]
             _store_rows(fixed, 2, coefficients, channels, c, exists)
@@ -268,7 +268,7 @@ def absorb_sums(
     dtype = state.shift.dtype.element_ty
     if noise is not None:
         results = _running_coefficients(
-            of_state, mean, squares, n, noise, _number(max_lag), _number(lag_noise), _number(trust_noise),
+            of_state, mean, squares, n, samples, noise, _number(max_lag), _number(lag_noise), _number(trust_noise),
             _number(window), c, exists, dtype, ABSORBS,
         )  # fmt: skip
     elif RUNNING:
@@ -599,7 +599,7 @@ def _exact_coefficients(of_state, floor, few, dtype: tl.constexpr):
 
 @triton.jit
 def _running_coefficients(
-    of_state, batch_mean, squares, n, noise, max_lag, lag_noise, trust_noise, window, c, exists,
+    of_state, batch_mean, squares, n, batch_samples, noise, max_lag, lag_noise, trust_noise, window, c, exists,
     dtype: tl.constexpr, ABSORBS: tl.constexpr,
 ):  # fmt: skip
     """mean, var, trust, offset, batch_std as in `update.RunningCoefficients`, float64; see `law`."""
@@ -612,7 +612,7 @@ def _running_coefficients(
         steps = _float64(noise.noise_steps, c, exists)
         difference = batch_mean - _float64(noise.last_mean, c, exists)
         observed = 0.5 * difference * difference / _at_least(tl.where(batch_var > var, batch_var, var), TINY)
-        observed = tl.where((steps == 0) | (observed > 1), 1, observed)
+        observed = tl.where((steps == 0) | (observed > 1), 1, observed) * batch_samples
         new = measured + (observed - measured) / tl.where(steps + 1 > window, window, steps + 1)
         measured = tl.where(ignored, measured, _rounded(new, dtype))
         tl.debug_barrier()  # as in `_absorb`
@@ -620,9 +620,11 @@ def _running_coefficients(
         tl.store(noise.noise_steps + c, (steps + 1).to(dtype), mask=exists & ~ignored)
         tl.store(noise.last_mean + c, batch_mean.to(dtype), mask=exists & ~ignored)
 
+    measured = measured / tl.where(batch_samples > 0, batch_samples, 1)
+    measured = tl.where(measured > 1, 1, measured)
     trust = _at_least(1 / (1 + trust_noise * measured), 1 - keep)
-    limited = (max_lag < float("inf")) & ~ignored
     d = max_lag * (1 + lag_noise * measured)
+    limited = (d < float("inf")) & ~ignored
     least = batch_var / ((1 + d) * (1 + d))
     var = tl.where(limited & (least > var), least, var)
     reach = d * tl.sqrt(var)
