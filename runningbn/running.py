@@ -29,10 +29,10 @@ class RunningBatchNorm(Layer):
         m = \frac{\sum w x}{\sum w}, \qquad v = \frac{\sum w x^2}{\sum w} - m^2
 
     Training absorbs the batch, then normalises by the state; evaluation is the same formula without the update. So the
-    two agree to the last bit, unless a `max_lag` is set. Before any training it evaluates as ``nn.BatchNorm`` does
-    (mean 0, variance 1). The variance is biased, in `running_var` too: it is what the layer normalises by. While fewer
-    than 20 samples have been seen, the current batch included, it is at least 0.01, unless the statistics were taken
-    over from elsewhere.
+    two use the same statistics, bit for bit, unless a `max_lag` is set. Before any training it evaluates as
+    ``nn.BatchNorm`` does (mean 0, variance 1). The variance is biased, in `running_var` too: it is what the layer
+    normalises by. While fewer than 20 samples have been seen, the current batch included, it is at least 0.01, unless
+    the statistics were taken over from elsewhere.
 
     With dy = dL/dy, z = (x − m)·rstd and n elements per channel in the batch, `gradient` says what flows back through
     the statistics:

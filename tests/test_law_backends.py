@@ -46,10 +46,12 @@ def test_sums_that_overflow_are_no_part_of_the_memory_and_nothing_is_subtracted(
     layer.bias = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
     x = [noise((4, 3, 5), step, dtype) * 100 for step in range(2)]
     dy = noise((4, 3, 5), 9, dtype) + 0.5
+    large = dy.clone()
+    large[:, 1] = largest / 64  # whose sum does not overflow, and which one would see
     with use_backend(backend):
-        step_of(layer, x[0], dy, masked)
+        step_of(layer, x[0], large, masked)
         before = buffers_of(layer)
-        large = dy.clone()
+        assert before["sum_dy"][1] > largest / 1e4
         large[:, 1] = largest / 8
         step = step_of(layer, x[1], large, masked)
     assert step["dbias"][1] == torch.inf

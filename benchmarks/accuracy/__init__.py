@@ -15,7 +15,7 @@ There are two grids of cells. The quick one is of scikit-learn's digits: `tasks`
 `networks_real` and `grid_real` are their counterparts, `pretrained` has what is fine-tuned.
 
 `contenders` has the layers, `rivals` those that others published, `conversions` what becomes of pretrained nets,
-`experiments` what was tried on the way to the defaults. `jobs` says what a run is, `run` makes it, `train` trains.
+`jobs` says what a run is, `run` makes it, `train` trains.
 Results are lines of JSON in benchmarks/results/accuracy.jsonl and real_images.jsonl, one per cell and contender,
 appended when it is done.
 

@@ -162,7 +162,8 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                             mean = smallest(largest(mean, batch_mean - reach), batch_mean + reach);
                         }
                         SET(f->trust, ignored ? 0 : trust)
-                        SET(f->offset, ignored ? 0 : batch_mean - mean)
+                        /* From the mean as it is stored, which z is made with. */
+                        SET(f->offset, ignored ? 0 : batch_mean - (double)(REAL)mean)
                         SET(f->batch_std, ignored ? 0 : sqrt(batch_var))
                     } else {
                         const double kappa = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);

@@ -632,7 +632,9 @@ def _running_coefficients(
     nearest = tl.where(mean < lowest, lowest, tl.where(mean > highest, highest, mean))
     mean = tl.where(limited, nearest, mean)
     # What is not finite may not reach a backward that it has no part in.
-    offset, std = tl.where(ignored, 0, batch_mean - mean), tl.where(ignored, 0, tl.sqrt(batch_var))
+    # The offset is from the mean as it is stored, which z is made with.
+    offset = tl.where(ignored, 0, batch_mean - _rounded(mean, dtype))
+    std = tl.where(ignored, 0, tl.sqrt(batch_var))
     return mean, var, tl.where(ignored, 0, trust), offset, std
 
 
