@@ -82,6 +82,8 @@ RUNNING = (
     LayerCase("running-sqrt-exact", RunningBatchNorm, (4, 5, 6), {"momentum": SquareRoot(0.1), "gradient": "exact"}),
     LayerCase("running-float", RunningBatchNorm, (4, 5, 6), {"momentum": 0.1}),
     LayerCase("running-cumulative", RunningBatchNorm, (4, 5, 6), {"momentum": None}),
+    # So near a limit to the lag that it binds, however noisy a few batches are.
+    LayerCase("running-limited", RunningBatchNorm, (4, 5, 6), {"max_lag": 1e-3}),
     LayerCase("running-short-horizon", RunningBatchNorm, (4, 5, 6), {"momentum": RULES["horizon-short"]}),
     LayerCase("running-no-bias", RunningBatchNorm, (4, 5, 6), {"bias": False}),
     LayerCase("running-no-affine", RunningBatchNorm, (4, 5, 6), {"affine": False}),

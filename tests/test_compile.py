@@ -22,6 +22,7 @@ from runningbn.statistics import GradientState, NoiseState, State
 LAYERS = {
     "running": lambda: RunningBatchNorm(4),
     "running-exact": lambda: RunningBatchNorm(4, gradient="exact"),
+    "running-limited": lambda: RunningBatchNorm(4, max_lag=1e-3),
     "running-squareroot": lambda: RunningBatchNorm(4, momentum=SquareRoot(0.1)),
     "running-cumulative": lambda: RunningBatchNorm(4, momentum=None),
     "running-float": lambda: RunningBatchNorm(4, momentum=0.1, affine=False),

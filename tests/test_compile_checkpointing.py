@@ -48,8 +48,13 @@ def outside(net):
 ])  # fmt: skip
 @pytest.mark.parametrize(
     "make",
-    [RunningBatchNorm, lambda c: RunningBatchNorm(c, gradient="exact"), PreciseBatchNorm2d],
-    ids=["running", "exact", "precise"],
+    [
+        RunningBatchNorm,
+        lambda c: RunningBatchNorm(c, max_lag=1e-3),
+        lambda c: RunningBatchNorm(c, gradient="exact"),
+        PreciseBatchNorm2d,
+    ],
+    ids=["running", "running-limited", "exact", "precise"],
 )
 def test_three_steps_equal_the_plain_run(make, arrange):
     torch._dynamo.reset()

@@ -16,6 +16,7 @@ C, L = 3, 9
 KINDS = {
     "running": lambda **kw: RunningBatchNorm(C, **kw),
     "running-exact": lambda **kw: RunningBatchNorm(C, gradient="exact", **kw),
+    "running-limited": lambda **kw: RunningBatchNorm(C, max_lag=1e-3, **kw),
     "running-squareroot": lambda **kw: RunningBatchNorm(C, momentum=SquareRoot(0.1), **kw),
     "running-float": lambda **kw: RunningBatchNorm(C, momentum=0.2, **kw),
     "precise": lambda **kw: PreciseBatchNorm1d(C, **kw),
@@ -183,10 +184,10 @@ def test_the_variance_of_real_elements_far_from_zero_is_kept(mean):
     torch.testing.assert_close(layer.running_var.double(), expected, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("make", [KINDS["running"], KINDS["running-exact"], KINDS["precise"]])
-def test_compiled_in_one_graph(make):
+@pytest.mark.parametrize("kind", ["running", "running-limited", "running-exact", "precise"])
+def test_compiled_in_one_graph(kind):
     torch._dynamo.reset()
-    eager = layer_of(make, torch.float32)
+    eager = layer_of(KINDS[kind], torch.float32)
     copied = copy.deepcopy(eager)
     compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
     for seed, lengths in enumerate([[9, 1, 4], [2, 9, 3], [7, 0, 5]]):
@@ -215,7 +216,7 @@ def rank_step(rank: int, kind: str) -> tuple[dict, dict]:
     return step, state_of(layer)
 
 
-@pytest.mark.parametrize("kind", ["running", "running-exact", "precise"])
+@pytest.mark.parametrize("kind", ["running", "running-limited", "running-exact", "precise"])
 def test_ranks_are_one_process(kind):
     outcomes = ranks(2)(rank_step, kind)
     layer = layer_of(KINDS[kind])

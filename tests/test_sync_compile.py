@@ -9,7 +9,7 @@ import torch
 from cases import noise, with_random_affine
 from processes import ranks
 from steps import training_step
-from test_sync import SHAPE, SIZES, each_basic_kind, layer_of, parts
+from test_sync import SHAPE, SIZES, layer_of, parts
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -50,7 +50,7 @@ def two_layers(kind: str) -> nn.Module:
     return nn.Sequential(layer_of(kind, sync=True), nn.Tanh(), with_random_affine(layer_of(kind, sync=True), seed=1))
 
 
-@each_basic_kind
+@pytest.mark.parametrize("kind", ["running", "running-limited", "exact", "precise"])
 @each_backend
 def test_compiled_ranks_train_as_eager_ones_in_one_graph(kind, backend):
     assert ranks(2)(train_compiled, functools.partial(one_layer, kind), [(5, 3)] * 4, {"backend": backend}) == [1, 1]

@@ -610,13 +610,18 @@ def test_a_layer_under_checkpointing_trains_as_the_plain_one(name: str, masked: 
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_sums_that_overflow_are_no_part_of_the_memory_and_nothing_is_subtracted(dtype: torch.dtype) -> None:
-    state, training = empty_state(3, dtype), empty_training(3, dtype)
-    x, dy = batch((4, 3, 5), 1, dtype) * 100, batch((4, 3, 5), 2, dtype)
-    dy[:, 2] = torch.finfo(dtype).max / 64  # whose sum does not overflow, and which one would see
+@pytest.mark.parametrize("shape", [(4, 3, 5), (300, 40)], ids=str)  # in a tile, and in the sum over several splits
+def test_sums_that_overflow_are_no_part_of_the_memory_and_nothing_is_subtracted(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    channels = shape[1]
+    state, training = empty_state(channels, dtype), empty_training(channels, dtype)
+    x, dy = batch(shape, 1, dtype), batch(shape, 2, dtype)
+    largest_mean = torch.finfo(dtype).max / (x.numel() // channels)
+    dy[:, 2] = largest_mean / 8  # whose sum does not overflow, and which one would see
     step(x, dy, None, None, state, 0.5, True, training)
     before = copied(training.gradient)
-    dy[:, 2] = torch.finfo(dtype).max / 8
+    dy[:, 2] = 1.1 * largest_mean
     buffers = prepared(state, training)
     _, fixed = triton.training_forward(x, None, None, EPS, buffers, 0.5, True, True, LAW)
     dx, sum_dy, _ = triton.training_backward(dy, x, None, fixed, training.gradient, True)

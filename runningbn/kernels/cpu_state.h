@@ -49,15 +49,24 @@ TARGET static void STATE_NAME(measure_noise)(const Forward *f, int64_t c, double
     AT(f->last_mean) = (REAL)batch_mean;
 }
 
-/* See law.bounded: what scales the running means `m0` and `m1`, of a batch whose means are `p0` and `p1`. */
+/* See law.bounded: what scales the running means `m0` and `m1`, of a batch whose means are `p0` and `p1`. A batch that
+   is not finite is no reason to subtract anything. */
 TARGET static double STATE_NAME(scale_of_means)(const Backward *b, int64_t c, double m0, double m1, double p0,
                                                 double p1) {
     const double rstd = (double)AT(b->rstd), offset = (double)AT(b->offset) * rstd;
     const double spread = (double)AT(b->batch_std) * rstd;
+    const double across = p1 - offset * p0, constant = m0 + offset * m1, slope = spread * m1;
     const int varies = spread > sqrt(EPSILON) * fabs(offset);
-    const double along = varies ? (p1 - offset * p0) / largest(spread, TINY) : 0;
-    const double of_batch = hypot(p0, along), of_memory = hypot(m0 + offset * m1, spread * m1);
-    /* A batch that is not finite is no reason to subtract anything. */
+    if (sizeof(REAL) == sizeof(float)) {
+        /* Squares of floats are far from the limits of doubles: mostly, neither a root nor a quotient is needed. */
+        const double square = spread * spread, of_memory = constant * constant + slope * slope;
+        const double of_batch = varies ? p0 * p0 * square + across * across : p0 * p0;
+        if (!(of_batch <= MAXIMUM * MAXIMUM * (varies ? square : 1))) return 0;
+        const double wanted = varies ? of_memory * square : of_memory;
+        return wanted <= of_batch ? 1 : sqrt(of_batch / wanted);
+    }
+    const double along = varies ? across / largest(spread, TINY) : 0;
+    const double of_batch = hypot(p0, along), of_memory = hypot(constant, slope);
     if (!(of_batch <= MAXIMUM)) return 0;
     return of_memory <= of_batch ? 1 : of_batch / largest(of_memory, TINY);
 }
