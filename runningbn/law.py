@@ -7,10 +7,9 @@ The elements of one image, or of images of one class, are not independent. What 
 
     R = mean over past batches of ½·(b − b of the batch before)²/max(v, v_b)        1/R: effective number of elements
 
-R = 1/n for independent elements, and a slow drift of the mean cancels in the difference. It settles three things:
-
-R is kept per sample: N·R is averaged, N being the samples of each batch, and R of a batch is that over its N. So it
-follows a batch size that changes.
+R = 1/n for independent elements, and a slow drift of the mean cancels in the difference. It is kept per sample: N·R is
+averaged, N being the samples of each batch, and R of a batch is that over its N. So it follows a batch size that
+changes. Three things are settled here:
 
 - Forward: by what a batch is normalised, its mean comes out within d and its std at most 1 + d; see `limited`.
 - Backward: the weight ρ of a batch in the running means of dy and dy·z; see `trust`.
