@@ -220,9 +220,9 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
         for module, _ in flags:
             module.training = False
             if isinstance(module, PARALLEL_WRAPPERS):
-                _replace_forward(stack, module, module.module.__call__)
+                replace_forward(stack, module, module.module.__call__)
         for number, layer in enumerate(observer.layers):
-            _replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
+            replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
         # Without dynamo in the process nothing is compiled, and importing it would take seconds.
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -246,7 +246,7 @@ def head_skipped(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[No
             last = max((i for i, part in enumerate(parts) if wanted.intersection(part.modules())), default=None)
             if last is None or any(_has_hooks(m) for part in parts[last + 1 :] for m in part.modules()):
                 break
-            _replace_forward(stack, module, partial(_one_after_another, parts[: last + 1]))
+            replace_forward(stack, module, partial(_one_after_another, parts[: last + 1]))
             module = parts[last]
             if places[module] > 1:
                 break
@@ -268,7 +268,8 @@ def _restore_flags(flags: list[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give a module another forward until the stack is closed."""
     own = vars(module)
     if "forward" in own:
         stack.callback(own.__setitem__, "forward", own["forward"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from ..results_file import FOLDER
 from .contenders import BATCH_NORM, OURS, OURS_CENTERED, REAL_CONTENDERS, RECALIBRATED
 from .grid_real import CELLS, trained_in
 from .report_tables import was_run
-from .results import Cell, Record, Results, Score
+from .results import Cell, Record, Results, Score, records
 from .tasks_real import REAL_TASKS
 
 REAL_RESULTS = FOLDER / "real_images.jsonl"
@@ -50,9 +49,8 @@ class RealResults(Results):
 
 
 def load_real(path: Path) -> RealResults:
-    """What is in a file; nothing where there is none. A last line without its end is that of a killed run."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return RealResults(json.loads(line) for line in lines if line.endswith("\n"))
+    """What is in a file; nothing where there is none."""
+    return RealResults(records(path))
 
 
 def begun(results: Results) -> list[Cell]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -141,9 +141,14 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """What is in a file; nothing where there is none. A last line without its end is that of a killed run."""
+    """What is in a file; nothing where there is none."""
+    return Results(records(path))
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The lines of a file, if there is one. A last line without its end is that of a killed run."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return Results(json.loads(line) for line in lines if line.endswith("\n"))
+    return (json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def drop_unfinished_line(path: Path) -> None:

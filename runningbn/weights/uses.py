@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..batches import Forward, runner
-from ..observe import Observer, _replace_forward, observed, random_state_kept
+from ..observe import Observer, observed, random_state_kept, replace_forward
 
 
 class Output:
@@ -119,9 +119,9 @@ def watched(
         stack.enter_context(_buffers_kept(model))
         stack.enter_context(observed(model, Observer([], _no_moments)))
         for layer in layers:
-            _replace_forward(stack, layer, partial(uses.run_layer, layer, layer.forward))
+            replace_forward(stack, layer, partial(uses.run_layer, layer, layer.forward))
         for layer in normalisations:
-            _replace_forward(stack, layer, partial(uses.run_normalisation, layer, layer.forward))
+            replace_forward(stack, layer, partial(uses.run_normalisation, layer, layer.forward))
         with uses:
             runner(model, run)(batch)
         uses.end()
