@@ -270,17 +270,31 @@ def test_ctrl_c_while_one_rank_waits_for_the_others_deadlocks_nobody(options, nt
 
 def interrupt_everyone(rank: int) -> tuple[str, str]:
     """As a terminal does: rank 0 waits for the others, which are in their forward."""
-    model = net()
+    model, calling = net(), [True]
 
     def forward(model: nn.Module, x: Tensor) -> None:
         model(x)
         time.sleep(2)
 
+    def call() -> None:
+        try:
+            update_bn_stats(model, batches, forward=forward)
+        finally:
+            calling[0] = False
+
+    def interrupt(*_: Any) -> None:
+        # The interrupt of rank 1 may have ended the call on rank 0 before that of rank 0 arrives.
+        if calling[0]:
+            raise KeyboardInterrupt
+
+    batches = batches_of(rank, "rank 0 has none")
+    previous = signal.signal(signal.SIGINT, interrupt)
+    dist.barrier()
     timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    batches = batches_of(rank, "rank 0 has none")
-    outcome = attempt(rank, model, lambda: update_bn_stats(model, batches, forward=forward))
+    outcome = attempt(rank, model, call)
     timer.join()
+    signal.signal(signal.SIGINT, previous)
     return outcome
 
 
