@@ -1,12 +1,15 @@
 """The autograd functions of a training step: what each forward saves, and which gradients its backward asks for.
 
+There are two. `FusedStep` is one call of a backend forward and one backward, the update of the state included, in eager
+mode. `Normalize` takes statistics that are done: compilers can trace it, and ranks can be asked for their sums before.
+
 Shapes: N batch, C channels, any trailing dimensions. Per-channel vectors are (C,) in the dtype of the statistics
 (float32 or float64).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,147 +20,130 @@ from .distributed import RankGroup
 from .gradients import (
     POOLED_TWICE,
     RUNNING_TWICE,
-    Gradients,
     differentiable_gradients,
     exact_gradients,
     refuse_second_derivative,
     running_gradients,
 )
-from .law import Law
-from .momentum import Momentum
+from .kernels.contract import Centred, Gradients
+from .spec import Coefficients, StepSpec, unpack
 from .statistics import GradientState
-from .update import RunningCoefficients, is_recomputation
+from .update import is_recomputation
 
 
-class Fused(Function):
-    """One call of a backend forward and one backward; see `normalize` and `normalize_running` for what they compute."""
+class FusedStep(Function):
+    """y and its gradients by a backend that updates the state meanwhile; see `functional` for what they are."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        backend: kernels.Backend, state: Any, gradient: GradientState | None, momentum: Momentum, running: bool,
-        law: Law,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: StepSpec, fused: kernels.Fused,
+        gradient: GradientState | None,
     ) -> Tensor:  # fmt: skip
-        """y by one call of the backend, which absorbs x too, unless this repeats a forward."""
-        absorbs = not is_recomputation()
-        y, fixed = backend.training_forward(x, weight, bias, eps, state, momentum, running, absorbs, law)
-        ctx.save_for_backward(x, weight, fixed)
+        """y; the batch enters the state, unless this repeats a forward."""
+        y, rows = fused.backend.training_forward(x, weight, bias, fused.prepared, spec, not is_recomputation())
+        ctx.save_for_backward(x, weight, rows)
         # Not saved for backward: these buffers are meant to change between forward and backward.
-        ctx.backend, ctx.gradient = backend, gradient
+        ctx.backend, ctx.mode, ctx.gradient = fused.backend, spec.mode, gradient
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The gradients of x, weight and bias; None for the rest."""
-        x, weight, fixed = ctx.saved_tensors
+        x, weight, rows = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            found = _fused_gradients(ctx, dy, x, weight, fixed)
+            found = _fused_gradients(ctx, dy, x, weight, rows)
         elif torch.compiler.is_compiling():
             with torch.no_grad():
-                found = _fused_gradients(ctx, dy, x, weight, fixed)
+                found = _fused_gradients(ctx, dy, x, weight, rows)
         elif ctx.gradient is None:
-            found = differentiable_gradients(
-                dy, x, weight, *_moments_and_kappas(fixed), ctx.needs_input_grad, ctx.bias_dtype
-            )
+            coefficients = unpack(ctx.mode, rows)
+            found = differentiable_gradients(dy, x, weight, coefficients, ctx.needs_input_grad, ctx.bias_dtype)
         else:
             with torch.no_grad():
-                found = _fused_gradients(ctx, dy, x, weight, fixed)
+                found = _fused_gradients(ctx, dy, x, weight, rows)
             found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, *[None] * 7)
+        return (*found, None, None, None)
 
 
 def _fused_gradients(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor
 ) -> tuple[Tensor | None, ...]:
-    backend, gradient, needs_dx = ctx.backend, ctx.gradient, ctx.needs_input_grad[0]
-    prepared = kernels.prepared(backend, dy, x, fixed, gradient)
-    if prepared is None:
-        gradients = _composed_gradients(dy, x, weight, fixed, gradient, needs_dx)
+    needs_dx, state = ctx.needs_input_grad[0], ctx.gradient
+    supported, prepared = kernels.fused_backward(ctx.backend, dy, x, rows, state)
+    if supported:
+        gradients = ctx.backend.training_backward(dy, x, weight, rows, ctx.mode, prepared, needs_dx)
+    # What the backend cannot take, as in a compiled backward of an eager forward.
+    elif state is None:
+        gradients = exact_gradients(dy, x, weight, unpack(ctx.mode, rows), needs_dx)
     else:
-        gradients = backend.training_backward(dy, x, weight, fixed, prepared or None, needs_dx)
+        gradients = running_gradients(dy, x, weight, unpack(ctx.mode, rows), state, needs_dx)
     return _affine_gradients(ctx, weight, gradients)
 
 
-def _composed_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: GradientState | None, needs_dx: bool
-) -> Gradients:
-    """`training_backward` of what the backend cannot take, as in a compiled backward of an eager forward."""
-    if gradient is None:
-        return exact_gradients(dy, x, weight, *_moments_and_kappas(fixed), needs_dx)
-    # Its variance is in rstd already.
-    mean, rstd, *of_batch = fixed.unbind()
-    return running_gradients(dy, x, weight, rstd, RunningCoefficients(mean, rstd, *of_batch), gradient, needs_dx)
+class Pooling(NamedTuple):
+    """What a forward outside of a fused step knows beside its coefficients.
+
+    Attributes:
+        ranks: the ranks that the batch was pooled over, and its gradients have to be; None where it was not.
+        centred: x minus a pivot as the statistics have left it, for the output to be made in; None where there is none.
+    """
+
+    ranks: RankGroup | None = None
+    centred: Centred | None = None
 
 
-def _moments_and_kappas(fixed: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    mean, rstd, *others = fixed.unbind()
-    return (mean, rstd, others[0], others[1]) if others else (mean, rstd, None, None)
+class Normalize(Function):
+    """y = (x − mean)·rstd·weight + bias by statistics that are done, and the gradients that go with the coefficients.
 
-
-class NormalizeExact(Function):
-    """y = (x − mean)·rstd·weight + bias with the exact gradient; see `functional.normalize`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None,
-        mean: Tensor, var: Tensor, kappa_mean: Tensor | None, kappa_var: Tensor | None, witness: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """y by statistics that are done."""
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), kappa_mean, kappa_var)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.ranks, ctx.witness = ranks, witness
-        return _normalized(x, mean, var, weight, bias, eps, scratch)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """The gradients of x, weight and bias; None for the rest."""
-        x, weight, mean, rstd, kappa_mean, kappa_var = ctx.saved_tensors
-        needs_dx, ranks = ctx.needs_input_grad[0], ctx.ranks
-        if torch.is_grad_enabled() and ranks is None and not torch.compiler.is_compiling():
-            found = differentiable_gradients(
-                dy, x, weight, mean, rstd, kappa_mean, kappa_var, ctx.needs_input_grad, ctx.bias_dtype
-            )
-            return (*found, *[None] * 8)
-        with torch.no_grad():
-            gradients = exact_gradients(dy, x, weight, mean, rstd, kappa_mean, kappa_var, needs_dx, ranks, ctx.witness)
-            found = _affine_gradients(ctx, weight, gradients)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = refuse_second_derivative(POOLED_TWICE, dy, x, found)
-        return (*found, *[None] * 8)
-
-
-class NormalizeRunning(Function):
-    """The same y; the two sums in backward are running averages; see `functional.normalize_running`."""
+    Compilers follow tensors only where they are arguments by themselves, hence the flat lists of them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-        scratch: tuple[Tensor, Tensor] | None, ranks: RankGroup | None, n: Tensor | None,
-        mean: Tensor, var: Tensor, trust: Tensor, offset: Tensor, batch_std: Tensor, *gradient: Tensor,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pooling: Pooling,
+        n: Tensor | None, var: Tensor, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """y by statistics that are done."""
-        ctx.save_for_backward(x, weight, (var + eps).rsqrt(), n, mean, var, trust, offset, batch_std)
+        """y.
+
+        Args:
+            ctx: of autograd.
+            x, weight, bias, eps: as in the layer.
+            pooling: see there.
+            n: elements per channel of a batch that was pooled or masked.
+            var: what `rstd` among the coefficients was made of.
+            tensors: the `Coefficients`, then the `GradientState` for a backward by running means.
+        """
+        coefficients = Coefficients(*tensors[: len(Coefficients._fields)])  # type: ignore[arg-type]
+        gradient = tensors[len(Coefficients._fields) :]
+        ctx.save_for_backward(x, weight, n, *coefficients)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.ranks = ranks
         # Not saved for backward: these buffers are meant to change between forward and backward.
-        ctx.gradient = GradientState(*gradient)
-        return _normalized(x, mean, var, weight, bias, eps, scratch)
+        ctx.ranks, ctx.gradient = pooling.ranks, GradientState(*gradient) if gradient else None  # type: ignore[arg-type]
+        if x.numel() == 0:  # of a rank among others
+            return torch.empty_like(x)
+        return kernels.normalize(x, coefficients.mean, var, weight, bias, eps, pooling.centred)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The gradients of x, weight and bias; None for the rest."""
-        x, weight, rstd, n, *fixed = ctx.saved_tensors
+        x, weight, n, *vectors = ctx.saved_tensors
+        coefficients, ranks, state = Coefficients(*vectors), ctx.ranks, ctx.gradient
+        others = [None] * (4 + len(vectors) + (0 if state is None else len(state)))
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if twice and ranks is None and state is None:
+            found = differentiable_gradients(dy, x, weight, coefficients, ctx.needs_input_grad, ctx.bias_dtype)
+            return (*found, *others)
         needs_dx = ctx.needs_input_grad[0]
         with torch.no_grad():
-            gradients = running_gradients(
-                dy, x, weight, rstd, RunningCoefficients(*fixed), ctx.gradient, needs_dx, ctx.ranks, n
-            )
+            if state is None:
+                gradients = exact_gradients(dy, x, weight, coefficients, needs_dx, ranks)
+            else:
+                gradients = running_gradients(dy, x, weight, coefficients, state, needs_dx, ranks, n)
             found = _affine_gradients(ctx, weight, gradients)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, *[None] * (4 + len(RunningCoefficients._fields) + len(GradientState._fields)))
+        if twice:
+            found = refuse_second_derivative(POOLED_TWICE if state is None else RUNNING_TWICE, dy, x, found)
+        return (*found, *others)
 
 
 def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
@@ -165,13 +151,3 @@ def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> 
     dx, sum_dy, sum_dy_xhat = gradients
     dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
     return dx, dweight, None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
-
-
-def _normalized(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    scratch: tuple[Tensor, Tensor] | None,
-) -> Tensor:  # fmt: skip
-    """`kernels.normalize`, but also for the empty input of a rank among others."""
-    if x.numel() > 0:
-        return kernels.normalize(x, mean, var, weight, bias, eps, *(scratch or ()))
-    return torch.empty_like(x)

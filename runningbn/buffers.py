@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed import GroupReference, check_synchronisation
 from .momentum import Momentum, check_momentum
-from .statistics import GradientState, NoiseState, State, TrainingState
+from .statistics import GradientState, LayerState, NoiseState, State
 
 # Samples that statistics taken over from elsewhere count for: more than any horizon needs to be at full length. Finite,
 # since weight averaging takes differences of buffers.
@@ -26,7 +26,7 @@ _OWN_BUFFERS = tuple(name for name in State._fields if name not in (*VIEW, "num_
 
 # Of no use beyond the backward pass that follows, so no part of a checkpoint.
 _PASSING = ("last_keep", "last_gain")
-# Of a `TrainingState`.
+# What only training with ``gradient="running"`` reads.
 TRAINING = (*NoiseState._fields, *GradientState._fields)
 CHECKPOINTED = tuple(name for name in _OWN_BUFFERS if name not in _PASSING)
 
@@ -124,10 +124,13 @@ class PooledStatistics(_BatchNorm):
         buffers = self._buffers
         return State(*[buffers[name] for name in State._fields])  # type: ignore[arg-type]
 
-    def _training_state(self) -> TrainingState:
+    def _layer_state(self, by_running_means: bool) -> LayerState:
+        """The state, and where the backward goes by running means, what these need."""
         buffers = self._buffers
+        if not by_running_means:
+            return LayerState(self._state())
         noise, gradient = ([buffers[name] for name in part._fields] for part in (NoiseState, GradientState))
-        return TrainingState(NoiseState(*noise), GradientState(*gradient))  # type: ignore[arg-type]
+        return LayerState(self._state(), NoiseState(*noise), GradientState(*gradient))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def seed(self) -> None:

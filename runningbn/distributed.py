@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .kernels.contract import GradientSums
 from .statistics import Sums, move_pivot, without_empty
 
 
@@ -23,10 +24,13 @@ class RankGroup(NamedTuple):
     Attributes:
         world_size: W.
         group_name: what torch.distributed has registered the group under.
+        written: a buffer of the module that compiled code is told to be written, and which stays as it is. Otherwise
+            the compiler would drop a collective on a rank that has no use for its result, while others wait for it.
     """
 
     world_size: int
     group_name: str
+    written: Tensor | None = None
 
 
 class GroupReference:
@@ -66,40 +70,39 @@ def check_synchronisation(sync: Any, process_group: Any) -> None:
         raise ValueError("process_group: expected sync=True with it, got sync=False")
 
 
-def ranks_of(group: dist.ProcessGroup | None) -> RankGroup | None:
+def ranks_of(group: dist.ProcessGroup | None, written: Tensor | None = None) -> RankGroup | None:
     """The ranks to pool over; None where there is nothing to pool: no torch.distributed in use, or a single process.
 
     Args:
         group: None for all processes.
+        written: see `RankGroup`.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if group is None else group
     world_size = dist.get_world_size(group)
-    return RankGroup(world_size, group.group_name) if world_size > 1 else None  # type: ignore[union-attr]
+    return RankGroup(world_size, group.group_name, written) if world_size > 1 else None  # type: ignore[union-attr]
 
 
-def all_gather(vector: Tensor, ranks: RankGroup, witness: Tensor | None) -> Tensor:
+def all_gather(vector: Tensor, ranks: RankGroup) -> Tensor:
     """The vectors of all ranks, (W, *vector.shape), in the order of the ranks; one collective, without gradient.
 
     Args:
         vector: of the same shape on all ranks.
         ranks: the ranks.
-        witness: a buffer of the module that compiled code is told to be written, and which stays as it is. Otherwise
-            the compiler would drop the collective on a rank that has no use for its result, while others wait for it.
 
     Raises:
-        NotImplementedError: without a witness in compiled code.
+        NotImplementedError: in compiled code without a buffer in `ranks.written`.
     """
     if not torch.compiler.is_compiling():
-        return _all_gather(witness, vector, *ranks)
-    if witness is None:
+        return _all_gather(ranks.written, vector, ranks.world_size, ranks.group_name)
+    if ranks.written is None:
         raise NotImplementedError("sync=True with track_running_stats=False cannot be compiled into one graph")
-    gathered: Tensor = torch.ops.runningbn.all_gather(witness, vector, *ranks)
+    gathered: Tensor = torch.ops.runningbn.all_gather(ranks.written, vector, ranks.world_size, ranks.group_name)
     return gathered
 
 
-def pool(batch: Sums, samples: int | Tensor, ranks: RankGroup, witness: Tensor | None) -> tuple[Sums, Tensor]:
+def pool(batch: Sums, samples: int | Tensor, ranks: RankGroup) -> tuple[Sums, Tensor]:
     """The sums of the batch of all ranks together, about their common mean pivot, and its samples, ().
 
     Each rank's sums are moved to the mean p of the pivots, weighted by their counts. As each pivot lies near its
@@ -108,7 +111,7 @@ def pool(batch: Sums, samples: int | Tensor, ranks: RankGroup, witness: Tensor |
     Args:
         batch: this rank's sums; with a count of 0 they contribute nothing.
         samples: N of this rank, 0 where its count is; a tensor, (), where only the device knows it.
-        ranks, witness: see `all_gather`.
+        ranks: the ranks.
 
     Where all ranks are empty, the squares are infinite: to the statistics, a batch that must not enter.
     """
@@ -118,7 +121,7 @@ def pool(batch: Sums, samples: int | Tensor, ranks: RankGroup, witness: Tensor |
         scalars = batch.shift.new_full((1,), samples)
     vector = torch.cat((batch.shift, batch.sums, batch.sqrs, batch.count[:1], scalars))
     c = len(batch.shift)
-    shift, sums, sqrs, counts, all_samples = all_gather(vector, ranks, witness).split([c, c, c, 1, 1], dim=1)
+    shift, sums, sqrs, counts, all_samples = all_gather(vector, ranks).split([c, c, c, 1, 1], dim=1)
     total = counts.sum(0)
     pivot = (shift * (counts / total.clamp_min(1))).sum(0)
     moved = move_pivot(Sums(shift, sums, sqrs, counts), pivot)
@@ -126,12 +129,10 @@ def pool(batch: Sums, samples: int | Tensor, ranks: RankGroup, witness: Tensor |
     return without_empty(pooled), all_samples.sum()
 
 
-def pool_gradients(
-    sum_dy: Tensor, sum_dy_xhat: Tensor, ranks: RankGroup, witness: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Σdy and Σdy·z over all ranks, in one collective; `witness` as in `all_gather`."""
-    pooled = all_gather(torch.stack((sum_dy, sum_dy_xhat)), ranks, witness).sum(0)
-    return pooled[0], pooled[1]
+def pool_gradients(sums: GradientSums, ranks: RankGroup) -> GradientSums:
+    """Σdy and Σdy·z over all ranks, in one collective."""
+    pooled = all_gather(torch.stack(sums), ranks).sum(0)
+    return GradientSums(pooled[0], pooled[1])
 
 
 def _resolve_process_group(group_name: str) -> Any:
@@ -139,7 +140,7 @@ def _resolve_process_group(group_name: str) -> Any:
     return torch._C._distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
 
 
-def _all_gather(witness: Tensor | None, vector: Tensor, world_size: int, group_name: str) -> Tensor:
+def _all_gather(written: Tensor | None, vector: Tensor, world_size: int, group_name: str) -> Tensor:
     gathered = vector.new_empty(world_size, *vector.shape)
     # Into views of one tensor: the collectives on single tensors differ from backend to backend and release to release.
     dist.all_gather(list(gathered.unbind()), vector, _resolve_process_group(group_name))
@@ -148,10 +149,10 @@ def _all_gather(witness: Tensor | None, vector: Tensor, world_size: int, group_n
 
 # The group and the communication are nothing that a compiler could trace.
 _LIBRARY = torch.library.Library("runningbn", "FRAGMENT")
-_LIBRARY.define("all_gather(Tensor(witness!) witness, Tensor vector, int world_size, str group_name) -> Tensor")
+_LIBRARY.define("all_gather(Tensor(written!) written, Tensor vector, int world_size, str group_name) -> Tensor")
 _LIBRARY.impl("all_gather", _all_gather, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("runningbn::all_gather")
-def _gathered_shape(witness: Tensor, vector: Tensor, world_size: int, group_name: str) -> Tensor:
+def _gathered_shape(written: Tensor, vector: Tensor, world_size: int, group_name: str) -> Tensor:
     return vector.new_empty(world_size, *vector.shape)

@@ -1,4 +1,4 @@
-"""What a backward pass returns: the gradients of x, weight and bias from that of y, by the sweeps and the updates.
+"""What a backward pass returns: the gradients of x, weight and bias from that of y, by the kernels and the update.
 
 Shapes: N batch, C channels, any trailing dimensions; n = elements per channel. Per-channel vectors are (C,) in the
 dtype of the statistics (float32 or float64).
@@ -15,9 +15,11 @@ from torch.autograd.function import Function
 
 from . import kernels
 from .distributed import RankGroup, pool_gradients
+from .kernels.contract import Gradients, GradientSums
 from .kernels.layout import spread
+from .spec import Coefficients
 from .statistics import GradientState
-from .update import RunningCoefficients, absorb_gradient
+from .update import update_gradient
 
 RUNNING_TWICE = (
     "RunningBatchNorm(gradient='running') cannot be differentiated twice: its backward uses running averages, "
@@ -27,50 +29,47 @@ POOLED_TWICE = (
     "a layer with sync=True cannot be differentiated twice while it pools over several processes. "
     "Use sync=False for a double backward."
 )
-Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
 def exact_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    kappa_mean: Tensor | None, kappa_var: Tensor | None, needs_dx: bool,
-    ranks: RankGroup | None = None, witness: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, coefficients: Coefficients, needs_dx: bool,
+    ranks: RankGroup | None = None,
 ) -> Gradients:  # fmt: skip
     """dx, Σdy and Σdy·z, those of this rank; κ = None is 1/n."""
+    mean, rstd, kappa_mean, kappa_var = coefficients[:4]
     if needs_dx and (kappa_mean is None or kappa_var is None):
         return kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
-    sum_dy, sum_dy_xhat = _gradient_sums(dy, x, mean, rstd)
-    pooled = sum_dy, sum_dy_xhat
+    sums = pooled = _gradient_sums(dy, x, mean, rstd)
     if ranks is not None:
         # Also where this rank needs no dx: another one may, and waits.
-        pooled = pool_gradients(sum_dy, sum_dy_xhat, ranks, witness)
+        pooled = pool_gradients(sums, ranks)
     dx = None
     if kappa_mean is not None and kappa_var is not None and needs_dx:
-        m0, m1 = _times(kappa_mean, pooled[0]), _times(kappa_var, pooled[1])
+        m0, m1 = _times(kappa_mean, pooled.sum_dy), _times(kappa_var, pooled.sum_dy_xhat)
         dx = _input_gradient(dy, x, mean, rstd, weight, m0, m1)
-    return dx, sum_dy, sum_dy_xhat
+    return Gradients(dx, *sums)
 
 
 def running_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, fixed: RunningCoefficients,
-    gradient: GradientState, needs_dx: bool, ranks: RankGroup | None = None, n: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, coefficients: Coefficients, state: GradientState, needs_dx: bool,
+    ranks: RankGroup | None = None, n: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    """dx, from the running means of the sums, and this rank's Σdy and Σdy·z, which `gradient` absorbs."""
-    mean = fixed.mean
-    sum_dy, sum_dy_xhat = _gradient_sums(dy, x, mean, rstd)
-    pooled = sum_dy, sum_dy_xhat
+    """dx, from the running means of the sums, and this rank's Σdy and Σdy·z, which enter `state`."""
+    mean, rstd = coefficients.mean, coefficients.rstd
+    sums = pooled = _gradient_sums(dy, x, mean, rstd)
     if ranks is not None:
-        pooled = pool_gradients(sum_dy, sum_dy_xhat, ranks, gradient.count_dy)
+        pooled = pool_gradients(sums, ranks._replace(written=state.count_dy))
     count = x.numel() // x.shape[1] if n is None else n
-    m0, m1 = absorb_gradient(gradient, pooled, rstd, fixed, count)
+    m0, m1 = update_gradient(state, pooled, coefficients, count)
     dx = _input_gradient(dy, x, mean, rstd, weight, m0, m1) if needs_dx else None
-    return dx, sum_dy, sum_dy_xhat
+    return Gradients(dx, *sums)
 
 
-def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> GradientSums:
     """`kernels.gradient_sums`, but also for the empty input of a rank among others; so is the next."""
     if x.numel() > 0:
         return kernels.gradient_sums(dy, x, mean, rstd)
-    return torch.zeros_like(mean), torch.zeros_like(mean)
+    return GradientSums(torch.zeros_like(mean), torch.zeros_like(mean))
 
 
 def _input_gradient(
@@ -82,8 +81,8 @@ def _input_gradient(
 
 
 def differentiable_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    kappa_mean: Tensor | None, kappa_var: Tensor | None, needs: Sequence[bool], bias_dtype: torch.dtype | None,
+    dy: Tensor, x: Tensor, weight: Tensor | None, coefficients: Coefficients, needs: Sequence[bool],
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, weight and bias as differentiable functions of x, weight and dy, for a double backward.
 
@@ -91,6 +90,7 @@ def differentiable_gradients(
     from the saved values alone the second derivative would be wrong, and from x alone the state before this batch
     would be needed.
     """
+    mean, rstd, kappa_mean, kappa_var = coefficients[:4]
     if kappa_mean is None or kappa_var is None:
         kappa_mean = kappa_var = torch.full_like(mean, x.shape[1] / x.numel())
     all_but_channels = [d for d in range(x.dim()) if d != 1]

@@ -1,4 +1,4 @@
-"""What all layers do alike: refuse a bad input, and normalise where there is nothing to absorb.
+"""What all layers do alike: refuse a bad input, and normalise where the state is not updated.
 
 Shapes: N batch, C channels, `*` any trailing dimensions.
 """
@@ -16,7 +16,7 @@ from .masks import blank, check_mask, fill
 
 
 class Layer(PooledStatistics):
-    """The checks and the evaluation of every layer; a training step that absorbs is for its subclasses."""
+    """The checks and the evaluation of every layer; a training step is for its subclasses."""
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         self._check_input_dim(x)
@@ -55,9 +55,11 @@ class Layer(PooledStatistics):
 
     def _ranks(self) -> RankGroup | None:
         """The ranks to pool this forward over."""
-        return ranks_of(self.process_group) if self.sync and self.training and self.num_features > 0 else None
+        if not (self.sync and self.training and self.num_features > 0):
+            return None
+        return ranks_of(self.process_group, self._buffers.get("last_keep"))
 
-    def _absorbs(self, x: Tensor, ranks: RankGroup | None) -> bool:
+    def _updates(self, x: Tensor, ranks: RankGroup | None) -> bool:
         if not (self.training and self.track_running_stats and self._own("running_mean") is not None):
             return False
         # With others to wait for it, a rank takes part whatever it has.
@@ -69,8 +71,8 @@ class Layer(PooledStatistics):
         weight, bias = self._weight_and_bias()
         if mean is None or (self.training and not self.track_running_stats):
             if ranks is not None or mask is not None:
-                step = functional.batch_step(x, torch.float32 if is_narrow(x) else x.dtype, ranks, mask)
-                return functional.normalize(x, weight, bias, step, self.eps)
+                dtype = torch.float32 if is_narrow(x) else x.dtype
+                return functional.normalize_by_batch(x, weight, bias, self.eps, dtype, ranks, mask)
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
         weight = None if weight is None else weight.to(mean.dtype)

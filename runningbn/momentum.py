@@ -10,15 +10,103 @@ A float is a constant a, ``None`` the cumulative average a = 1/t, and a rule com
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Union
+from typing import ClassVar, NamedTuple, Union
 
 import torch
 from torch import Tensor
 
+# The codes of the rules in the kernels; `GIVEN` stands for a weight per channel, which the caller has computed.
+RULES = ("CONSTANT", "CUMULATIVE", "HORIZON", "SQUARE_ROOT", "GIVEN")
+CONSTANT, CUMULATIVE, HORIZON, SQUARE_ROOT, GIVEN = range(len(RULES))
+
+
+class RuleCode(NamedTuple):
+    """A rule as kernels take it: its number in `RULES`, and up to three arguments.
+
+    Padded by ones: their bits are as wide an integer as those of other arguments, which Triton compiles for.
+    """
+
+    rule: int
+    first: float = 1.0
+    second: float = 1.0
+    third: float = 1.0
+
+
+class MomentumRule(ABC):
+    """The weight a of a new batch as a function of its size and of what was seen before; the base class of all rules.
+
+    A rule of one's own is a subclass with `weight`. It should be immutable, and comparable, picklable and printable, as
+    a frozen dataclass is. It runs on every device, in plain torch: kernels know only the rules of this module.
+
+    Attributes:
+        whole_batches: whether a batch as a whole weighs a, whatever its size, or each of its elements alike.
+
+    Raises:
+        TypeError: for a subclass without `weight`, when it is made.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from runningbn import MomentumRule, RunningBatchNorm
+        >>> @dataclass(frozen=True)
+        ... class Halving(MomentumRule):
+        ...     def weight(self, batch, samples, steps):
+        ...         return 1 / (1 + steps).clamp(max=2)
+        >>> layer = RunningBatchNorm(4, momentum=Halving())
+        >>> _ = layer(torch.randn(8, 4))
+        >>> layer.momentum
+        Halving()
+    """
+
+    whole_batches: ClassVar[bool] = False
+
+    @abstractmethod
+    def weight(self, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
+        """The weight a, (C,), in [0, 1].
+
+        Args:
+            batch: N, samples in the batch; over all ranks where these are pooled, and then a tensor, ().
+            samples: (C,), samples seen before it.
+            steps: (C,), batches seen before it.
+        """
+
+    def code(self) -> RuleCode | None:
+        """The rule as kernels take it; None if they do not know it."""
+        return None
+
 
 @dataclass(frozen=True)
-class Horizon:
+class Constant(MomentumRule):
+    """What a float stands for."""
+
+    value: float
+
+    def weight(self, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
+        """The float, (C,)."""
+        return torch.full_like(samples, self.value)
+
+    def code(self) -> RuleCode:
+        """One argument, the float."""
+        return RuleCode(CONSTANT, float(self.value))
+
+
+@dataclass(frozen=True)
+class Cumulative(MomentumRule):
+    """What None stands for: every batch weighs alike, a = 1/t."""
+
+    def weight(self, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
+        """1/t, (C,)."""
+        return 1 / (steps + 1)
+
+    def code(self) -> RuleCode:
+        """No argument."""
+        return RuleCode(CUMULATIVE)
+
+
+@dataclass(frozen=True)
+class Horizon(MomentumRule):
     """The past decays per sample, over a horizon that grows while training settles.
 
     a = 1 − exp(−N/h) with h = clamp(fraction · samples seen so far, start, samples), N samples in the batch.
@@ -45,6 +133,7 @@ class Horizon:
     samples: float = 128
     start: float = 8
     fraction: float = 0.1
+    whole_batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.start <= self.samples < math.inf:
@@ -59,9 +148,15 @@ class Horizon:
         horizon = (self.fraction * samples).clamp(self.start, self.samples)
         return -torch.expm1(-batch / horizon)
 
+    def code(self) -> RuleCode | None:
+        """Three arguments; None for a subclass, which may compute something else."""
+        if type(self) is not Horizon:
+            return None
+        return RuleCode(HORIZON, float(self.samples), float(self.start), float(self.fraction))
+
 
 @dataclass(frozen=True)
-class SquareRoot:
+class SquareRoot(MomentumRule):
     """The rule of fastai's RunningBatchNorm: a = 1 − (1 − momentum)/√(N − 1), N samples in the batch.
 
     At N ≤ 2, a = momentum (the original divides by zero at N = 1). At N = 32 it is already 0.84: nearly BatchNorm.
@@ -90,10 +185,12 @@ class SquareRoot:
         others = (torch.zeros_like(samples) + (batch - 1)).clamp(min=1)
         return 1 - (1 - self.momentum) * others.rsqrt()
 
+    def code(self) -> RuleCode | None:
+        """One argument; None for a subclass, which may compute something else."""
+        return RuleCode(SQUARE_ROOT, float(self.momentum)) if type(self) is SquareRoot else None
 
-Rule = Union[Horizon, SquareRoot]
-Momentum = Union[float, None, Rule]
-CONSTANT, CUMULATIVE, HORIZON, SQUARE_ROOT = range(4)  # in the kernels, too
+
+Momentum = Union[float, None, MomentumRule]
 
 
 def check_momentum(momentum: Momentum) -> None:
@@ -103,51 +200,18 @@ def check_momentum(momentum: Momentum) -> None:
         TypeError: for anything else.
         ValueError: for a float outside [0, 1].
     """
-    if momentum is None or isinstance(momentum, (Horizon, SquareRoot)):
+    if momentum is None or isinstance(momentum, MomentumRule):
         return
     if isinstance(momentum, bool) or not isinstance(momentum, (float, int)):
-        raise TypeError(f"momentum: expected a float, None, Horizon or SquareRoot, got {momentum!r}")
+        raise TypeError(f"momentum: expected a float, None or a rule (Horizon, SquareRoot or another MomentumRule), got {momentum!r}")
     _check_unit_interval(momentum, "momentum: expected a weight in [0, 1]")
 
 
-def batch_weight(momentum: Momentum, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
-    """The weight a of a new batch under any kind of momentum, (C,).
-
-    Args:
-        momentum: a float (a constant), None (a = 1/t) or a rule.
-        batch: N, samples in the batch.
-        samples: (C,), samples seen before it.
-        steps: (C,), batches absorbed before it.
-    """
-    if momentum is None:
-        return 1 / (steps + 1)
-    if isinstance(momentum, (Horizon, SquareRoot)):
-        return momentum.weight(batch, samples, steps)
-    return torch.full_like(samples, momentum)
-
-
-def weighs_whole_batches(momentum: Momentum) -> bool:
-    """Whether each batch weighs a as a whole, rather than every element in it alike."""
-    return isinstance(momentum, Horizon)
-
-
-def has_code(momentum: Momentum) -> bool:
-    """Whether `encoded` can say it: a rule that somebody has derived from one of ours may mean something else."""
-    return type(momentum) in (float, int, type(None), Horizon, SquareRoot)
-
-
-def encoded(momentum: Momentum) -> tuple[int, float, float, float]:
-    """A momentum as kernels take it: which rule, and up to three arguments of it.
-
-    Padded by ones: their bits are as wide an integer as those of other arguments, which Triton compiles for.
-    """
-    if momentum is None:
-        return CUMULATIVE, 1.0, 1.0, 1.0
-    if isinstance(momentum, Horizon):
-        return HORIZON, float(momentum.samples), float(momentum.start), float(momentum.fraction)
-    if isinstance(momentum, SquareRoot):
-        return SQUARE_ROOT, float(momentum.momentum), 1.0, 1.0
-    return CONSTANT, float(momentum), 1.0, 1.0
+def rule_of(momentum: Momentum) -> MomentumRule:
+    """The rule that a momentum stands for."""
+    if isinstance(momentum, MomentumRule):
+        return momentum
+    return Cumulative() if momentum is None else Constant(momentum)
 
 
 def _check_unit_interval(value: float, message: str) -> None:

@@ -8,27 +8,28 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import functional
-from .law import Law
 from .layer import Layer
+from .spec import Mode, StepSpec
 
 
 class PreciseBatchNorm(Layer):
     """What the three layers below share; only their input shapes differ."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise (N, C, *): in training by the batch, which is absorbed, in evaluation by the pooled statistics.
+        """Normalise (N, C, *): in training by the batch, which enters the state, in evaluation by the pooled statistics.
 
         `mask`, (N, *), is True where the input is real.
         """
         self._check_input(input, mask)
         ranks = self._ranks()
-        if not self._absorbs(input, ranks):
+        if not self._updates(input, ranks):
             return self._normalize_only(input, ranks, mask)
         # Of the other ranks' values nothing is known here without waiting for them on the host.
         if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         weight, bias = self._weight_and_bias()
-        return functional.precise(input, weight, bias, self.eps, self._state(), self.momentum, ranks, mask, Law())
+        spec = StepSpec(Mode.BATCH, self.eps, self.momentum)
+        return functional.training_step(input, weight, bias, spec, self._layer_state(False), ranks, mask)
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):

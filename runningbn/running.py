@@ -15,6 +15,7 @@ from .buffers import TRAINING
 from .law import MAX_LAG, Law
 from .layer import Layer
 from .momentum import Horizon, Momentum
+from .spec import Mode, StepSpec
 
 Gradient = Literal["running", "exact"]
 
@@ -28,9 +29,9 @@ class RunningBatchNorm(Layer):
         y = \frac{x - m}{\sqrt{v + \epsilon}} \gamma + \beta, \qquad
         m = \frac{\sum w x}{\sum w}, \qquad v = \frac{\sum w x^2}{\sum w} - m^2
 
-    Training absorbs the batch, then normalises by the state; evaluation is the same formula without the update. So the
-    two use the same statistics, bit for bit, unless a `max_lag` is set. Before any training it evaluates as
-    ``nn.BatchNorm`` does (mean 0, variance 1). The variance is biased, in `running_var` too: it is what the layer
+    In training the batch enters the state first, and then is normalised by the state; evaluation is the same formula
+    without the update. So the two use the same statistics, bit for bit, unless a `max_lag` is set. Before any training
+    the layer evaluates as ``nn.BatchNorm`` does (mean 0, variance 1). The variance is biased, in `running_var` too: it is what the layer
     normalises by. While fewer than 20 samples have been seen, the current batch included, it is at least 0.01, unless
     the statistics were taken over from elsewhere.
 
@@ -92,8 +93,8 @@ class RunningBatchNorm(Layer):
     as where nothing requires grad. A NaN on one rank makes that channel not finite on all. A pickled layer pools over
     all processes when it is loaded; `copy.deepcopy` keeps the group.
 
-    While a backward pass is running, as in a recomputation under activation checkpointing, nothing is absorbed: the
-    recomputation takes the statistics of the last forward. So each checkpointed forward of the layer has to be followed
+    While a backward pass is running, as in a recomputation under activation checkpointing, the state is not updated:
+    the recomputation takes the statistics of the last forward. So each checkpointed forward of the layer has to be followed
     by its backward; with several in flight, recomputed activations are normalised by the statistics of the last one.
 
     Source: fastai course 2019, part 2, lesson 10 (RunningBatchNorm); the running gradient is related to MABN, Yan et
@@ -139,18 +140,18 @@ class RunningBatchNorm(Layer):
         self.gradient, self.max_lag = check_gradient(gradient), check_max_lag(max_lag)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise (N, C, *); in training, absorb it first. `mask`, (N, *), is True where the input is real."""
+        """Normalise (N, C, *); in training, let it enter the state first. `mask`, (N, *), is True where it is real."""
         self._check_input(input, mask)
         if self.input_dim != input.dim() and not torch.compiler.is_compiling():
             self.input_dim = input.dim()
         ranks = self._ranks()
-        if not self._absorbs(input, ranks):
+        if not self._updates(input, ranks):
             return self._normalize_only(input, ranks, mask)
-        training = self._training_state() if self.gradient == "running" else None
+        mode = Mode.RUNNING if self.gradient == "running" else Mode.EXACT
+        spec = StepSpec(mode, self.eps, self.momentum, self._law())
         weight, bias = self._weight_and_bias()
-        return functional.running(
-            input, weight, bias, self.eps, self._state(), training, self.momentum, ranks, mask, self._law()
-        )
+        state = self._layer_state(mode is Mode.RUNNING)
+        return functional.training_step(input, weight, bias, spec, state, ranks, mask)
 
     def _law(self) -> Law:
         return Law(self.max_lag)

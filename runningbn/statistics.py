@@ -51,10 +51,10 @@ class State(NamedTuple):
         count_sqrs: sum of w², for the effective count; 0 in a state that was taken over from elsewhere.
         debias: sum of the batch weights a, decayed alike: 0 in an empty state, then towards 1.
         samples: samples seen.
-        steps: batches absorbed, the t of a = 1/t.
+        steps: batches that have entered, the t of a = 1/t.
         running_mean, running_var: what evaluation normalises by.
         num_batches_tracked: (), int64, training forwards.
-        last_keep, last_gain: what the last batch was absorbed with, for the recomputation of its forward.
+        last_keep, last_gain: 1 − a and the gain of the last batch, for the recomputation of its forward.
     """
 
     shift: Tensor
@@ -100,11 +100,33 @@ class GradientState(NamedTuple):
     count_dy: Tensor
 
 
-class TrainingState(NamedTuple):
-    """What only training with ``gradient="running"`` reads."""
+class LayerState(NamedTuple):
+    """All that a training step of a layer reads and writes; the last two only with ``gradient="running"``."""
 
-    noise: NoiseState
-    gradient: GradientState
+    statistics: State
+    noise: NoiseState | None = None
+    gradient: GradientState | None = None
+
+    @property
+    def forward_buffers(self) -> tuple[Tensor, ...]:
+        """What a forward updates."""
+        return self.statistics if self.noise is None else (*self.statistics, *self.noise)
+
+
+class Batch(NamedTuple):
+    """A batch, reduced to what enters the state.
+
+    Attributes:
+        sums: the sums of its elements, over all ranks.
+        samples: N, its samples; a tensor, (), where it was pooled over ranks or masked, and 0 where it is empty.
+        weight: (C,), its weight a.
+        whole: whether the batch as a whole weighs a (gain = a·(count/debias)/n), or each of its elements (gain = a).
+    """
+
+    sums: Sums
+    samples: int | Tensor
+    weight: Tensor
+    whole: bool
 
 
 def moments(state: Sums) -> tuple[Tensor, Tensor]:

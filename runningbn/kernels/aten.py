@@ -12,6 +12,7 @@ from einops import reduce
 from torch import Tensor
 
 from ..statistics import Sums, moments
+from .contract import Centred, Gradients, GradientSums, Reduction
 from .layout import dense, empty_like, is_rows, spread
 
 # Up to this size of a plane, torch's batch-norm reduction may add up its elements one by one per vector lane in
@@ -29,7 +30,7 @@ _MANY = 2**19
 
 
 def unavailable() -> str | None:
-    """None: plain torch serves everywhere."""
+    """None: plain torch runs everywhere."""
     return None
 
 
@@ -38,12 +39,12 @@ def version() -> str:
     return f"torch {torch.__version__}"
 
 
-def serves(x: Tensor, dtype: torch.dtype) -> bool:
+def supports(x: Tensor, dtype: torch.dtype) -> bool:
     """True: any device, dtype and kind of tensor."""
     return True
 
 
-def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
+def batch_sums(x: Tensor, dtype: torch.dtype) -> Reduction:
     """Sums of x, (N, C, ...), per channel about a pivot p from the data themselves, in `dtype`; and x − p, if at hand.
 
     The pivot is the mean of the first eighth of the samples. However the data are ordered, it lies close enough: where
@@ -58,7 +59,7 @@ def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
         pivot = reduce(x[: _eighth(x)], "n c ... -> c", "mean")
         deviation = x - spread(pivot, x)
         sums, sqrs = (reduce(t, "n c ... -> c", "sum") for t in (deviation, deviation * deviation))
-        return Sums(pivot, sums, sqrs, torch.full_like(pivot, n)), None
+        return Reduction(Sums(pivot, sums, sqrs, torch.full_like(pivot, n)))
     centred = empty_like(x, dtype)
     data, deviations = (t if t.dim() == 2 else t.flatten(2) for t in (dense(x), dense(centred, like=x)))
     part = data[: _eighth(x) * (len(data) // len(x))].to(dtype)
@@ -69,14 +70,15 @@ def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor | None]:
     pivot.masked_fill_((pivot.abs() < largest).logical_not_(), 0)
     torch.sub(data, pivot if data.dim() == 2 else pivot.unsqueeze(1), out=deviations)
     sums, sqrs = _sums_and_sqrs(deviations)
-    return Sums(pivot, sums, sqrs, torch.full_like(pivot, n)), centred if x.dtype == dtype else None
+    found = Sums(pivot, sums, sqrs, torch.full_like(pivot, n))
+    return Reduction(found, Centred(pivot, centred) if x.dtype == dtype else None)
 
 
 def normalize(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    pivot: Tensor | None = None, centred: Tensor | None = None,
+    centred: Centred | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x; overwrites `centred` = x − pivot."""
+    """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x; overwrites `centred`."""
     if torch.compiler.is_compiling():
         rstd = (var + eps).rsqrt()
         y = (x - spread(mean, x)) * spread(rstd if weight is None else rstd * weight, x)
@@ -84,8 +86,9 @@ def normalize(
     # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
     weight = None if weight is None else weight.to(mean.dtype)
     bias = None if bias is None else bias.to(mean.dtype)
-    if centred is not None and pivot is not None:
-        return _affine_map(centred, mean - pivot, var, weight, bias, eps, out=centred)
+    if centred is not None:
+        deviations = centred.deviations
+        return _affine_map(deviations, mean - centred.pivot, var, weight, bias, eps, out=deviations)
     return _affine_map(x, mean, var, weight, bias, eps, out=empty_like(x))
 
 
@@ -108,7 +111,7 @@ def batch_norm(
             return y, mean, var
     sums, centred = batch_sums(x, dtype)
     mean, var = moments(sums)
-    return normalize(x, mean, var, weight, bias, eps, sums.shift, centred), mean, var
+    return normalize(x, mean, var, weight, bias, eps, centred), mean, var
 
 
 def _error_of_plain_sums(mean: Tensor, var: Tensor, eps: float, n: int) -> float:
@@ -118,18 +121,18 @@ def _error_of_plain_sums(mean: Tensor, var: Tensor, eps: float, n: int) -> float
     return n**0.5 * torch.finfo(torch.float32).eps / 2 * ratio if ratio < float("inf") else 0.0
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> GradientSums:
     """Σdy and Σdy·z per channel, z = (x − mean)·rstd, in the dtype of mean."""
     if torch.compiler.is_compiling():
         dy = dy.to(mean.dtype)
         z = (x - spread(mean, x)) * spread(rstd, x)
-        return reduce(dy, "n c ... -> c", "sum"), reduce(dy * z, "n c ... -> c", "sum")
+        return GradientSums(reduce(dy, "n c ... -> c", "sum"), reduce(dy * z, "n c ... -> c", "sum"))
     # The reduction of torch's own backward, asked for the gradients of weight and bias only.
     only_weight_and_bias = [False, True, True]
     _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
         dense(dy, like=x), dense(x), torch.ones_like(mean), None, None, mean, rstd, True, 0.0, only_weight_and_bias
     )
-    return sum_dy, sum_dy_xhat
+    return GradientSums(sum_dy, sum_dy_xhat)
 
 
 def input_gradient(
@@ -147,21 +150,20 @@ def input_gradient(
     return dx.addcmul_(dy.to(mean.dtype), spread(scale, x)).to(x.dtype)
 
 
-def batch_norm_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, Σdy, Σdy·z) of batch normalisation proper: `input_gradient` with m0 = Σdy/n, m1 = Σdy·z/n."""
+def batch_norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Gradients:
+    """dx, Σdy and Σdy·z of batch normalisation proper: `input_gradient` with m0 = Σdy/n, m1 = Σdy·z/n."""
     if torch.compiler.is_compiling():
         sum_dy, sum_dy_xhat = gradient_sums(dy, x, mean, rstd)
         n = x.numel() // x.shape[1]
-        return input_gradient(dy, x, mean, rstd, weight, sum_dy / n, sum_dy_xhat / n), sum_dy, sum_dy_xhat
+        dx = input_gradient(dy, x, mean, rstd, weight, sum_dy / n, sum_dy_xhat / n)
+        return Gradients(dx, sum_dy, sum_dy_xhat)
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     dx, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
         dense(dy, like=x), dense(x), weight, None, None, mean, rstd, True, 0.0, [True, True, True]
     )
     if is_rows(x) and x.dim() > 2:
-        return dx.view(len(x), *x.shape[2:], -1).movedim(-1, 1), sum_dy, sum_dy_xhat
-    return dx.view(x.shape), sum_dy, sum_dy_xhat
+        dx = dx.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+    return Gradients(dx.view(x.shape), sum_dy, sum_dy_xhat)
 
 
 def _affine_map(

@@ -93,8 +93,14 @@ const char *runningbn_initialize(ParallelFor function, const char *most) {
 }
 
 /* What cpu.py compares with its own, so that it never calls a library that was built from other sources. */
-const int64_t runningbn_version = 2;
-const int64_t runningbn_forward_size = sizeof(Forward), runningbn_backward_size = sizeof(Backward);
+#define AS_NAME(name) #name " "
+#define AS_INTEGER(name) "I:" #name " "
+#define AS_POINTER(name) "P:" #name " "
+#define AS_DOUBLE(name) "R:" #name " "
+const char *runningbn_interface(void) {
+    return DTYPES(AS_NAME) RULES(AS_NAME) FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
+        BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE);
+}
 
 /* One call, forward or backward, as the driver below sees it. */
 typedef struct {
@@ -144,7 +150,7 @@ static void move_pivots(const Job *job, int64_t begin, int64_t end) {
     }
 }
 
-static int sums_twice(const Job *job) { return job->forward && job->forward->dtype == DOUBLE; }
+static int sums_twice(const Job *job) { return job->forward && job->forward->dtype == FLOAT64; }
 
 /* The elements from `offset` on. */
 static const void *advance(const Job *job, const void *data, int64_t offset) {
@@ -308,7 +314,7 @@ static int execute(Job *job, int64_t dtype, int64_t threads) {
             const int64_t last = (job->outer - 1) * job->channels * job->inner + job->inner - 1;
             const int64_t middle = job->outer / 2 * job->channels * job->inner + job->inner / 2;
             job->loops->pivots(job->x, job->channels, job->inner, middle, last, s->pivot);
-        } else if (dtype == DOUBLE) {
+        } else if (dtype == FLOAT64) {
             memcpy(s->pivot, job->backward->mean, sizeof(double) * (size_t)job->channels);
         } else {
             for (int64_t c = 0; c < job->channels; c++) s->pivot[c] = ((const float *)job->backward->mean)[c];

@@ -1,8 +1,9 @@
-/* What a call says, and what the rooms of cpu.c share. Shapes and equations are those of kernels/__init__.py.
+/* The arguments of a call, and what the parts of cpu.c share. Shapes and equations are those of kernels/contract.py.
 
    REAL is the dtype of the statistics: float for float and bfloat16 data, double for double data. All sums are double.
 
-   The fields of Forward and Backward are 8 bytes each, in the order in which cpu.py packs them. */
+   Codes and fields are listed by macros, from which the names come that cpu.py compares with its own when it loads the
+   library. Every field is 8 bytes: I an integer, P a pointer, R a double. */
 
 #ifndef RUNNINGBN_CPU_H
 #define RUNNINGBN_CPU_H
@@ -13,50 +14,57 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FLOAT, BFLOAT16, DOUBLE };                           /* dtype */
-enum { CONSTANT, CUMULATIVE, HORIZON, SQUARE_ROOT, GIVEN }; /* rule */
-enum { SUMS = 1, ABSORB = 2, APPLY = 4 };                   /* stages */
+/* In the order of their codes. */
+#define DTYPES(X) X(FLOAT32) X(BFLOAT16) X(FLOAT64)
+#define RULES(X) X(CONSTANT) X(CUMULATIVE) X(HORIZON) X(SQUARE_ROOT) X(GIVEN)
+#define AS_ENUM(name) name,
+enum { DTYPES(AS_ENUM) };
+enum { RULES(AS_ENUM) };
+enum { SUMS = 1, UPDATE = 2, APPLY = 4 }; /* stages */
 
+/* - `rows`: whether x is (outer, channels) rather than (outer, channels, inner).
+   - `weight`, `bias`: REAL, or NULL.
+   - From `max_lag` on: the law.Law.
+   - From `batch_shift` on: the sums of the batch: results of SUMS, or arguments of UPDATE without it; NULL if nobody
+     asks. REAL.
+   - From `mean` on: what x is normalised by, and the spec.Coefficients: results of UPDATE or SUMS, or arguments of
+     APPLY alone; NULL if nobody asks.
+   - From `by_state` on: the update. Without UPDATE it is not looked at. `updates` is 0 in a recomputation.
+   - `batch_weight`: REAL, for GIVEN.
+   - From `shift` on: the statistics.State. `num_batches_tracked` is one int64, all others are REAL.
+   - From `noise` on: with running gradients the statistics.NoiseState, otherwise NULL. */
+#define FORWARD_FIELDS(I, P, R)                                                                                   \
+    I(dtype) I(stages) I(threads) I(rows) I(outer) I(channels) I(inner)                                           \
+    P(x) P(y) P(weight) P(bias) R(eps)                                                                            \
+    R(max_lag) R(lag_noise) R(trust_noise) R(window) R(variance_floor) R(warmup_samples)                          \
+    P(batch_shift) P(batch_sums) P(batch_sqrs) P(batch_count)                                                     \
+    P(mean) P(var) P(rstd) P(kappa_mean) P(kappa_var) P(trust) P(offset) P(batch_std)                             \
+    I(by_state) I(updates) I(whole_batches) I(rule) R(rule_first) R(rule_second) R(rule_third)                    \
+    P(batch_weight) R(batch_samples)                                                                              \
+    P(shift) P(sums) P(sqrs) P(count) P(count_sqrs) P(debias) P(samples) P(steps) P(running_mean) P(running_var)  \
+    P(num_batches_tracked) P(last_keep) P(last_gain)                                                              \
+    P(noise) P(noise_steps) P(last_mean)
+
+/* - `weight`, `mean`, `rstd`: REAL; `weight` may be NULL.
+   - `batch_sum_dy`, `batch_sum_dy_xhat`: results of SUMS, or arguments of UPDATE without it. REAL.
+   - `m0`, `m1`: dx = weight·rstd·(dy − m0 − z·m1). With running means they are results of UPDATE, unless NULL; without,
+     they are arguments, or where NULL kappa times the sums of the batch; kappa NULL is 1/n.
+   - From `sum_dy` on: the statistics.GradientState, or NULL.
+   - `pooled_count`: elements per channel over all ranks, or NULL: then as here. */
+#define BACKWARD_FIELDS(I, P, R)                                                                                  \
+    I(dtype) I(stages) I(threads) I(rows) I(outer) I(channels) I(inner)                                           \
+    P(dy) P(x) P(dx) P(weight) P(mean) P(rstd) P(batch_sum_dy) P(batch_sum_dy_xhat)                               \
+    P(m0) P(m1) P(kappa_mean) P(kappa_var) P(sum_dy) P(sum_dy_xhat) P(count_dy)                                   \
+    P(trust) P(offset) P(batch_std) P(pooled_count)
+
+#define INTEGER_FIELD(name) int64_t name;
+#define POINTER_FIELD(name) void *name;
+#define DOUBLE_FIELD(name) double name;
 typedef struct {
-    int64_t dtype, stages, threads;
-    int64_t rows; /* whether x is (outer, channels) rather than (outer, channels, inner) */
-    int64_t outer, channels, inner;
-    const void *x;
-    void *y;
-    const void *weight, *bias; /* REAL, or NULL */
-    double eps;
-    /* The law.Law, in its order. */
-    double max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples;
-    /* The sums of the batch: results of SUMS, or arguments of ABSORB without it; NULL if nobody asks. REAL. */
-    void *batch_shift, *batch_sums, *batch_sqrs, *batch_count;
-    /* What x is normalised by: results of ABSORB or SUMS, or arguments of APPLY alone; `var` or `rstd` may be NULL. */
-    void *mean, *var, *rstd, *kappa_mean, *kappa_var, *trust, *offset, *batch_std;
-    /* The update. Without ABSORB the following are not looked at. */
-    int64_t running, absorbs, whole_batches, rule;
-    double rule_arguments[3];
-    const void *batch_weight; /* REAL, for GIVEN */
-    double samples_of_batch;
-    /* The state, see statistics.State. */
-    void *shift, *sums, *sqrs, *count, *count_sqrs, *debias, *samples, *steps, *running_mean, *running_var;
-    int64_t *num_batches_tracked;
-    void *last_keep, *last_gain;
-    /* With running gradients, a statistics.NoiseState; otherwise NULL. */
-    void *noise, *noise_steps, *last_mean;
+    FORWARD_FIELDS(INTEGER_FIELD, POINTER_FIELD, DOUBLE_FIELD)
 } Forward;
-
 typedef struct {
-    int64_t dtype, stages, threads, rows, outer, channels, inner;
-    const void *dy, *x;
-    void *dx;
-    const void *weight, *mean, *rstd;    /* REAL; weight may be NULL */
-    void *batch_sum_dy, *batch_sum_dy_xhat; /* results of SUMS, or arguments of ABSORB without it. REAL. */
-    /* dx = weight·rstd·(dy − m0 − z·m1). With running means, m0 and m1 are results of ABSORB, unless NULL; without
-       them they are arguments, or where NULL kappa times the sums of the batch; kappa NULL is 1/n. */
-    void *m0, *m1;
-    const void *kappa_mean, *kappa_var;
-    void *sum_dy, *sum_dy_xhat, *count_dy; /* the running sums, see statistics.GradientState; or NULL */
-    const void *trust, *offset, *batch_std;
-    const void *pooled_count; /* elements per channel over all ranks, or NULL: then as here */
+    BACKWARD_FIELDS(INTEGER_FIELD, POINTER_FIELD, DOUBLE_FIELD)
 } Backward;
 
 /* Scratch of one call: vectors over channels, or over `columns` of widened rows, see `widening` in cpu.c. */

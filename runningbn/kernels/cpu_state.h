@@ -1,4 +1,4 @@
-/* Between the sums of a batch and the map over it: absorb the sums into the state, and say what to normalise by.
+/* Between the sums of a batch and the map over it: let the sums enter the state, and say what to normalise by.
    Included once for every instruction set and dtype of the statistics, REAL, with MAXIMUM and TINY of that dtype.
 
    This is update.py in C: the same equations, in double, rounded where they are stored. */
@@ -17,7 +17,7 @@ static double smallest(double a, double b) { return a < b ? a : b; }
 
 /* a per channel, see momentum.py. Channels mostly agree, and so one value serves many. */
 TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, int64_t begin, int64_t end) {
-    const double n = f->samples_of_batch, *given = f->rule_arguments;
+    const double n = f->batch_samples;
     double samples = -1, steps = -1, a = 0;
     for (int64_t c = begin; c < end; c++) {
         if (f->rule == GIVEN) {
@@ -26,13 +26,13 @@ TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, i
         }
         if ((double)AT(f->samples) != samples || (double)AT(f->steps) != steps) {
             samples = (double)AT(f->samples), steps = (double)AT(f->steps);
-            if (f->rule == CONSTANT) a = given[0];
+            if (f->rule == CONSTANT) a = f->rule_first;
             if (f->rule == CUMULATIVE) a = 1 / (steps + 1);
-            if (f->rule == SQUARE_ROOT) a = 1 - (1 - given[0]) / sqrt(largest(n - 1, 1));
+            if (f->rule == SQUARE_ROOT) a = 1 - (1 - f->rule_first) / sqrt(largest(n - 1, 1));
             if (f->rule == HORIZON) {
-                /* samples, start, fraction */
-                const double horizon = largest(given[2] * samples, given[1]);
-                a = -expm1(-n / (horizon < given[0] ? horizon : given[0]));
+                /* Of Horizon: samples, start, fraction. */
+                const double horizon = largest(f->rule_third * samples, f->rule_second);
+                a = -expm1(-n / smallest(horizon, f->rule_first));
             }
         }
         weight[c] = a;
@@ -43,7 +43,7 @@ TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, i
 TARGET static void STATE_NAME(measure_noise)(const Forward *f, int64_t c, double batch_mean, double variance) {
     const double difference = batch_mean - (double)AT(f->last_mean), steps = (double)AT(f->noise_steps);
     double observed = steps == 0 ? 1 : 0.5 * difference * difference / largest(variance, TINY);
-    observed = smallest(observed, 1) * f->samples_of_batch;
+    observed = smallest(observed, 1) * f->batch_samples;
     AT(f->noise) = (REAL)((double)AT(f->noise) + (observed - (double)AT(f->noise)) / smallest(steps + 1, f->window));
     AT(f->noise_steps) = (REAL)(steps + 1);
     AT(f->last_mean) = (REAL)batch_mean;
@@ -74,10 +74,10 @@ TARGET static double STATE_NAME(scale_of_means)(const Backward *b, int64_t c, do
 TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t end) {
     const int64_t repeats = scratch->repeats, channels = f->channels;
     const double elements = (double)(f->outer * f->inner);
-    if (f->stages & ABSORB && f->absorbs) STATE_NAME(batch_weights)(f, scratch->weight, begin, end);
+    if (f->stages & UPDATE && f->updates) STATE_NAME(batch_weights)(f, scratch->weight, begin, end);
     for (int64_t c = begin; c < end; c++) {
         double mean, var, residual = 0;
-        if (f->stages & (SUMS | ABSORB)) {
+        if (f->stages & (SUMS | UPDATE)) {
             /* The batch, about its own mean: n, mean, squares. */
             double n = elements, squares;
             if (f->stages & SUMS) {
@@ -103,8 +103,8 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                 AT(f->batch_sqrs) = (REAL)(squares + n * rest * rest);
                 AT(f->batch_count) = (REAL)n;
             }
-            if (f->stages & ABSORB) {
-                if (f->absorbs) {
+            if (f->stages & UPDATE) {
+                if (f->updates) {
                     /* Nothing may enter that is not finite, nor so far away that its square is not. */
                     const double distance = mean - (double)AT(f->shift);
                     const int finite = squares + n * distance * distance < MAXIMUM;
@@ -131,7 +131,7 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                         AT(f->debias) = (REAL)(weight + keep * (double)AT(f->debias));
                     }
                     if (finite) {
-                        AT(f->samples) = (REAL)((double)AT(f->samples) + f->samples_of_batch);
+                        AT(f->samples) = (REAL)((double)AT(f->samples) + f->batch_samples);
                         AT(f->steps) = (REAL)((double)AT(f->steps) + 1);
                     }
                     AT(f->last_keep) = (REAL)keep;
@@ -141,7 +141,7 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                         const double offset = (double)AT(f->sums) / count;
                         double of_state = (double)AT(f->sqrs) / count - offset * offset;
                         if (of_state < 0) of_state = 0;
-                        if (f->running) {
+                        if (f->by_state) {
                             if (of_state < f->variance_floor && (double)AT(f->samples) < f->warmup_samples)
                                 of_state = f->variance_floor;
                         } else {
@@ -153,15 +153,15 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                         AT(f->running_var) = (REAL)of_state;
                     }
                 }
-                if (f->running) {
+                if (f->by_state) {
                     /* By what evaluation takes, also in a channel that keeps its state. */
                     const double batch_mean = mean, batch_var = var;
                     const int ignored = AT(f->last_gain) == 0;
                     mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
                     if (f->noise) {
-                        if (f->absorbs && !ignored) STATE_NAME(measure_noise)(f, c, batch_mean, largest(var, batch_var));
+                        if (f->updates && !ignored) STATE_NAME(measure_noise)(f, c, batch_mean, largest(var, batch_var));
                         /* See law.noise_of_batch. */
-                        const double noise = smallest((double)AT(f->noise) / f->samples_of_batch, 1);
+                        const double noise = smallest((double)AT(f->noise) / f->batch_samples, 1);
                         /* See law.trust and law.limited. */
                         const double trust = largest(1 - (double)AT(f->last_keep), 1 / (1 + f->trust_noise * noise));
                         if (f->max_lag <= DBL_MAX && !ignored) {
@@ -201,7 +201,7 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
             }
         }
     }
-    if (f->stages & ABSORB && f->absorbs && begin == 0) *f->num_batches_tracked += f->samples_of_batch > 0;
+    if (f->stages & UPDATE && f->updates && begin == 0) *(int64_t *)f->num_batches_tracked += f->batch_samples > 0;
 }
 
 TARGET static void STATE_NAME(finish_backward)(const Backward *b, const Scratch *scratch, int64_t begin, int64_t end) {
@@ -217,7 +217,7 @@ TARGET static void STATE_NAME(finish_backward)(const Backward *b, const Scratch 
         } else if (b->batch_sum_dy) {
             sum_dy = (double)AT(b->batch_sum_dy), sum_dy_xhat = (double)AT(b->batch_sum_dy_xhat);
         }
-        if (b->stages & ABSORB) {
+        if (b->stages & UPDATE) {
             const double n = b->pooled_count ? (double)AT(b->pooled_count) : elements;
             const double p0 = sum_dy / n, p1 = sum_dy_xhat / n, trust = (double)AT(b->trust);
             const int finite = fabs(sum_dy) <= MAXIMUM && fabs(sum_dy_xhat) <= MAXIMUM;

@@ -20,25 +20,27 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..law import Law
-from ..momentum import Momentum, encoded, weighs_whole_batches
-from ..statistics import GradientState, NoiseState, State, Sums
+from ..momentum import rule_of
+from ..spec import COEFFICIENTS, Coefficients, Mode, StepSpec
+from ..statistics import Batch, GradientState, LayerState, NoiseState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
+from .contract import Gradients, GradientSums
 from .layout import are_vectors, dense, empty_like, is_rows
 
 __all__ = [
-    "absorb",
-    "absorb_gradient",
     "batch_norm",
     "batch_norm_gradients",
     "batch_sums",
     "gradient_sums",
     "input_gradient",
     "normalize",
-    "prepared",
-    "serves",
+    "prepare",
+    "supports",
     "training_backward",
     "training_forward",
     "unavailable",
+    "update",
+    "update_gradient",
     "version",
 ]
 
@@ -117,7 +119,7 @@ def version() -> str:
     return f"Triton {triton.__version__}{', interpreted' if _INTERPRETED else ''}"
 
 
-def serves(x: Tensor, dtype: torch.dtype) -> bool:
+def supports(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether x, with statistics in `dtype`, is memory that the kernels can work on."""
     return (
         (x.is_cuda or (_INTERPRETED and x.is_cpu))
@@ -133,98 +135,98 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def prepared(buffers: Buffers) -> Buffers | None:
+def prepare(buffers: Buffers) -> Buffers | None:
     """The buffers of a layer as they are; None if they are no memory that the kernels can update."""
     return buffers if are_vectors(buffers) else None
 
 
 def training_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, state: tuple[Tensor, ...], momentum: Momentum,
-    running: bool, absorbs: bool, law: Law,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and `fixed`. Without `absorbs`, as in a recomputation, the state is taken as it is."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, prepared: tuple[Tensor, ...], spec: StepSpec, updates: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and the coefficients as the rows of one tensor. Without `updates`, the state is taken as it is."""
     kernels, x = _kernels(), x.detach()
     data, plan, y = dense(x), _plan_for(x), empty_like(x)
     (splits, tiles), channels = plan.summing, x.shape[1]
-    statistics, measured = State(*state[: len(State._fields)]), state[len(State._fields) :]
+    statistics, measured = State(*prepared[: len(State._fields)]), prepared[len(State._fields) :]
     noise = NoiseState(*measured) if measured else None
     dtype = statistics.shift.dtype
-    fixed = x.new_empty((2 if not running else 4 if noise is None else 5, channels), dtype=dtype)
+    rows = x.new_empty((len(COEFFICIENTS[spec.mode]), channels), dtype=dtype)
     scratch = x.new_empty((3 * splits + 3, channels), dtype=dtype)
     weight, bias = _vector(weight), _vector(bias)
+    rule = rule_of(spec.momentum)
+    code = rule.code()
+    assert code is not None
     with _on(x.device):
-        rule, *parameters = encoded(momentum)
         kernels.batch_statistics[(plan.blocks * splits,)](
-            data, scratch, _counter(x.device, plan.blocks), weight, bias, fixed, statistics, noise,
-            *plan.sizes, splits, tiles, len(x), _bits(eps), *map(_bits, (*law, *parameters)),
-            RULE=rule, WHOLE_BATCHES=weighs_whole_batches(momentum), RUNNING=running, ABSORBS=absorbs,
+            data, scratch, _counter(x.device, plan.blocks), weight, bias, rows, statistics, noise,
+            *plan.sizes, splits, tiles, len(x), _bits(spec.eps), *map(_bits, (*spec.law, *code[1:])),
+            RULE=code.rule, WHOLE_BATCHES=rule.whole_batches, BY_STATE=spec.mode.by_state, UPDATES=updates,
             BP=plan.at_once, **plan.tile, **_OPTIONS,
         )  # fmt: skip
         kernels.affine_map[(plan.blocks * plan.mapping[0],)](
             data, dense(y, like=x), scratch, *plan.sizes, *plan.mapping, splits, **plan.tile, **_OPTIONS
         )
-    if absorbs:
-        torch.autograd.graph.increment_version(state)
-    return y, fixed
+    if updates:
+        torch.autograd.graph.increment_version(prepared)
+    return y, rows
 
 
 def training_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, fixed: Tensor, gradient: GradientState | None, needs_dx: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(dx, Σdy, Σdy·z): with the running means of these sums where `gradient` is given, which absorbs them first."""
+    dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor, mode: Mode, prepared: GradientState | None,
+    needs_dx: bool,
+) -> Gradients:  # fmt: skip
+    """The gradients: by running means of the two sums where these are given, which are updated first."""
     kernels, x = _kernels(), x.detach()
     data, of_y, plan = dense(x), dense(dy.detach(), like=x), _plan_for(x)
     (splits, tiles), channels = plan.summing, x.shape[1]
-    sums, scratch = fixed.new_empty((2, channels)), fixed.new_empty((2 * splits + 3, channels))
+    sums, scratch = rows.new_empty((2, channels)), rows.new_empty((2 * splits + 3, channels))
     dx = empty_like(x) if needs_dx else None
     with _on(x.device):
         kernels.gradient_statistics[(plan.blocks * splits,)](
-            of_y, data, scratch, _counter(x.device, plan.blocks), _vector(weight), fixed, sums, gradient,
-            *plan.sizes, splits, tiles, BY_STATE=len(fixed) > 2, BP=plan.at_once, **plan.tile, **_OPTIONS,
+            of_y, data, scratch, _counter(x.device, plan.blocks), _vector(weight), rows, sums, prepared,
+            *plan.sizes, splits, tiles, BY_STATE=mode.by_state, BP=plan.at_once, **plan.tile, **_OPTIONS,
         )  # fmt: skip
         if dx is not None:
             kernels.input_gradient[(plan.blocks * plan.mapping[0],)](
-                of_y, data, dense(dx, like=x), scratch, fixed,
+                of_y, data, dense(dx, like=x), scratch, rows,
                 *plan.sizes, *plan.mapping, splits, **plan.tile, **_OPTIONS,
             )  # fmt: skip
-    if gradient is not None:
-        torch.autograd.graph.increment_version(gradient)
-    return dx, sums[0], sums[1]
+    if prepared is not None:
+        torch.autograd.graph.increment_version(prepared)
+    return Gradients(dx, sums[0], sums[1])
 
 
-def absorb(
-    state: State, noise: NoiseState | None, batch: Sums, weight: Tensor, samples: int | Tensor, whole_batches: bool,
-    running: bool, absorbs: bool, law: Law,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Absorb sums that came from elsewhere; the vectors of the `update` that this is."""
-    mean = state.running_mean
-    vectors = Sums(*(part.expand_as(mean).contiguous() for part in batch))
-    out = tuple([torch.empty_like(mean) for _ in range(2 if not running else 4 if noise is None else 5)])
+def update(mode: Mode, state: LayerState, batch: Batch, law: Law, updates: bool) -> tuple[Tensor, ...]:
+    """Let sums that came from elsewhere enter the state; the vectors that `update.update` makes coefficients of."""
+    statistics, noise = state.statistics, state.noise
+    mean = statistics.running_mean
+    sums = Sums(*(part.expand_as(mean).contiguous() for part in batch.sums))
+    out = tuple([torch.empty_like(mean) for _ in COEFFICIENTS[mode]])
     with _on(mean.device):
-        _kernels().absorb_sums[(_vectors(len(mean)),)](
-            vectors, weight.contiguous(), state, noise, out, samples, len(mean), *map(_bits, law),
-            WHOLE_BATCHES=whole_batches, RUNNING=running, ABSORBS=absorbs, BC=_VECTOR, **_OPTIONS,
+        _kernels().update_by_sums[(_vectors(len(mean)),)](
+            sums, batch.weight.contiguous(), statistics, noise, out, batch.samples, len(mean), *map(_bits, law),
+            WHOLE_BATCHES=batch.whole, BY_STATE=mode.by_state, UPDATES=updates, BC=_VECTOR, **_OPTIONS,
         )  # fmt: skip
-    if absorbs:
-        torch.autograd.graph.increment_version((*state, *(noise or ())))
+    if updates:
+        torch.autograd.graph.increment_version(state.forward_buffers)
     return out
 
 
-def absorb_gradient(
-    state: GradientState, sum_dy: Tensor, sum_dy_xhat: Tensor, rstd: Tensor, trust: Tensor, offset: Tensor,
-    batch_std: Tensor, n: int | Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Absorb sums that came from elsewhere; G0 and G1, bounded, see `update.absorb_gradient`."""
+def update_gradient(
+    state: GradientState, sums: GradientSums, coefficients: Coefficients, n: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Let sums that came from elsewhere enter the state; s·G0 and s·G1, see `update.update_gradient`."""
     like = state.sum_dy
     count = n.expand_as(like).contiguous() if isinstance(n, Tensor) else torch.full_like(like, n)
-    vectors = [t.contiguous() for t in (sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std)]
-    out = torch.empty_like(like), torch.empty_like(like)
+    of_batch = [getattr(coefficients, name) for name in ("rstd", "trust", "offset", "batch_std")]
+    vectors = [t.contiguous() for t in (*sums, *of_batch)]
+    m0, m1 = torch.empty_like(like), torch.empty_like(like)
     with _on(like.device):
-        _kernels().absorb_gradient_sums[(_vectors(len(like)),)](
-            state, *vectors, count, *out, len(like), BC=_VECTOR, **_OPTIONS
+        _kernels().update_gradient_by_sums[(_vectors(len(like)),)](
+            state, *vectors, count, m0, m1, len(like), BC=_VECTOR, **_OPTIONS
         )
     torch.autograd.graph.increment_version(state)
-    return out
+    return m0, m1
 
 
 # Registers for four programs of 256 threads on a multiprocessor: the sums fit, and what follows them once may spill.

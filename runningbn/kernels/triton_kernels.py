@@ -35,7 +35,7 @@ def batch_statistics(
     x, scratch, counter, weight, bias, fixed, state, noise,
     outer, channels, inner, splits, tiles, batch_samples, eps,
     max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples, rule_a, rule_b, rule_c,
-    RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, ABSORBS: tl.constexpr,
+    RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, UPDATES: tl.constexpr,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Sweep a batch; the last program of each block of channels absorbs it and says what to normalise by.
@@ -46,7 +46,7 @@ def batch_statistics(
         counter: (blocks of channels,), int32, zero before and after.
         weight, bias: (C,) or None.
         fixed: (2, 4 or 5, C), written: see the package.
-        state: the buffers of a `State`, updated where ABSORBS, and taken as they are elsewhere.
+        state: the buffers of a `State`, updated where UPDATES, and taken as they are elsewhere.
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
         eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
             Triton passes numbers as float32.
@@ -86,22 +86,22 @@ def batch_statistics(
         mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP)
         n = (outer.to(tl.int64) * inner).to(tl.float64)
         floor, few = _number(variance_floor), _number(warmup_samples)
-        if ABSORBS:
+        if UPDATES:
             a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
             of_state = _absorb(
-                mean, squares, n, a, batch_samples.to(tl.float64), state, floor, few, c, exists, WHOLE_BATCHES, RUNNING
+                mean, squares, n, a, batch_samples.to(tl.float64), state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE
             )
             if block == 0:
                 tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
-        elif RUNNING:
+        elif BY_STATE:
             of_state = _recalled(state, c, exists)
-        if RUNNING:
+        if BY_STATE:
             if noise is None:
                 coefficients = _exact_coefficients(of_state, floor, few, dtype)
             else:
                 coefficients = _running_coefficients(
                     of_state, mean, squares, n, batch_samples.to(tl.float64), noise, _number(max_lag),
-                    _number(lag_noise), _number(trust_noise), _number(window), c, exists, dtype, ABSORBS,
+                    _number(lag_noise), _number(trust_noise), _number(window), c, exists, dtype, UPDATES,
                 )  # fmt: skip
             mean, var = coefficients[0], coefficients[1]
             _store_rows(fixed, 2, coefficients, channels, c, exists)
@@ -188,7 +188,7 @@ def gradient_statistics(
         if gradient is not None:
             trust, offset = _float64(fixed + 2 * channels, c, exists), _float64(fixed + 3 * channels, c, exists)
             std = _float64(fixed + 4 * channels, c, exists)
-            m0, m1 = _absorb_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists)
+            m0, m1 = _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists)
         elif BY_STATE:
             kappa_mean, kappa_var = _float64(fixed + 2 * channels, c, exists), _float64(fixed + 3 * channels, c, exists)
             # A channel that was not finite has sums that are not either, and its κ is 0.
@@ -232,19 +232,19 @@ def input_gradient(
 
 
 @triton.jit(do_not_specialize=["channels", "batch_samples", *_LAW])
-def absorb_sums(
+def update_by_sums(
     batch, given_weight, state, noise, out, batch_samples, channels,
     max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples,
-    WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr, ABSORBS: tl.constexpr, BC: tl.constexpr,
+    WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, UPDATES: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Absorb sums that came from elsewhere.
 
     Args:
         batch: the vectors of `Sums`.
         given_weight: (C,), a.
-        state: the buffers of a `State`, updated where ABSORBS, and taken as they are elsewhere.
+        state: the buffers of a `State`, updated where UPDATES, and taken as they are elsewhere.
         noise: those of a `NoiseState`, likewise, or None.
-        out: 2 vectors, written, or where RUNNING 4, or 5 with `noise`: those of the `update` that this is.
+        out: 2 vectors, written, or where BY_STATE 4, or 5 with `noise`: those of the `update` that this is.
         batch_samples: N, or a pointer to it.
         max_lag to warmup_samples: float64, as integers of the same bits.
     """
@@ -257,21 +257,21 @@ def absorb_sums(
     offset = sums / tl.where(n > 0, n, 1)
     mean = _float64(batch.shift, c, exists) + offset
     squares = _not_negative(_float64(batch.sqrs, c, exists) - sums * offset)
-    if ABSORBS:
+    if UPDATES:
         a = _float64(given_weight, c, exists)
-        of_state = _absorb(mean, squares, n, a, samples, state, floor, few, c, exists, WHOLE_BATCHES, RUNNING)
+        of_state = _absorb(mean, squares, n, a, samples, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE)
         if tl.program_id(0) == 0:
             tracked = tl.load(state.num_batches_tracked)
             tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
-    elif RUNNING:
+    elif BY_STATE:
         of_state = _recalled(state, c, exists)
     dtype = state.shift.dtype.element_ty
     if noise is not None:
         results = _running_coefficients(
             of_state, mean, squares, n, samples, noise, _number(max_lag), _number(lag_noise), _number(trust_noise),
-            _number(window), c, exists, dtype, ABSORBS,
+            _number(window), c, exists, dtype, UPDATES,
         )  # fmt: skip
-    elif RUNNING:
+    elif BY_STATE:
         results = _exact_coefficients(of_state, floor, few, dtype)
     else:
         results = (mean, squares / tl.where(n > 0, n, 1))
@@ -280,7 +280,7 @@ def absorb_sums(
 
 
 @triton.jit(do_not_specialize=["channels"])
-def absorb_gradient_sums(
+def update_gradient_by_sums(
     gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, count, m0, m1, channels, BC: tl.constexpr
 ):  # fmt: skip
     """Absorb the sums of a backward pass that came from elsewhere, all (C,); writes G0 and G1 to `m0` and `m1`."""
@@ -290,7 +290,7 @@ def absorb_gradient_sums(
     rstd, trust = _float64(rstd, c, exists), _float64(trust, c, exists)
     offset, std = _float64(offset, c, exists), _float64(batch_std, c, exists)
     n = _float64(count, c, exists)
-    first, second = _absorb_gradient(gradient, first, second, rstd, trust, offset, std, n, c, exists)
+    first, second = _update_gradient(gradient, first, second, rstd, trust, offset, std, n, c, exists)
     tl.store(m0 + c, first.to(m0.dtype.element_ty), mask=exists)
     tl.store(m1 + c, second.to(m1.dtype.element_ty), mask=exists)
 
@@ -500,7 +500,7 @@ def _expm1(u):
 @triton.jit
 def _absorb(
     mean, squares, n, a, batch_samples, state, floor, few, c, exists,
-    WHOLE_BATCHES: tl.constexpr, RUNNING: tl.constexpr,
+    WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr,
 ):  # fmt: skip
     """`update._absorb` and what sets the running statistics, of a batch with weight a.
 
@@ -553,7 +553,7 @@ def _absorb(
     divisor = _at_least(count, TINY)
     offset = sums / divisor
     of_state = _not_negative(sqrs / divisor - offset * offset)
-    if RUNNING:
+    if BY_STATE:
         of_state = tl.where((of_state < floor) & (samples < few), floor, of_state)
     else:
         # Bessel's correction for weighted elements, see statistics.unbiased.
@@ -600,7 +600,7 @@ def _exact_coefficients(of_state, floor, few, dtype: tl.constexpr):
 @triton.jit
 def _running_coefficients(
     of_state, batch_mean, squares, n, batch_samples, noise, max_lag, lag_noise, trust_noise, window, c, exists,
-    dtype: tl.constexpr, ABSORBS: tl.constexpr,
+    dtype: tl.constexpr, UPDATES: tl.constexpr,
 ):  # fmt: skip
     """mean, var, trust, offset, batch_std as in `update.RunningCoefficients`, float64; see `law`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
@@ -608,7 +608,7 @@ def _running_coefficients(
     ignored = gain == 0
     batch_var = squares / tl.where(n > 0, n, 1)
     measured = _float64(noise.noise, c, exists)
-    if ABSORBS:
+    if UPDATES:
         steps = _float64(noise.noise_steps, c, exists)
         difference = batch_mean - _float64(noise.last_mean, c, exists)
         observed = 0.5 * difference * difference / _at_least(tl.where(batch_var > var, batch_var, var), TINY)
@@ -639,8 +639,8 @@ def _running_coefficients(
 
 
 @triton.jit
-def _absorb_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, n, c, exists):
-    """`update.absorb_gradient`: G0 and G1, (BC,), float64, times the factor of `law.bounded`."""
+def _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, n, c, exists):
+    """`update.update_gradient`: G0 and G1, (BC,), float64, times the factor of `law.bounded`."""
     dtype = gradient.sum_dy.dtype.element_ty
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     MAX: tl.constexpr = _MAX64 if dtype == tl.float64 else _MAX32
