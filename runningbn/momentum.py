@@ -10,7 +10,6 @@ A float is a constant a, ``None`` the cumulative average a = 1/t, and a rule com
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Union
 
@@ -34,7 +33,7 @@ class RuleCode(NamedTuple):
     third: float = 1.0
 
 
-class MomentumRule(ABC):
+class MomentumRule:
     """The weight a of a new batch as a function of its size and of what was seen before; the base class of all rules.
 
     A rule of one's own is a subclass with `weight`. It should be immutable, and comparable, picklable and printable, as
@@ -44,7 +43,7 @@ class MomentumRule(ABC):
         whole_batches: whether a batch as a whole weighs a, whatever its size, or each of its elements alike.
 
     Raises:
-        TypeError: for a subclass without `weight`, when it is made.
+        NotImplementedError: at the first training step, by a subclass without `weight`.
 
     Example:
         >>> import torch
@@ -62,7 +61,6 @@ class MomentumRule(ABC):
 
     whole_batches: ClassVar[bool] = False
 
-    @abstractmethod
     def weight(self, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
         """The weight a, (C,), in [0, 1].
 
@@ -71,6 +69,7 @@ class MomentumRule(ABC):
             samples: (C,), samples seen before it.
             steps: (C,), batches seen before it.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no method weight(batch, samples, steps)")
 
     def code(self) -> RuleCode | None:
         """The rule as kernels take it; None if they do not know it."""

@@ -18,6 +18,7 @@ from .momentum import Horizon, Momentum
 from .spec import Mode, StepSpec
 
 Gradient = Literal["running", "exact"]
+_MODES: dict[Gradient, Mode] = {"running": Mode.RUNNING, "exact": Mode.EXACT}
 
 
 class RunningBatchNorm(Layer):
@@ -147,7 +148,7 @@ class RunningBatchNorm(Layer):
         ranks = self._ranks()
         if not self._updates(input, ranks):
             return self._normalize_only(input, ranks, mask)
-        mode = Mode.RUNNING if self.gradient == "running" else Mode.EXACT
+        mode = _MODES[self.gradient]
         spec = StepSpec(mode, self.eps, self.momentum, self._law())
         weight, bias = self._weight_and_bias()
         state = self._layer_state(mode is Mode.RUNNING)

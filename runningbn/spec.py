@@ -15,16 +15,21 @@ from .momentum import Momentum
 
 
 class Mode(Enum):
-    """By what a training step normalises a batch, and how the gradient flows back through the statistics."""
+    """By what a training step normalises a batch, and how the gradient flows back through the statistics.
 
-    BATCH = "batch"  # by the statistics of the batch, exact gradient: PreciseBatchNorm
-    EXACT = "exact"  # by the running statistics, exact gradient
-    RUNNING = "running"  # by the running statistics, running means of the gradient sums
+    Attributes:
+        label: in the names of operators.
+        by_state: whether a batch is normalised by the running statistics, rather than its own.
+        coefficients: which of the `Coefficients` there are, in the order in which fused backends pack them into the
+            rows of one tensor.
+    """
 
-    @property
-    def by_state(self) -> bool:
-        """Whether a batch is normalised by the running statistics."""
-        return self is not Mode.BATCH
+    BATCH = "batch", False, ("mean", "rstd")  # exact gradient: PreciseBatchNorm
+    EXACT = "exact", True, ("mean", "rstd", "kappa_mean", "kappa_var")
+    RUNNING = "running", True, ("mean", "rstd", "trust", "offset", "batch_std")  # by running means of gradient sums
+
+    def __init__(self, label: str, by_state: bool, coefficients: tuple[str, ...]) -> None:
+        self.label, self.by_state, self.coefficients = label, by_state, coefficients
 
 
 class StepSpec(NamedTuple):
@@ -64,14 +69,6 @@ class Coefficients(NamedTuple):
     batch_std: Tensor | None = None
 
 
-# The coefficients of each mode, in the order in which fused backends pack them into the rows of one tensor.
-COEFFICIENTS: dict[Mode, tuple[str, ...]] = {
-    Mode.BATCH: ("mean", "rstd"),
-    Mode.EXACT: ("mean", "rstd", "kappa_mean", "kappa_var"),
-    Mode.RUNNING: ("mean", "rstd", "trust", "offset", "batch_std"),
-}
-
-
 def unpack(mode: Mode, rows: Tensor) -> Coefficients:
-    """The coefficients in the rows of a tensor, in the order of `COEFFICIENTS`."""
-    return Coefficients(**dict(zip(COEFFICIENTS[mode], rows.unbind())))
+    """The coefficients in the rows of a tensor, in the order of `Mode.coefficients`."""
+    return Coefficients(**dict(zip(mode.coefficients, rows.unbind())))

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import kernels
 from .kernels.contract import GradientSums
 from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
-from .spec import COEFFICIENTS, Coefficients, Mode, StepSpec
+from .spec import Coefficients, Mode, StepSpec
 from .statistics import Batch, GradientState, LayerState, NoiseState, State, Sums, combine, moments, nonzero, unbiased
 
 
@@ -40,9 +40,9 @@ def update(state: LayerState, batch: Batch, spec: StepSpec) -> tuple[Tensor, Coe
     """
     buffers = state.forward_buffers if spec.mode is Mode.RUNNING else state.statistics
     arguments = *buffers, *batch.sums, batch.weight, batch.samples, batch.whole, list(spec.law)
-    mean, var, *others = _call(f"update_{spec.mode.value}", batch.samples, *arguments)
+    mean, var, *others = _call(f"update_{spec.mode.label}", batch.samples, *arguments)
     values = mean, (var + spec.eps).rsqrt(), *others
-    return var, Coefficients(**dict(zip(COEFFICIENTS[spec.mode], values)))
+    return var, Coefficients(**dict(zip(spec.mode.coefficients, values)))
 
 
 def update_gradient(
@@ -232,14 +232,18 @@ _GRADIENT = ", ".join(
 )
 _GRADIENT += ", NUMBER n"
 _UPDATES: dict[str, Callable[..., Any]] = {
-    **{f"update_{mode.value}": partial(_update, mode) for mode in Mode},
+    **{f"update_{mode.label}": partial(_update, mode) for mode in Mode},
     "update_gradient": _update_gradient,
 }
 _LIBRARY = torch.library.Library("runningbn", "DEF")
 for _name, _arguments, _outputs in (
     *(
-        (f"update_{mode.value}", f"{_STATE_AND_NOISE if mode is Mode.RUNNING else _STATE}, {_BATCH}", len(names))
-        for mode, names in COEFFICIENTS.items()
+        (
+            f"update_{mode.label}",
+            f"{_STATE_AND_NOISE if mode is Mode.RUNNING else _STATE}, {_BATCH}",
+            len(mode.coefficients),
+        )
+        for mode in Mode
     ),
     ("update_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
 ):

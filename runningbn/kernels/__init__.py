@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -122,10 +122,11 @@ def fused_backward(
 
 
 def _prepared(backend: Backend, buffers: tuple[Tensor, ...]) -> Fused | None:
-    for fused_backend in FUSED.values():
-        if backend is fused_backend and (prepared := fused_backend.prepare(buffers)) is not None:
-            return Fused(fused_backend, prepared)
-    return None
+    if backend is aten:
+        return None
+    fused_backend = cast("FusedBackend", backend)
+    prepared = fused_backend.prepare(buffers)
+    return None if prepared is None else Fused(fused_backend, prepared)
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> Reduction:

@@ -90,7 +90,7 @@ class FusedBackend(Backend, Protocol):
 
     `prepare` returns the buffers of a layer as the backend takes them, or None if it cannot update them in place.
     Without `updates`, as in a recomputation, the state is taken as it is. The coefficients of a step are the rows of
-    one tensor, (R, C), in the order of `spec.COEFFICIENTS`.
+    one tensor, (R, C), in the order of `spec.Mode`.
     """
 
     def prepare(self, buffers: tuple[Tensor, ...]) -> Any | None:

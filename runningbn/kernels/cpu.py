@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from ..law import Law
 from ..momentum import GIVEN, RuleCode, rule_of
-from ..spec import COEFFICIENTS, Coefficients, Mode, StepSpec
+from ..spec import Coefficients, Mode, StepSpec
 from ..statistics import Batch, GradientState, LayerState, NoiseState, State, Sums
 from .contract import Centred, Gradients, GradientSums, Reduction
 from .cpu_library import DTYPES, Backward, Forward, library
@@ -28,26 +28,51 @@ _SUMS, _UPDATE, _APPLY = 1, 2, 4
 _CODES = {getattr(torch, name.lower()): code for code, name in enumerate(DTYPES)}
 _STATISTICS = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
 # `var` takes the place of `rstd` in what an update returns.
-_VECTORS = {mode: tuple("var" if name == "rstd" else name for name in names) for mode, names in COEFFICIENTS.items()}
+_VECTORS = {mode: tuple("var" if name == "rstd" else name for name in mode.coefficients) for mode in Mode}
 _BATCH = tuple(f"batch_{name}" for name in Sums._fields)
 _FORWARD_BUFFERS = (*State._fields, *NoiseState._fields)
 
 
+class _Layer:
+    """What is known of the buffers of a layer: looking at a dozen tensors takes longer than a small batch.
+
+    Attributes:
+        pointers: where the buffers lie.
+        buffers: they themselves.
+        call: a forward with all that stays from step to step.
+        spec: what the step was that `call` describes.
+    """
+
+    __slots__ = ("buffers", "call", "pointers", "spec")
+
+    def __init__(self, buffers: tuple[Tensor, ...], pointers: tuple[int, ...]) -> None:
+        self.pointers, self.spec = pointers, None
+        self.buffers = [weakref.ref(tensor) for tensor in buffers]
+        self.call = Forward()
+        _set(self.call, _FORWARD_BUFFERS, pointers)
+
+    spec: StepSpec | None
+
+    def forward(self, spec: StepSpec) -> Forward:
+        """A call that does this step; to be completed."""
+        call = Forward.from_buffer_copy(self.call)
+        if self.spec != spec:
+            rule = rule_of(spec.momentum)
+            _describe_update(call, spec.mode, rule.whole_batches, rule.code() or _GIVEN, spec.law)
+            call.eps = spec.eps
+            self.call, self.spec = Forward.from_buffer_copy(call), spec
+        return call
+
+
+_layers: dict[int, _Layer] = {}
+_MOST_LAYERS = 4096
+
+
 class Prepared(NamedTuple):
-    """The buffers of a layer, and where they lie."""
+    """The buffers of a layer, and what is known of them."""
 
     buffers: tuple[Tensor, ...]
-    pointers: tuple[int, ...]
-
-
-class _Known(NamedTuple):
-    pointers: tuple[int, ...]
-    buffers: list[weakref.ref[Tensor]]
-
-
-# Layers whose buffers are known; looking at a dozen tensors takes longer than a small batch.
-_known: dict[int, _Known] = {}
-_MOST_KNOWN = 4096
+    layer: _Layer
 
 
 class _Data(NamedTuple):
@@ -86,24 +111,25 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def prepare(buffers: tuple[Tensor, ...]) -> Prepared | None:
-    """The buffers of a layer, and where they lie; None if they are no memory that the library can update."""
+    """The buffers of a layer as a training step takes them; None if they are no memory that the library can update."""
     pointers = _pointers(buffers)
-    known = _known.get(id(buffers[0]))
+    layer = _layers.get(id(buffers[0]))
     # The same tensors at the same place as when they were looked at, so at least their storage is what it was.
-    if known is not None and known.pointers == pointers and all(map(is_, [ref() for ref in known.buffers], buffers)):
-        return Prepared(buffers, pointers)
+    if layer is not None and layer.pointers == pointers and all(map(is_, [ref() for ref in layer.buffers], buffers)):
+        return Prepared(buffers, layer)
     if not are_vectors(buffers):
         return None
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
-    _known[id(buffers[0])] = _Known(pointers, [weakref.ref(tensor) for tensor in buffers])
-    return Prepared(buffers, pointers)
+    if len(_layers) >= _MOST_LAYERS:
+        _layers.clear()
+    layer = _layers[id(buffers[0])] = _Layer(buffers, pointers)
+    return Prepared(buffers, layer)
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> Reduction:
     """Sums per channel about the mean as it is in `dtype`; they are taken in float64, and rounded once."""
     batch = [torch.empty(x.shape[1], dtype=dtype) for _ in _BATCH]
-    call = _forward(_laid_out(x), _SUMS)
+    call, data = Forward(), _laid_out(x)
+    _set_data(call, data, _SUMS, data.x.data_ptr())
     _set(call, _BATCH, _pointers(batch))
     library().forward(call)
     return Reduction(Sums(*batch))
@@ -161,20 +187,18 @@ def training_forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and the coefficients as the rows of one tensor. Without `updates`, the state is taken as it is."""
     data, mode = _laid_out(x), spec.mode
-    y, names = torch.empty_like(data.x), COEFFICIENTS[mode]
-    rows = torch.empty((len(names), data.channels), dtype=_STATISTICS[x.dtype])
+    y = torch.empty_like(data.x)
+    rows = torch.empty((len(mode.coefficients), data.channels), dtype=_STATISTICS[x.dtype])
     stages = _APPLY
     if updates or mode is not Mode.EXACT:
         stages |= _SUMS
     if updates or mode.by_state:
         stages |= _UPDATE
     weight, bias = _vector_or_none(weight, x), _vector_or_none(bias, x)
-    call = _mapping(data, stages, y, weight, bias, spec.eps)
-    _set(call, names, _rows(rows))
-    rule = rule_of(spec.momentum)
-    _describe_update(call, mode, rule.whole_batches, rule.code() or _GIVEN, spec.law, updates)
-    call.batch_samples = len(x)
-    _set(call, _FORWARD_BUFFERS, prepared.pointers)
+    call = prepared.layer.forward(spec)
+    _set_data(call, data, stages, data.x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias))
+    _set_rows(call, mode.coefficients, rows)
+    call.updates, call.batch_samples = updates, len(x)
     if updates:
         _note_change(prepared.buffers)
     library().forward(call)
@@ -189,11 +213,11 @@ def training_backward(
     result = _Result.of(dy, data, _SUMS | _APPLY if needs_dx else _SUMS, rows.dtype)
     weight = _vector_or_none(weight, x)
     call = result.call(data, weight)
-    _set(call, COEFFICIENTS[mode], _rows(rows))
+    _set_rows(call, mode.coefficients, rows)
     if prepared is not None:
         _note_change(prepared.buffers)
         call.stages |= _UPDATE
-        _set(call, GradientState._fields, prepared.pointers)
+        _set(call, GradientState._fields, prepared.layer.pointers)
     library().backward(call)
     return result.gradients
 
@@ -207,8 +231,8 @@ def update(mode: Mode, state: LayerState, batch: Batch, law: Law, updates: bool)
     call = Forward(dtype=_CODES[like.dtype], stages=_UPDATE, threads=1, rows=1, outer=1, channels=len(like), inner=1)
     _set(call, _BATCH, _pointers(sums))
     _set(call, _VECTORS[mode], _pointers(out))
-    _describe_update(call, mode, batch.whole, _GIVEN, law, updates)
-    call.batch_weight, call.batch_samples = weight.data_ptr(), float(batch.samples)
+    _describe_update(call, mode, batch.whole, _GIVEN, law)
+    call.updates, call.batch_weight, call.batch_samples = updates, weight.data_ptr(), float(batch.samples)
     buffers = state.forward_buffers
     _set(call, _FORWARD_BUFFERS, _pointers(buffers))
     if updates:
@@ -241,22 +265,23 @@ def update_gradient(
 _GIVEN = RuleCode(GIVEN)
 
 
-def _describe_update(call: Forward, mode: Mode, whole: bool, code: RuleCode, law: Law, updates: bool) -> None:
-    call.by_state, call.updates, call.whole_batches = mode.by_state, updates, whole
+def _describe_update(call: Forward, mode: Mode, whole: bool, code: RuleCode, law: Law) -> None:
+    call.by_state, call.whole_batches = mode.by_state, whole
     call.rule, call.rule_first, call.rule_second, call.rule_third = code
     _set(call, Law._fields, law)
 
 
-def _forward(data: _Data, stages: int) -> Forward:
-    call = Forward(_CODES[data.x.dtype], stages, torch.get_num_threads(), *data[1:])
-    call.x = data.x.data_ptr()
-    return call
+def _set_data(call: Forward | Backward, data: _Data, stages: int, *pointers: int) -> None:
+    """Set the fields up to `inner`, and those of the pointers that come next."""
+    x, rows, outer, channels, inner = data
+    call.set_first(_CODES[x.dtype], stages, torch.get_num_threads(), rows, outer, channels, inner, *pointers)
 
 
 def _mapping(data: _Data, stages: int, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Forward:
     """A call with an output. The caller keeps the vectors."""
-    call = _forward(data, stages)
-    call.y, call.weight, call.bias, call.eps = y.data_ptr(), _pointer(weight), _pointer(bias), eps
+    call = Forward()
+    _set_data(call, data, stages, data.x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias))
+    call.eps = eps
     return call
 
 
@@ -281,10 +306,9 @@ class _Result(NamedTuple):
         return cls(_like(dy, data.x), stages, Gradients(dx, *sums))
 
     def call(self, data: _Data, weight: Tensor | None) -> Backward:
-        call = Backward(_CODES[data.x.dtype], self.stages, torch.get_num_threads(), *data[1:])
-        dx, sum_dy, sum_dy_xhat = self.gradients
-        call.dy, call.x, call.dx = self.dy.data_ptr(), data.x.data_ptr(), _pointer(dx)
-        call.weight = _pointer(weight)
+        call, (dx, sum_dy, sum_dy_xhat) = Backward(), self.gradients
+        pointers = self.dy.data_ptr(), data.x.data_ptr(), _pointer(dx), _pointer(weight)
+        _set_data(call, data, self.stages, *pointers)
         call.batch_sum_dy, call.batch_sum_dy_xhat = sum_dy.data_ptr(), sum_dy_xhat.data_ptr()
         return call
 
@@ -344,11 +368,12 @@ def _set(call: Forward | Backward, names: Iterable[str], values: Iterable[float]
         setattr(call, name, value)
 
 
-def _rows(rows: Tensor) -> range:
-    """The addresses of the rows of a contiguous tensor."""
-    size = rows.shape[1] * rows.element_size()
-    first = rows.data_ptr()
-    return range(first, first + len(rows) * size, size) if size else range(0)
+def _set_rows(call: Forward | Backward, names: tuple[str, ...], rows: Tensor) -> None:
+    """Set the fields of these names to the rows of a contiguous tensor."""
+    pointer, size = rows.data_ptr(), rows.shape[1] * rows.element_size()
+    for name in names:
+        setattr(call, name, pointer)
+        pointer += size
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from ..law import Law
 from ..momentum import rule_of
-from ..spec import COEFFICIENTS, Coefficients, Mode, StepSpec
+from ..spec import Coefficients, Mode, StepSpec
 from ..statistics import Batch, GradientState, LayerState, NoiseState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 from .contract import Gradients, GradientSums
@@ -150,7 +150,7 @@ def training_forward(
     statistics, measured = State(*prepared[: len(State._fields)]), prepared[len(State._fields) :]
     noise = NoiseState(*measured) if measured else None
     dtype = statistics.shift.dtype
-    rows = x.new_empty((len(COEFFICIENTS[spec.mode]), channels), dtype=dtype)
+    rows = x.new_empty((len(spec.mode.coefficients), channels), dtype=dtype)
     scratch = x.new_empty((3 * splits + 3, channels), dtype=dtype)
     weight, bias = _vector(weight), _vector(bias)
     rule = rule_of(spec.momentum)
@@ -201,7 +201,7 @@ def update(mode: Mode, state: LayerState, batch: Batch, law: Law, updates: bool)
     statistics, noise = state.statistics, state.noise
     mean = statistics.running_mean
     sums = Sums(*(part.expand_as(mean).contiguous() for part in batch.sums))
-    out = tuple([torch.empty_like(mean) for _ in COEFFICIENTS[mode]])
+    out = tuple([torch.empty_like(mean) for _ in mode.coefficients])
     with _on(mean.device):
         _kernels().update_by_sums[(_vectors(len(mean)),)](
             sums, batch.weight.contiguous(), statistics, noise, out, batch.samples, len(mean), *map(_bits, law),
