@@ -66,9 +66,7 @@ class FusedStep(Function):
         return (*found, None, None, None)
 
 
-def _fused_gradients(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor
-) -> tuple[Tensor | None, ...]:
+def _fused_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor) -> tuple[Tensor | None, ...]:
     needs_dx, state = ctx.needs_input_grad[0], ctx.gradient
     supported, prepared = kernels.fused_backward(ctx.backend, dy, x, rows, state)
     if supported:

@@ -202,7 +202,10 @@ def check_momentum(momentum: Momentum) -> None:
     if momentum is None or isinstance(momentum, MomentumRule):
         return
     if isinstance(momentum, bool) or not isinstance(momentum, (float, int)):
-        raise TypeError(f"momentum: expected a float, None or a rule (Horizon, SquareRoot or another MomentumRule), got {momentum!r}")
+        raise TypeError(
+            "momentum: expected a float, None or a rule (Horizon, SquareRoot or another MomentumRule), "
+            f"got {momentum!r}"
+        )
     _check_unit_interval(momentum, "momentum: expected a weight in [0, 1]")
 
 

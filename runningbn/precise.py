@@ -16,7 +16,7 @@ class PreciseBatchNorm(Layer):
     """What the three layers below share; only their input shapes differ."""
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise (N, C, *): in training by the batch, which enters the state, in evaluation by the pooled statistics.
+        """Normalise (N, C, *): in training by the batch, which enters the state, else by the pooled statistics.
 
         `mask`, (N, *), is True where the input is real.
         """

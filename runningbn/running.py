@@ -32,9 +32,9 @@ class RunningBatchNorm(Layer):
 
     In training the batch enters the state first, and then is normalised by the state; evaluation is the same formula
     without the update. So the two use the same statistics, bit for bit, unless a `max_lag` is set. Before any training
-    the layer evaluates as ``nn.BatchNorm`` does (mean 0, variance 1). The variance is biased, in `running_var` too: it is what the layer
-    normalises by. While fewer than 20 samples have been seen, the current batch included, it is at least 0.01, unless
-    the statistics were taken over from elsewhere.
+    the layer evaluates as ``nn.BatchNorm`` does (mean 0, variance 1). The variance is biased, in `running_var` too: it
+    is what the layer normalises by. While fewer than 20 samples have been seen, the current batch included, it is at
+    least 0.01, unless the statistics were taken over from elsewhere.
 
     With dy = dL/dy, z = (x − m)·rstd and n elements per channel in the batch, `gradient` says what flows back through
     the statistics:
@@ -95,8 +95,9 @@ class RunningBatchNorm(Layer):
     all processes when it is loaded; `copy.deepcopy` keeps the group.
 
     While a backward pass is running, as in a recomputation under activation checkpointing, the state is not updated:
-    the recomputation takes the statistics of the last forward. So each checkpointed forward of the layer has to be followed
-    by its backward; with several in flight, recomputed activations are normalised by the statistics of the last one.
+    the recomputation takes the statistics of the last forward. So each checkpointed forward of the layer has to be
+    followed by its backward; with several in flight, recomputed activations are normalised by the statistics of the
+    last one.
 
     Source: fastai course 2019, part 2, lesson 10 (RunningBatchNorm); the running gradient is related to MABN, Yan et
     al., ICLR 2020.

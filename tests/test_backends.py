@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from runningbn import RunningBatchNorm, kernels
 from runningbn.__main__ import main
-from runningbn.kernels import BACKENDS, aten, backend_for, cpu, use_backend
+from runningbn.kernels import BACKENDS, aten, backend_for, cpu, cpu_library, use_backend
+from runningbn.kernels.cpu_library import library
 
 CHOICES = f"expected one of {', '.join(map(repr, BACKENDS))}, got 'fast'"
 needs_c = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"the C backend: {cpu.unavailable()}")
@@ -30,9 +32,9 @@ def _nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def looked_for_anew() -> Iterator[None]:
     """The library is looked for in this test, and again after it."""
-    cpu._library.cache_clear()
+    library.cache_clear()
     yield
-    cpu._library.cache_clear()
+    library.cache_clear()
 
 
 def plain() -> Tensor:
@@ -99,7 +101,7 @@ def test_a_layer_says_what_a_forced_backend_cannot_take():
 
 
 def test_without_the_library_torch_takes_all(monkeypatch, looked_for_anew):
-    monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".missing"])
+    monkeypatch.setattr(cpu_library, "EXTENSION_SUFFIXES", [".missing"])
     assert backend_for(plain(), torch.float32) is aten
     assert RunningBatchNorm(3)(plain()).isfinite().all()
 
@@ -163,9 +165,9 @@ def test_the_environment_is_told_the_choices():
 
 def test_import_does_not_load_the_library():
     code = (
-        "import runningbn; from runningbn.kernels import cpu; from pathlib import Path;"
+        "import runningbn; from runningbn.kernels.cpu_library import library; from pathlib import Path;"
         "maps = Path('/proc/self/maps');"
-        "print(cpu._library.cache_info().currsize, '/_cpu.' in (maps.read_text() if maps.exists() else ''))"
+        "print(library.cache_info().currsize, '/_cpu.' in (maps.read_text() if maps.exists() else ''))"
     )
     done = run(code)
     assert done.stdout.split() == ["0", "False"], done.stderr
@@ -174,38 +176,44 @@ def test_import_does_not_load_the_library():
 @pytest.mark.usefixtures("looked_for_anew")
 class TestReasons:
     def test_a_library_that_was_not_built(self, monkeypatch):
-        monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".missing"])
+        monkeypatch.setattr(cpu_library, "EXTENSION_SUFFIXES", [".missing"])
         assert "C compiler" in cpu.unavailable()
         assert cpu.version() == ""
         with pytest.raises(RuntimeError, match=r"'cpu' cannot serve here: .* C compiler"), use_backend("cpu"):
             pass
 
     @needs_c
-    @pytest.mark.parametrize("name", list(cpu._STRUCTS))
-    def test_a_library_from_other_sources(self, monkeypatch, name):
-        monkeypatch.setattr(cpu, "_STRUCTS", {**cpu._STRUCTS, name: cpu._STRUCTS[name] + 8})
+    @pytest.mark.parametrize(
+        "change", [("P:sums P:sqrs", "P:sqrs P:sums"), ("HORIZON", "HORIZONS"), ("R:eps", "P:eps")]
+    )
+    def test_a_library_from_other_sources(self, monkeypatch, change):
+        assert change[0] in cpu_library._INTERFACE
+        monkeypatch.setattr(cpu_library, "_INTERFACE", cpu_library._INTERFACE.replace(*change))
         assert "install runningbn again" in cpu.unavailable()
 
     @needs_c
-    def test_a_library_without_its_marks(self, monkeypatch):
-        monkeypatch.setattr(cpu, "_STRUCTS", {**cpu._STRUCTS, "no_such_mark": 0})
-        assert "cannot be loaded" in cpu.unavailable()
+    def test_a_library_that_does_not_tell_its_interface(self, monkeypatch):
+        loaded = ctypes.CDLL
+        monkeypatch.setattr(
+            cpu_library.ctypes, "CDLL", lambda path: SimpleNamespace() if "_cpu." in path else loaded(path)
+        )
+        assert "install runningbn again" in cpu.unavailable()
 
     @needs_c
     def test_a_file_that_is_no_library(self, monkeypatch, tmp_path):
         (tmp_path / "_cpu.broken").write_text("not a library")
-        monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".broken"])
-        monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+        monkeypatch.setattr(cpu_library, "EXTENSION_SUFFIXES", [".broken"])
+        monkeypatch.setattr(cpu_library, "__file__", str(tmp_path / "cpu_library.py"))
         assert "_cpu.broken cannot be loaded" in cpu.unavailable()
 
     @needs_c
     def test_a_torch_without_its_loop(self, monkeypatch):
-        monkeypatch.setattr(cpu.ctypes, "CDLL", lambda path: SimpleNamespace())
+        monkeypatch.setattr(cpu_library.ctypes, "CDLL", lambda path: SimpleNamespace())
         assert f"torch {torch.__version__} has no torch_parallel_for" in cpu.unavailable()
 
     @needs_c
     def test_a_torch_whose_library_is_elsewhere(self, monkeypatch):
-        monkeypatch.setattr(cpu, "_TORCH_LIBRARY", {sys.platform: "libmissing.so"})
+        monkeypatch.setattr(cpu_library, "_TORCH_LIBRARY", {sys.platform: "libmissing.so"})
         assert "has no torch_parallel_for" in cpu.unavailable()
 
 

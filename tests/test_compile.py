@@ -136,13 +136,13 @@ def arguments(name: str, channels: int = 3) -> list[torch.Tensor]:
     """A state that has seen something, as an operator takes it, and the sums of a batch of 10 elements."""
     layer = RunningBatchNorm(channels)
     layer(noise((6, channels), 1))
-    fields = (*State._fields, *NoiseState._fields) if name == "absorb_running" else State._fields
+    fields = (*State._fields, *NoiseState._fields) if name == "update_running" else State._fields
     sqrs, count = noise((channels,), 3).square(), torch.full((channels,), 10.0)
     batch = [noise((channels,), 2), torch.zeros(channels), sqrs, count]
     return [*(getattr(layer, field).clone() for field in fields), *batch]
 
 
-@pytest.mark.parametrize("name", ["absorb_exact", "absorb_running", "absorb_precise"])
+@pytest.mark.parametrize("name", ["update_exact", "update_running", "update_batch"])
 @pytest.mark.parametrize("whole_batches", [True, False])
 def test_the_updates_are_sound_operators(name, whole_batches):
     operator = getattr(torch.ops.runningbn, name).default
@@ -155,5 +155,5 @@ def test_the_update_of_the_gradient_is_a_sound_operator():
     batch = [noise((3,), 10 + seed) for seed in range(2)]
     rstd, trust, offset, batch_std = (torch.full((3,), value) for value in (1.5, 0.3, 0.1, 0.8))
     torch.library.opcheck(
-        torch.ops.runningbn.absorb_gradient.default, (*state, *batch, rstd, trust, offset, batch_std, 10)
+        torch.ops.runningbn.update_gradient.default, (*state, *batch, rstd, trust, offset, batch_std, 10)
     )

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,23 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, functional, kernels
 from runningbn.kernels import cpu, use_backend
+from runningbn.kernels.contract import GradientSums
+from runningbn.kernels.cpu_library import _TORCH_LIBRARY, library
 from runningbn.law import Law
-from runningbn.momentum import batch_weight, weighs_whole_batches
-from runningbn.statistics import GradientState, NoiseState, State, Sums, TrainingState, moments
-from runningbn.update import (
-    Coefficients,
-    RunningCoefficients,
-    absorb_exact,
-    absorb_gradient,
-    absorb_precise,
-    absorb_running,
-)
+from runningbn.momentum import Momentum, rule_of
+from runningbn.spec import Coefficients, Mode, StepSpec
+from runningbn.statistics import Batch, GradientState, LayerState, NoiseState, State, Sums, moments
+from runningbn.update import update, update_gradient
 
 if cpu.unavailable() is not None:
     pytest.skip(f"the C backend cannot serve here: {cpu.unavailable()}", allow_module_level=True)
 
 EPS, LAW = 1e-5, Law(max_lag=0.05)
-MODES = ("running gradient", "exact gradient", "precise")
+MODES = {"running gradient": Mode.RUNNING, "exact gradient": Mode.EXACT, "precise": Mode.BATCH}
 # For a thread of its own a share of 2**15 elements is needed, so the large ones are what threads cut.
 ROWS = ((1, 5), (7, 1), (2, 1), (33, 37), (64, 65), (401, 260), (40_001, 3), (1_100, 65), (3_000, 37))
 PLANES = (
@@ -64,15 +61,15 @@ def _threads() -> Iterator[None]:
 @contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """The C library held to an instruction set."""
-    library, _, usual = cpu._library()
-    torch_library = Path(torch.__file__).parent / "lib" / cpu._TORCH_LIBRARY.get(cpu.sys.platform, "libtorch_cpu.so")
+    loaded, usual = library().handle, library().instruction_set
+    torch_library = Path(torch.__file__).parent / "lib" / _TORCH_LIBRARY.get(sys.platform, "libtorch_cpu.so")
     parallel_for = ctypes.CDLL(str(torch_library)).torch_parallel_for
     try:
-        if library.runningbn_initialize(parallel_for, name.encode()) != name.encode():
+        if loaded.runningbn_initialize(parallel_for, name.encode()) != name.encode():
             pytest.skip(f"this machine has no {name}")
         yield
     finally:
-        assert library.runningbn_initialize(parallel_for, usual.encode()) == usual.encode()
+        assert loaded.runningbn_initialize(parallel_for, usual.encode()) == usual.encode()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -146,14 +143,26 @@ def assert_same_noise(actual: NoiseState, expected: NoiseState, roundings: float
 # ------------------------------------------------------------------------------------------------- the update by itself
 
 
-Absorb = Callable[..., "Coefficients | RunningCoefficients"]
-# By state, noise, batch, weight, samples and whether batches count as a whole.
-UPDATES: dict[str, Absorb] = {
-    "precise": lambda state, noise, *others: absorb_precise(state, *others, LAW),
-    "exact": lambda state, noise, *others: absorb_exact(state, *others, LAW),
-    "running without a limit": lambda *everything: absorb_running(*everything, LAW._replace(max_lag=float("inf"))),
-    "running": lambda *everything: absorb_running(*everything, LAW),
+UPDATES = {
+    "precise": (Mode.BATCH, LAW),
+    "exact": (Mode.EXACT, LAW),
+    "running without a limit": (Mode.RUNNING, LAW._replace(max_lag=float("inf"))),
+    "running": (Mode.RUNNING, LAW),
 }
+
+
+def update_by(kind: str, state: State, measured: NoiseState, batch: Batch) -> tuple[Tensor, Coefficients]:
+    mode, law = UPDATES[kind]
+    return update(LayerState(state, measured if mode is Mode.RUNNING else None), batch, StepSpec(mode, EPS, 0.1, law))
+
+
+def weighed(momentum: Momentum, sums: Sums, samples: int | Tensor, size: int, state: State, **others: bool) -> Batch:
+    """A batch as a step of this momentum has it."""
+    rule = rule_of(momentum)
+    weight = rule.weight(size, state.samples, state.steps)
+    return Batch(sums, samples, weight, others.get("whole", rule.whole_batches))
+
+
 each_update = pytest.mark.parametrize("kind", UPDATES)
 
 
@@ -167,24 +176,25 @@ def test_the_update_is_that_of_torch(momentum, dtype, start, kind, whole_batches
     states = {name: (start(channels, dtype), quiet_state(channels, dtype)) for name in ("cpu", "aten")}
     for step, size in enumerate(RAGGED):
         x = data((size, channels, 7), dtype, step) * 3**step + step  # so that variances lag
-        batch, _ = kernels.batch_sums(x, dtype)
+        batch = kernels.batch_sums(x, dtype).sums
         found = {}
         for name, (state, noise_) in states.items():
-            weight = batch_weight(momentum, size, state.samples, state.steps)
             samples = size if step % 2 else torch.tensor(size, dtype=dtype)  # as of one process, as of a pool
+            entering = weighed(momentum, batch, samples, size, state, whole=whole_batches)
             with use_backend(name):
-                found[name] = UPDATES[kind](state, noise_, batch, weight, samples, whole_batches)
+                found[name] = update_by(kind, state, noise_, entering)
         # The torch side rounds some ten times a batch, and each leaves its trace until it decays.
         roundings = 16 * (step + 1)
         (state, measured), (expected_state, expected_noise) = states["cpu"], states["aten"]
         assert_same_state(state, expected_state, roundings)
         assert_same_noise(measured, expected_noise, roundings, 4)
         scale = max(t.abs().max().item() for t in moments(Sums(*expected_state[:4]))) + moments(batch)[1].max().item()
-        for part, expected in zip(found["cpu"][:2], found["aten"][:2]):
-            assert_near(part, expected, roundings, scale)
-        for field, part in list(found["cpu"]._asdict().items())[2:]:
-            expected = getattr(found["aten"], field)
-            if kind == "precise":
+        (var, coefficients), (expected_var, expected_coefficients) = found["cpu"], found["aten"]
+        assert_near(var, expected_var, roundings, scale)
+        assert_near(coefficients.mean, expected_coefficients.mean, roundings, scale)
+        for field in Coefficients._fields[2:]:
+            part, expected = getattr(coefficients, field), getattr(expected_coefficients, field)
+            if field not in UPDATES[kind][0].coefficients:
                 assert part is expected is None
             elif field == "trust":  # by its derivative, how far roundings of R count
                 assert_near(part, expected, roundings * LAW.trust_noise, 4)
@@ -197,11 +207,10 @@ def test_the_update_is_that_of_torch(momentum, dtype, start, kind, whole_batches
 @each_dtype(torch.float32, torch.float64)
 @each_rule()
 def test_what_is_not_finite_leaves_a_channel_bit_for_bit_as_it_was(momentum, dtype, kind, poison):
-    absorb, state, measured = UPDATES[kind], seeded_state(4, dtype), noise_state(4, dtype)
-    batch, _ = kernels.batch_sums(data((8, 4, 3), dtype), dtype)
+    state, measured = seeded_state(4, dtype), noise_state(4, dtype)
+    batch = kernels.batch_sums(data((8, 4, 3), dtype), dtype).sums
     with use_backend("cpu"):
-        weight = batch_weight(momentum, 8, state.samples, state.steps)
-        absorb(state, measured, batch, weight, 8, weighs_whole_batches(momentum))
+        update_by(kind, state, measured, weighed(momentum, batch, 8, 8, state))
         before = State(*(t.clone() for t in state))
         noise_before = NoiseState(*(t.clone() for t in measured))
         bad = Sums(*(t.clone() for t in batch))
@@ -209,8 +218,7 @@ def test_what_is_not_finite_leaves_a_channel_bit_for_bit_as_it_was(momentum, dty
             bad.shift[2] = torch.finfo(dtype).max ** 0.5
         else:
             bad.sqrs[2] = poison
-        weight = batch_weight(momentum, 8, state.samples, state.steps)
-        found = absorb(state, measured, bad, weight, 8, weighs_whole_batches(momentum))
+        var, found = update_by(kind, state, measured, weighed(momentum, bad, 8, 8, state))
     for name, old, new in zip(State._fields, before, state):
         if name not in ("num_batches_tracked", "last_keep", "last_gain"):
             assert old[2] == new[2], name
@@ -219,13 +227,13 @@ def test_what_is_not_finite_leaves_a_channel_bit_for_bit_as_it_was(momentum, dty
     assert (state.steps - before.steps).tolist() == [1, 1, 0, 1]
     if kind != "precise":
         assert found.mean[2] == before.running_mean[2]
-        assert found.var[2] == before.running_var[2]
+        assert var[2] == before.running_var[2]
         # The coefficients of its backward; a batch in which another channel is bad is compared with as any other.
-        assert all(part[2] == 0 for part in found[2:])
+        assert all(part[2] == 0 for part in found[2:] if part is not None)
     for old, new in zip(noise_before, measured):
         assert old[2] == new[2]
-    absorbed = [0, 0, 0, 0] if kind in ("precise", "exact") else [1, 1, 0, 1]
-    assert (measured.noise_steps - noise_before.noise_steps).tolist() == absorbed
+    measurements = [0, 0, 0, 0] if kind in ("precise", "exact") else [1, 1, 0, 1]
+    assert (measured.noise_steps - noise_before.noise_steps).tolist() == measurements
 
 
 @each_dtype(torch.float32, torch.float64)
@@ -234,7 +242,8 @@ def test_a_batch_without_samples_is_not_counted(dtype):
     before = [t.clone() for t in (*state, *measured)]
     with use_backend("cpu"):
         zero = torch.zeros(3, dtype=dtype)
-        absorb_running(state, measured, Sums(zero, zero, zero, zero), zero, torch.tensor(0.0, dtype=dtype), True, LAW)
+        nothing = Batch(Sums(zero, zero, zero, zero), torch.tensor(0.0, dtype=dtype), zero, True)
+        update_by("running", state, measured, nothing)
     for name, old, new in zip((*State._fields, *NoiseState._fields), before, (*state, *measured)):
         if name not in ("steps", "last_keep"):
             assert torch.equal(old, new), name
@@ -256,11 +265,11 @@ def test_the_gradient_update_is_that_of_torch(dtype):
         sums[step % 2][2] = [float("nan"), float("inf"), 1.0][step % 3]
         before = [part.clone() for part in states["cpu"]]
         number = n if step % 2 else torch.full((channels,), float(n), dtype=dtype)
-        fixed = RunningCoefficients(torch.zeros_like(rstd), rstd, trust, offset, batch_std)
+        coefficients = Coefficients(rstd, rstd, trust=trust, offset=offset, batch_std=batch_std)
         found = {}
         for name, state in states.items():
             with use_backend(name):
-                found[name] = absorb_gradient(state, (sums[0], sums[1]), rstd, fixed, number)
+                found[name] = update_gradient(state, GradientSums(*sums), coefficients, number)
         ignored = ([2] if step % 3 < 2 else []) + ([4] if step else [])
         for old, new in zip(before, states["cpu"]):
             assert torch.equal(old[ignored], new[ignored])
@@ -281,13 +290,14 @@ def test_the_gradient_update_is_that_of_torch(dtype):
 def test_the_weight_of_a_batch_is_that_of_the_rule(momentum, dtype):
     state, weights = empty_state(2, dtype), []
     for step, size in enumerate((*RAGGED, 1_000, 3, 3)):
-        expected = batch_weight(momentum, size, state.samples.double(), state.steps.double())
+        rule = rule_of(momentum)
+        expected = rule.weight(size, state.samples.double(), state.steps.double())
         x = data((size, 2), dtype, step)
-        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), momentum, True, True, LAW)
+        cpu.training_forward(x, None, None, cpu.prepare(state), StepSpec(Mode.EXACT, EPS, momentum), True)
         # 1 − a is rounded once where it is stored, and again in the subtraction here.
         assert_near(1 - state.last_keep, expected, 2, scale=1)
         weights.append(expected[0].item())
-        if not weighs_whole_batches(momentum):
+        if not rule.whole_batches:
             assert_near(state.last_gain, expected, 1, scale=1)
     assert state.steps.eq(len(weights)).all()
 
@@ -314,11 +324,10 @@ def started(channels: int, dtype: torch.dtype) -> tuple[State, NoiseState, Gradi
     """Buffers that are not as they were made; in some channels limits to the lag and to what is subtracted bind."""
     state, gradient = empty_state(channels, torch.float64), gradient_state(channels, torch.float64)
     with use_backend("aten"):
-        batch, _ = kernels.batch_sums(data((5, channels, 4), torch.float64, 3), torch.float64)
-        measured = noise_state(channels, torch.float64)
-        fixed = absorb_running(state, measured, batch, torch.full((channels,), 0.4).double(), 5, False, LAW)
-        first, second = (data((2, channels), torch.float64, 4) * 5).unbind()
-        absorb_gradient(gradient, (first, second), (fixed.var + EPS).rsqrt(), fixed, 20)
+        sums = kernels.batch_sums(data((5, channels, 4), torch.float64, 3), torch.float64).sums
+        measured, weight = noise_state(channels, torch.float64), torch.full((channels,), 0.4).double()
+        _, coefficients = update_by("running", state, measured, Batch(sums, 5, weight, False))
+        update_gradient(gradient, GradientSums(*data((2, channels), torch.float64, 4) * 5), coefficients, 20)
     # Rounded to float32, whatever the dtype: all start from the same.
     parts = ((State, state), (NoiseState, quiet_state(channels, torch.float64)), (GradientState, gradient))
     state, measured, gradient = (of(*converted(converted(part, torch.float32), dtype)) for of, part in parts)
@@ -333,11 +342,9 @@ def train(
     x = x.detach().requires_grad_()
     weight, bias = (None if t is None else t.detach().to(dtype).requires_grad_() for t in (weight, bias))
     with use_backend(backend):
-        if mode == "precise":
-            y = functional.precise(x, weight, bias, EPS, state, Horizon(), None, None, LAW)
-        else:
-            training = TrainingState(measured, gradient) if mode == "running gradient" else None
-            y = functional.running(x, weight, bias, EPS, state, training, Horizon(), None, None, LAW)
+        spec = StepSpec(MODES[mode], EPS, Horizon(), LAW)
+        buffers = LayerState(state, measured, gradient) if mode == "running gradient" else LayerState(state)
+        y = functional.training_step(x, weight, bias, spec, buffers)
         wanted = [t for t in (x, weight, bias) if t is not None]
         found = iter(torch.autograd.grad(y, wanted, dy))
         none = torch.zeros(x.shape[1], dtype=dtype)
@@ -417,31 +424,31 @@ def test_weight_and_bias_may_be_absent(mode, dtype, shape, given):
 @pytest.mark.parametrize("shape", [(33, 37), (3, 5, 7, 7), (2, 2, 300, 400), (3_000, 37)])
 @each_dtype(*DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_forward_that_does_not_absorb_repeats_the_last_and_touches_no_buffer(mode, dtype, shape):
+def test_a_forward_without_an_update_repeats_the_last_and_touches_no_buffer(mode, dtype, shape):
     x, (weight, bias) = data(shape, dtype), affine(shape[1], wide(dtype))
     state, measured, _ = started(shape[1], wide(dtype))
     buffers = (*state, *measured) if mode == "running gradient" else tuple(state)
     torch.set_num_threads(2)
-    arguments = x, weight, bias, EPS, cpu.prepared(buffers), Horizon(), mode != "precise"
-    first = cpu.training_forward(*arguments, True, LAW)
+    arguments = x, weight, bias, cpu.prepare(buffers), StepSpec(MODES[mode], EPS, Horizon(), LAW)
+    first = cpu.training_forward(*arguments, True)
     before = [t.clone() for t in buffers]
-    second = cpu.training_forward(*arguments, False, LAW)
+    second = cpu.training_forward(*arguments, False)
     assert_identical(dict(enumerate(second)), dict(enumerate(first)))
     assert_identical(dict(enumerate(buffers)), dict(enumerate(before)))
 
 
 @each_update
 @each_dtype(torch.float32, torch.float64)
-def test_an_update_that_does_not_absorb_repeats_the_last_and_touches_no_buffer(dtype, kind):
+def test_an_update_in_a_recomputation_repeats_the_last_and_touches_no_buffer(dtype, kind):
     """By sums that came from elsewhere, as a recomputation of a pooled batch does."""
     state, measured, _ = started(6, dtype)
-    batch, _ = kernels.batch_sums(data((7, 6, 5), dtype), dtype)
-    limits = LAW._replace(max_lag=float("inf")) if kind == "running without a limit" else LAW
-    noise_ = measured if kind.startswith("running") else None
-    arguments = state, noise_, batch, torch.full((6,), 0.3, dtype=dtype), 7, True, kind != "precise"
-    first = cpu.absorb(*arguments, True, limits)
+    mode, law = UPDATES[kind]
+    sums = kernels.batch_sums(data((7, 6, 5), dtype), dtype).sums
+    batch = Batch(sums, 7, torch.full((6,), 0.3, dtype=dtype), True)
+    arguments = mode, LayerState(state, measured if mode is Mode.RUNNING else None), batch, law
+    first = cpu.update(*arguments, True)
     before = [t.clone() for t in (*state, *measured)]
-    second = cpu.absorb(*arguments, False, limits)
+    second = cpu.update(*arguments, False)
     assert_identical(dict(enumerate(second)), dict(enumerate(first)))
     assert_identical(dict(enumerate((*state, *measured))), dict(enumerate(before)))
 
@@ -515,7 +522,7 @@ def test_nothing_is_left_unwritten(dtype, shape, layout):
         for name, part in bits(train("cpu", mode, x, dy, weight, bias, wide(dtype))).items():
             assert part.isfinite().all(), name
     state, measured, _ = started(shape[1], wide(dtype))
-    batch, _ = cpu.batch_sums(x, wide(dtype))
+    batch = cpu.batch_sums(x, wide(dtype)).sums
     mean, var = moments(batch)
     rstd = (var + EPS).rsqrt()
     sums = cpu.gradient_sums(dy, x, mean, rstd)
@@ -526,9 +533,17 @@ def test_nothing_is_left_unwritten(dtype, shape, layout):
         *sums,
         cpu.input_gradient(dy, x, mean, rstd, weight, *sums),
         *cpu.batch_norm_gradients(dy, x, mean, rstd, weight),
-        *cpu.absorb(state, measured, batch, torch.full_like(mean, 0.5), 3, True, True, True, LAW),
-        *cpu.absorb(state, None, batch, torch.full_like(mean, 0.5), 3, True, True, True, LAW),
-        *cpu.absorb(state, None, batch, torch.full_like(mean, 0.5), 3, True, False, True, LAW),
+        *(
+            vector
+            for mode in Mode
+            for vector in cpu.update(
+                mode,
+                LayerState(state, measured if mode is Mode.RUNNING else None),
+                Batch(batch, 3, torch.full_like(mean, 0.5), True),
+                LAW,
+                True,
+            )
+        ),
     )
     assert all(part.isfinite().all() for part in results)
 
@@ -570,8 +585,8 @@ def assert_views_do_not_matter(of_x: str, of_dy: str, shape: tuple[int, ...]) ->
     weight, bias = affine(shape[1], torch.float32)
     for dtype in DTYPES:
         x, dy = data(shape, dtype), data(shape, dtype, 1)
-        step = train("cpu", MODES[0], VIEWS[of_x](x), VIEWS[of_dy](dy), weight, bias, wide(dtype))
-        assert_step_near(MODES[0], step, x, dy, weight, reference(MODES[0], x, dy, weight, bias))
+        step = train("cpu", "running gradient", VIEWS[of_x](x), VIEWS[of_dy](dy), weight, bias, wide(dtype))
+        assert_step_near("running gradient", step, x, dy, weight, reference("running gradient", x, dy, weight, bias))
 
 
 @pytest.mark.parametrize(
@@ -595,8 +610,10 @@ def test_inputs_and_gradients_may_be_expanded(dtype, expanded):
     part = {"samples": (1, 5, 3, 7), "positions": (6, 5, 1, 1), "one value": (1, 1, 1, 1)}[expanded]
     x, dy, whole = data(part, dtype), data(part, dtype, 1), data(shape, dtype, 2)
     for x_, dy_ in ((x.expand(shape), whole), (whole, dy.expand(shape)), (x.expand(shape), dy.expand(shape))):
-        step = train("cpu", MODES[0], x_, dy_, weight, bias, wide(dtype))
-        assert_step_near(MODES[0], step, x_, dy_, weight, reference(MODES[0], x_, dy_, weight, bias))
+        step = train("cpu", "running gradient", x_, dy_, weight, bias, wide(dtype))
+        assert_step_near(
+            "running gradient", step, x_, dy_, weight, reference("running gradient", x_, dy_, weight, bias)
+        )
 
 
 @pytest.mark.parametrize(
@@ -606,10 +623,10 @@ def test_inputs_and_gradients_may_be_expanded(dtype, expanded):
 def test_channels_last_stays_channels_last(dtype, shape, memory_format):
     x, dy = data(shape, dtype).to(memory_format=memory_format), data(shape, dtype, 1)
     weight, bias = affine(5, torch.float32)
-    step = train("cpu", MODES[0], x, dy, weight, bias, wide(dtype))
+    step = train("cpu", "running gradient", x, dy, weight, bias, wide(dtype))
     assert step.y.is_contiguous(memory_format=memory_format)
     assert step.dx.is_contiguous(memory_format=memory_format)
-    assert_step_near(MODES[0], step, x, dy, weight, reference(MODES[0], x, dy, weight, bias))
+    assert_step_near("running gradient", step, x, dy, weight, reference("running gradient", x, dy, weight, bias))
 
 
 # ------------------------------------------------------------------------------------------------------------- numerics
@@ -627,13 +644,14 @@ def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(l
     expected = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
     torch.set_num_threads(2)
     for found in (
-        moments(cpu.batch_sums(x, torch.float32)[0])[1],
+        moments(cpu.batch_sums(x, torch.float32).sums)[1],
         cpu.batch_norm(x, None, None, EPS, torch.float32)[2],
     ):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
     for running in (False, True):
         state = empty_state(shape[1], torch.float32)
-        cpu.training_forward(x, None, None, EPS, cpu.prepared(state), 1.0, running, True, LAW)
+        spec = StepSpec(Mode.EXACT if running else Mode.BATCH, EPS, 1.0)
+        cpu.training_forward(x, None, None, cpu.prepare(state), spec, True)
         n = x.numel() / shape[1]
         unbiased = state.running_var.double() * (1 if running else (n - 1) / n)
         torch.testing.assert_close(unbiased, expected, rtol=1e-6, atol=0)
@@ -645,7 +663,7 @@ def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(l
 def test_the_variance_of_bfloat16_is_as_good_as_that_of_float32(layout, shape, mean):
     x = LAYOUTS[layout]((noise(shape, 0) + mean).bfloat16())
     expected = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
-    found = moments(cpu.batch_sums(x, torch.float32)[0])[1]
+    found = moments(cpu.batch_sums(x, torch.float32).sums)[1]
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
@@ -772,12 +790,12 @@ def test_buffers_that_became_narrow_are_refused_or_taken_as_torch_takes_them(nam
 
 def test_a_negated_view_is_the_negative():
     x = noise((8, 3, 4), 0)
-    found, expected = (kernels.batch_sums(t, torch.float32)[0] for t in (torch._neg_view(x), -x))
+    found, expected = (kernels.batch_sums(t, torch.float32).sums for t in (torch._neg_view(x), -x))
     torch.testing.assert_close(moments(found), moments(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_zeros_that_have_no_memory_are_zeros():
-    batch, _ = kernels.batch_sums(torch._efficientzerotensor((8, 3, 4)), torch.float32)
+    batch = kernels.batch_sums(torch._efficientzerotensor((8, 3, 4)), torch.float32).sums
     assert all(part.eq(0).all() for part in moments(batch))
 
 

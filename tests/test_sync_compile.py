@@ -98,13 +98,12 @@ def test_the_collective_is_a_sound_operator():
     ranks(2)(check_operator)
 
 
-@pytest.mark.parametrize("name", ["absorb_exact_pooled", "absorb_running_pooled", "absorb_precise_pooled"])
+@pytest.mark.parametrize("name", ["update_exact_pooled", "update_running_pooled", "update_batch_pooled"])
 @pytest.mark.parametrize("samples", [0.0, 10.0])
 def test_the_pooled_updates_are_sound_operators(name, samples):
     layer = RunningBatchNorm(3)
     layer(noise((6, *SHAPE), 1))
-    buffers = (*layer._state(), *layer._training_state().noise) if name == "absorb_running_pooled" else layer._state()
-    state = [buffer.clone() for buffer in buffers]
+    state = [buffer.clone() for buffer in layer._layer_state(name == "update_running_pooled").forward_buffers]
     batch = [noise((3,), 2), torch.zeros(3), noise((3,), 3).square(), torch.full((3,), 10.0)]
     operator = getattr(torch.ops.runningbn, name).default
     law = list(Law(max_lag=0.25))
@@ -115,4 +114,4 @@ def test_the_pooled_update_of_the_gradient_is_a_sound_operator():
     vectors = [noise((3,), seed) for seed in range(5)]
     rstd, trust, offset, batch_std = (torch.full((3,), value) for value in (1.5, 0.3, 0.1, 0.8))
     arguments = (*vectors, rstd, trust, offset, batch_std, torch.tensor([10.0]))
-    torch.library.opcheck(torch.ops.runningbn.absorb_gradient_pooled.default, arguments)
+    torch.library.opcheck(torch.ops.runningbn.update_gradient_pooled.default, arguments)

@@ -76,7 +76,7 @@ class Prepared(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """An input as dense rows or planes: whether it is rows, and the sizes outside of the channels, of them and inside."""
+    """An input as dense rows or planes: which of them, and the sizes outside of the channels, of them and inside."""
 
     x: Tensor
     rows: bool
