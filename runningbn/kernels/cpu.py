@@ -10,10 +10,8 @@ import ctypes
 import functools
 import math
 import sys
-import weakref
 from collections.abc import Iterable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
-from operator import is_
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -25,7 +23,7 @@ from torch.nn import Parameter
 from ..law import Law
 from ..momentum import SQUARE_ROOT, Momentum, encoded, weighs_whole_batches
 from ..statistics import GradientState, NoiseState, State, Sums
-from .layout import are_vectors
+from .layout import addresses
 
 # The structs of cpu.h, whose fields are 8 bytes each: q and Q are integers and pointers, d doubles.
 _FORWARD = Struct("@7q4Q7d12Q4q3dQd16Q")
@@ -39,9 +37,6 @@ _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 Prepared = tuple[tuple[Tensor, ...], tuple[int, ...]]
 # Of a backward call: m0, m1, kappa_mean, kappa_var, three running sums, trust, offset, batch_std.
 _NO_VECTORS: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-# Layers whose buffers are known; looking at a dozen tensors takes longer than a small batch.
-_prepared: dict[int, tuple[tuple[int, ...], list[weakref.ref[Tensor]]]] = {}
-_MOST_PREPARED = 4096
 _NO_BATCH = (0, 0, 0, 0)
 # Of `fixed`, by whether x is normalised by running statistics and whether within limits.
 _ROWS = {(False, False): 2, (True, False): 4, (True, True): 5}
@@ -78,17 +73,8 @@ def serves(x: Tensor, dtype: torch.dtype) -> bool:
 
 def prepared(buffers: tuple[Tensor, ...]) -> Prepared | None:
     """The buffers of a layer, and where they lie; None if they are no memory that the library can update."""
-    pointers = tuple([tensor.data_ptr() for tensor in buffers])
-    found = _prepared.get(id(buffers[0]))
-    # The same tensors at the same place as when they were looked at, so at least their storage is what it was.
-    if found is not None and found[0] == pointers and all(map(is_, [known() for known in found[1]], buffers)):
-        return buffers, pointers
-    if not are_vectors(buffers):
-        return None
-    if len(_prepared) >= _MOST_PREPARED:
-        _prepared.clear()
-    _prepared[id(buffers[0])] = pointers, [weakref.ref(tensor) for tensor in buffers]
-    return buffers, pointers
+    pointers = addresses(buffers)
+    return None if pointers is None else (buffers, pointers)
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> tuple[Sums, None]:

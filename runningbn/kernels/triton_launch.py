@@ -1,0 +1,117 @@
+"""Launches with little Python: by Triton's own way the first time, then by the compiled kernel itself.
+
+For each launch Triton looks at all arguments, to find the compilation that goes with their types, alignments and
+constants: most of the host's time of a small step. A `Launches` knows by a short key what it was the first time. The
+key has to say all that the compilation depends on, but for the alignment of addresses: launches are prepared for
+aligned ones, and anything else takes Triton's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+# A tensor, or a named tuple of them; None where the kernel is compiled without.
+Pointers = Union[Tensor, tuple[Tensor, ...], None]
+
+# Registers for four programs of 256 threads on a multiprocessor: the sums fit, and what follows them once may spill.
+# That multiplications and additions are fused is said since Triton 3.9 warns of a change of its default.
+OPTIONS = {"maxnreg": 64, "enable_fp_fusion": True}
+# Bytes: what Triton tells the compiler of an address that is a multiple of it.
+_ALIGNMENT = 16
+
+
+class Prepared(NamedTuple):
+    """A launch that was done before.
+
+    Attributes:
+        run: launches the compiled kernel on the grid, see `triton.compiler.CompiledKernel.__getitem__`.
+        constants: the compile-time arguments, which it takes and drops.
+    """
+
+    run: Callable[..., Any]
+    constants: tuple[Any, ...]
+
+
+Launches = dict[Hashable, Prepared]
+
+
+def launch(
+    prepared: Launches, key: Hashable, kernel: Any, programs: int, tensors: tuple[Pointers, ...],
+    numbers: tuple[int, ...], constants: dict[str, Any],
+) -> None:  # fmt: skip
+    """Launch a kernel on the current stream of the current device.
+
+    Args:
+        prepared: the launches that were done before, which this one is added to.
+        key: all that decides about the compilation: the kernel, the dtypes of the tensors, which of them are None,
+            and the constants; and, since it is part of what is prepared, the number of programs.
+        kernel: a function of `triton_kernels`.
+        programs: how many.
+        tensors, numbers, constants: its arguments, in this order; the number of warps is among the constants.
+    """
+    known = prepared.get(key)
+    if known is not None:
+        addresses = [_address(part) for part in tensors]
+        if is_aligned(addresses):
+            known.run(*addresses, *numbers, *known.constants)
+            return
+    compiled = kernel[(programs,)](*tensors, *numbers, **constants, **OPTIONS)
+    # In the interpreter nothing is compiled.
+    if compiled is not None and known is None and is_aligned([_address(part) for part in tensors]):
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        prepared[key] = Prepared(compiled[(programs, 1, 1)], tuple(constants[name] for name in names))
+
+
+def is_aligned(addresses: Iterable[Any]) -> bool:
+    """Whether all addresses, those in tuples too, are what a prepared launch was compiled for."""
+    bits = 0
+    for address in addresses:
+        if address.__class__ is tuple:
+            bits |= reduce(or_, address)
+        elif address is not None:
+            bits |= address
+    return bits % _ALIGNMENT == 0
+
+
+def _address(tensors: Pointers) -> Any:
+    if tensors is None:
+        return None
+    if isinstance(tensors, tuple):
+        return tuple([tensor.data_ptr() for tensor in tensors])
+    return tensors.data_ptr()
+
+
+def on(index: int) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; -1 is the CPU."""
+    if index < 0 or index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(index)
+
+
+def counter(device: torch.device, blocks: int) -> Tensor:
+    """Zeros, (≥ blocks,), int32, that no other launch counts in meanwhile, and each leaves as zeros.
+
+    Launches of one stream run one after the other, so it has them for good. A graph may be replayed beside any other
+    work and has zeros of its own.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(blocks, dtype=torch.int32, device=device)
+        # What torch.cuda.current_stream makes an object of.
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+    key = device, stream
+    found = counters.get(key)
+    if found is None or len(found) < blocks:
+        found = counters[key] = torch.zeros(max(4096, blocks), dtype=torch.int32, device=device)
+    return found
+
+
+counters: dict[tuple[torch.device, int], Tensor] = {}
