@@ -187,6 +187,7 @@ def absorb_gradient(
     return out
 
 
+@functools.cache
 def _kernels() -> Any:
     from . import triton_kernels
 

@@ -8,7 +8,7 @@ aligned ones, and anything else takes Triton's way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import or_
@@ -58,34 +58,33 @@ def launch(
     """
     known = prepared.get(key)
     if known is not None:
-        addresses = [_address(part) for part in tensors]
-        if is_aligned(addresses):
+        addresses = _addresses(tensors)
+        if addresses is not None:
             known.run(*addresses, *numbers, *known.constants)
             return
     compiled = kernel[(programs,)](*tensors, *numbers, **constants, **OPTIONS)
     # In the interpreter nothing is compiled.
-    if compiled is not None and known is None and is_aligned([_address(part) for part in tensors]):
+    if compiled is not None and known is None and _addresses(tensors) is not None:
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         prepared[key] = Prepared(compiled[(programs, 1, 1)], tuple(constants[name] for name in names))
 
 
-def is_aligned(addresses: Iterable[Any]) -> bool:
-    """Whether all addresses, those in tuples too, are what a prepared launch was compiled for."""
+def _addresses(tensors: tuple[Pointers, ...]) -> list[Any] | None:
+    """Where they lie; None if one of them does not lie at a multiple of what prepared launches were compiled for."""
+    addresses: list[Any] = []
     bits = 0
-    for address in addresses:
-        if address.__class__ is tuple:
-            bits |= reduce(or_, address)
-        elif address is not None:
+    for part in tensors:
+        if part is None:
+            addresses.append(None)
+        elif isinstance(part, tuple):
+            inner = tuple([tensor.data_ptr() for tensor in part])
+            bits |= reduce(or_, inner)
+            addresses.append(inner)
+        else:
+            address = part.data_ptr()
             bits |= address
-    return bits % _ALIGNMENT == 0
-
-
-def _address(tensors: Pointers) -> Any:
-    if tensors is None:
-        return None
-    if isinstance(tensors, tuple):
-        return tuple([tensor.data_ptr() for tensor in tensors])
-    return tensors.data_ptr()
+            addresses.append(address)
+    return addresses if bits % _ALIGNMENT == 0 else None
 
 
 def on(index: int) -> AbstractContextManager[Any]:
