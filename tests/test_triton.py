@@ -25,9 +25,11 @@ from steps import assert_identical, buffers_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.gpu.no_device import H100, no_device
 from runningbn import Horizon, SquareRoot
-from runningbn.kernels import aten, triton
+from runningbn.kernels import aten, triton, triton_devices, triton_launch
 from runningbn.kernels import use_backend as use
+from runningbn.kernels.triton_devices import Device
 from runningbn.law import Law
 from runningbn.momentum import Momentum, batch_weight, weighs_whole_batches
 from runningbn.statistics import GradientState, NoiseState, State, Sums, TrainingState, moments
@@ -78,7 +80,7 @@ def _empty_memory_is_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
-    assert all(int(counter.count_nonzero()) == 0 for counter in triton._counters.values())
+    assert all(int(counter.count_nonzero()) == 0 for counter in triton_launch.counters.values())
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -385,7 +387,19 @@ def test_a_recomputation_absorbs_nothing(mode: str) -> None:
     torch.testing.assert_close(fixed, fixed_again, rtol=1e-6, atol=0)
 
 
+@pytest.fixture(params=[False, True], ids=["", "slow float64"])
+def _slow_float64(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As planned for a device that merges partial sums in float32."""
+    here = triton.device_of
+    if request.param:
+        monkeypatch.setattr(triton, "device_of", lambda index: here(index)._replace(slow_float64=True))
+    triton._plan_of.cache_clear()
+    yield
+    triton._plan_of.cache_clear()
+
+
 @runs_kernels
+@pytest.mark.usefixtures("_slow_float64")
 @pytest.mark.parametrize(
     ("last", "order"),
     [
@@ -402,7 +416,7 @@ def test_far_means_in_float32(last: bool, order: str) -> None:
         # One element is left over, which is then a tile, and the first one of some splits.
         x = randn(6, 2, 1, 4097, seed=7)
         x[..., -1] += 300
-        assert 4097 % triton._plan_for(x.float()).tile["BS"] == 1
+        assert 4097 % triton._plan_of(x.shape, False, torch.float32, x.get_device()).tile["BS"] == 1
     if order == "outliers first":
         x[0, :, :2] += 300
     x = (x + 1e4).float()
@@ -553,6 +567,7 @@ def test_absorbing_gradient_sums_from_elsewhere(pooled: bool) -> None:
 
 
 @runs_kernels
+@pytest.mark.usefixtures("_slow_float64")
 def test_a_second_run_gives_the_same_bits() -> None:
     x, dy = batch((3, 3, 60, 50), 1), batch((3, 3, 60, 50), 2)
     runs = []
@@ -561,6 +576,28 @@ def test_a_second_run_gives_the_same_bits() -> None:
         found = step(x, dy, None, None, state, 0.5, True, training)
         runs.append([*found, *state, *training.noise, *training.gradient])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@runs_kernels
+@pytest.mark.usefixtures("_slow_float64")
+@pytest.mark.parametrize("last", [False, True])
+def test_partial_sums_are_merged_to_the_last_digits(last: bool) -> None:
+    """Of many splits, of which the first has another mean than the rest, in x and in dy."""
+    x, dy = batch((40, 3, 24, 24), 1), batch((40, 3, 24, 24), 2)
+    x[:2] += 20
+    dy[:2] -= 20
+    if last:
+        x, dy = channels_last(x), channels_last(dy)
+    assert triton._plan_of(x.shape, last, x.dtype, x.get_device()).summing[0] > 1
+    state = empty_state(3)
+    expected_state = doubled(state)
+    found = step(x, dy, None, None, state, 1.0, True, None)
+    expected = reference_step(x, dy, None, None, expected_state, 1.0, True, None)
+    # About the mean of the first tile of a split, up to log2(64) bits cancel.
+    eps = 64 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(state.running_var.double(), expected_state.running_var, rtol=eps, atol=0)
+    for one, other in zip(found, expected):
+        assert_close(one, other, 64)
 
 
 @runs_kernels
@@ -647,46 +684,6 @@ def test_what_it_serves() -> None:
     assert triton.serves(x[0], torch.float32)  # a vector of the state
 
 
-SIZES = [1, 2, 3, 8, 17, 64, 100, 1000, 2**20]
-PLAN_CHANNELS, PLAN_INNER = [2, 3, 16, 37, 64, 1000, 4096], [2, 9, 16, 49, 196, 784, 3136, 12544, 2**21]
-
-
-def plans(outer: int) -> Iterator[tuple[triton._Plan, bool]]:
-    for channels in PLAN_CHANNELS:
-        for double in (False, True):
-            yield triton._plan(True, outer, channels, 1, double, 132), double
-            for inner in PLAN_INNER:
-                yield triton._plan(False, outer, channels, inner, double, 132), double
-    yield triton._plan(False, 1, 3, 2**30 + 1, False, 132), False
-
-
-@pytest.mark.parametrize("outer", SIZES)
-def test_plans_cover_the_input_with_tiles_that_fit(outer: int) -> None:
-    for plan, double in plans(outer):
-        n, channels, inner = plan.sizes
-        of_n, of_c, of_s = (plan.tile[name] for name in ("BN", "BC", "BS"))
-        assert of_n * of_c * of_s <= (2048 if double else 4096)
-        assert plan.tile["num_warps"] in (1, 2, 4, 8)
-        assert all(size & (size - 1) == 0 for size in (of_n, of_c, of_s, plan.at_once))
-        tiles = -(-n // of_n) * -(-inner // of_s)
-        assert plan.blocks * of_c >= channels
-        for splits, of_split in (plan.summing, plan.mapping):
-            assert (splits - 1) * of_split < tiles <= splits * of_split
-            assert of_split <= 64
-        # Offsets within a tile are 32 bits wide.
-        assert (of_n - 1) * channels * inner + (of_c - 1) * inner + of_s < 2**31
-
-
-def test_few_shapes_are_compiled_while_samples_vary() -> None:
-    for channels, inner in [(64, 196), (64, 3136), (3, 50176), (2048, 49), (16, 4)]:
-        compiled = {
-            (*plan.tile.values(), plan.at_once)
-            for n in range(1, 300)
-            if (plan := triton._plan(False, n, channels, inner, False, 132))
-        }
-        assert len(compiled) <= 4, (channels, inner, compiled)
-
-
 def run_alone(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
@@ -723,21 +720,6 @@ def test_in_the_interpreter() -> None:
     assert "passed" in found.stdout
 
 
-class _NoDevice:
-    """What Triton asks a driver before it compiles."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 class _CompiledOnly:
     """Kernels that are compiled, for the very arguments of a launch, rather than launched."""
 
@@ -772,16 +754,13 @@ def has_assembler() -> bool:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS, reason="without a GPU and without the interpreter, which takes the place of the compiler")
-def test_all_kernels_compile_for_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", [H100, H100._replace(slow_float64=True)], ids=["H100", "slow float64"])
+def test_all_kernels_compile_for_a_gpu_that_is_not_there(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_assembler():
         pytest.skip("triton comes without ptxas here")
-    from triton.runtime import driver
-
     found: list[tuple[str, Any]] = []
     monkeypatch.setattr(triton, "_kernels", lambda: _CompiledOnly(found))
-    monkeypatch.setattr(triton, "_multiprocessors", lambda index: 132)
-    monkeypatch.setattr(driver, "_active", _NoDevice())
-    try:
+    with no_device(device=device):
         for x, running in (
             (torch.zeros(32, 64, 14, 14, dtype=torch.bfloat16), True),
             (channels_last(torch.zeros(32, 64, 14, 14)), False),
@@ -805,8 +784,6 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_there(monkeypatch: pytest.Mon
                         batch_sums = Sums(*state[:4])
                         triton.absorb(state, noise, batch_sums, state.shift, samples, True, by_state, absorbs, LAW)
             triton.absorb_gradient(training.gradient, *state[:6], 3)
-    finally:
-        triton._counters.clear()
     assert {name for name, _ in found} == {
         "batch_statistics", "affine_map", "gradient_statistics", "input_gradient",
         "absorb_sums", "absorb_gradient_sums",
@@ -815,5 +792,7 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_there(monkeypatch: pytest.Mon
     sweeps = [compiled.asm["ptx"] for name, compiled in found if name in ("affine_map", "input_gradient")]
     assert all("ld.global.v2.b32" in text for text in sweeps[:2])
     assert all("ld.global.v4.b32" in text for text in sweeps[2:4])
+    # What `unsuitable` asks of a device is enough.
+    assert max(compiled.metadata.shared for _, compiled in found) <= triton_devices.SHARED_MEMORY
     # What the last program reads is ordered after what the others have written.
     assert all("atom.global.gpu.acq_rel" in c.asm["ptx"] for name, c in found if name.endswith("_statistics"))

@@ -399,7 +399,7 @@ def _merged(
     scratch, c, exists, outer, channels, inner, splits, tiles,
     BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squares about it, Σ(x − mean)², (BC,), float64, from the partial sums of all splits, BP at a time in order.
+    """Mean and squares about it, Σ(x − mean)², float64, from the partial sums of all splits, BP at a time, in order.
 
     Every split is a mean with squares about it, to be merged as Chan, Golub and LeVeque (1983) do: squares + n·d², with
     d the distances of the means from that of the first. In float64 the first may be far from all others; without WIDE
