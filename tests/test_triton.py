@@ -36,7 +36,7 @@ from runningbn.statistics import GradientState, NoiseState, State, Sums, Trainin
 from runningbn.update import RunningCoefficients, absorb_exact, absorb_gradient, absorb_precise, absorb_running
 
 # The interpreter computes with numpy, which warns of what is meant to overflow.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -597,7 +597,7 @@ def test_partial_sums_are_merged_to_the_last_digits(last: bool) -> None:
     eps = 64 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(state.running_var.double(), expected_state.running_var, rtol=eps, atol=0)
     for one, other in zip(found, expected):
-        assert_close(one, other, 64)
+        assert_close(one, other, 256)  # 1/std is off by as much, and z is up to 5
 
 
 @runs_kernels

@@ -119,9 +119,15 @@ def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:
     return aten
 
 
-def fused(x: Tensor, state: tuple[Tensor, ...], momentum: Momentum) -> tuple[Backend, Any] | None:
+def fused(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: tuple[Tensor, ...], momentum: Momentum
+) -> tuple[Backend, Any] | None:
     """A backend that can do a whole training step on these, and the buffers as it takes them."""
     if not has_code(momentum) or x.numel() == 0 or len(state[0]) != x.shape[1]:
+        return None
+    # Backends go by addresses, which say nothing of the device: torch's own operations refuse the mix.
+    device = x.device
+    if state[0].device != device or any(t is not None and t.device != device for t in (weight, bias)):
         return None
     backend = backend_for(x, state[0].dtype)
     if backend is aten or (buffers := backend.prepared(state)) is None:

@@ -98,19 +98,36 @@ def counter(device: torch.device, blocks: int) -> Tensor:
     """Zeros, (≥ blocks,), int32, that no other launch counts in meanwhile, and each leaves as zeros.
 
     Launches of one stream run one after the other, so it has them for good. A graph may be replayed beside any other
-    work and has zeros of its own.
+    work, and each launch in it has zeros of its own.
     """
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(blocks, dtype=torch.int32, device=device)
+            return _of_a_graph(device, blocks)
         # What torch.cuda.current_stream makes an object of.
         stream = torch._C._cuda_getCurrentRawStream(device.index)
     key = device, stream
     found = counters.get(key)
     if found is None or len(found) < blocks:
         found = counters[key] = torch.zeros(max(4096, blocks), dtype=torch.int32, device=device)
+        if device not in _for_graphs:
+            _for_graphs[device] = torch.zeros(_COUNTERS_OF_GRAPHS, dtype=torch.int32, device=device)
     return found
 
 
+def _of_a_graph(device: torch.device, blocks: int) -> Tensor:
+    """Zeros that no other launch will ever count in, made before the capture: making them would be part of it."""
+    # Whole alignments, as prepared launches ask for.
+    size = -(-blocks * 4 // _ALIGNMENT) * _ALIGNMENT // 4
+    left = _for_graphs.get(device)
+    if left is None or len(left) < size:
+        # Filled in every replay, which is one more launch.
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
+    _for_graphs[device] = left[size:]
+    return left[:size]
+
+
 counters: dict[tuple[torch.device, int], Tensor] = {}
+# What captured launches have not taken yet: 1 MiB, enough for some thousand layers.
+_for_graphs: dict[torch.device, Tensor] = {}
+_COUNTERS_OF_GRAPHS = 2**18
