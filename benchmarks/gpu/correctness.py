@@ -21,7 +21,7 @@ from .part import Work
 ROOT = Path(__file__).parents[2]
 TESTS = ("tests/gpu", "tests/test_triton.py")
 # Of the parameters of every test, those that a dry run takes.
-OF_A_DRY_RUN = "3"
+OF_A_DRY_RUN = "1"
 # Processes that compile kernels side by side: each holds a context on the GPU and needs a core.
 MOST_PROCESSES = 8
 

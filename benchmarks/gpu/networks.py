@@ -62,4 +62,4 @@ NETWORKS: dict[str, tuple[Callable[[], Any], int]] = {
     "EfficientNet-B0": (_of_timm("efficientnet_b0"), 224),
     "U-Net": (UNet, 256),
 }
-SMALL = {"small U-Net": (lambda: UNet(2, 2), 8)}
+SMALL = {"small U-Net": (lambda: UNet(1, 2), 4)}

@@ -7,6 +7,7 @@ to then are there. The results are written anew after every part.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -66,9 +67,7 @@ def run_parts(
         print(f"{part.name}: started", file=say, flush=True)
         results[part.name] = found = _run(part, min(part.seconds, left - GRACE), dry_run)
         _write(path, {**about, "parts": results})
-        print(
-            f"{part.name}: {found['outcome']} in {found['seconds']} s, {len(found['rows'])} rows", file=say, flush=True
-        )
+        print(f"{part.name}: {found['outcome']} in {found['seconds']} s", file=say, flush=True)
         if found["outcome"] != PASSED:
             print(found["output"], file=say, flush=True)
     outcomes = [result["outcome"] for result in results.values()]
@@ -104,10 +103,8 @@ def _run(part: Part, seconds: float, dry_run: bool) -> dict[str, Any]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the processes of its session: itself, if it still runs, and what it has left behind."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,4 +1,4 @@
-"""The device that these tests run on: a CUDA device, or the CPU in a dry run, where Triton's interpreter runs the kernels.
+"""The device that these tests run on: a CUDA device, or in a dry run the CPU, by Triton's interpreter.
 
 `python -m benchmarks.gpu` runs them, `--dry-run` included; `pytest -m gpu` does on a machine with a GPU.
 """

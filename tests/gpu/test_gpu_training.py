@@ -73,7 +73,7 @@ def test_a_compiled_model_of_many_layers_keeps_its_gradients(case: LayerCase, gp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_layer
 def test_autocast_trains_near_float32(case: LayerCase, dtype: torch.dtype, device: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), case.layer(), nn.ReLU()).to(device)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), case.layer(), nn.ReLU()).to(device)
     expected = copy.deepcopy(model)
     for seed in range(3):
         x = noise((4, 3, 6, 6), seed).to(device)
