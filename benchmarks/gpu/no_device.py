@@ -5,13 +5,14 @@ Tensors are on the CPU and hold whatever was in their memory.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
-from runningbn.kernels import triton, triton_devices
+from runningbn.kernels import triton, triton_devices, triton_launch
 
 H100 = triton_devices.Device(132)
 
@@ -93,14 +94,17 @@ def no_device(launches: list[Launch] | None = None, device: triton_devices.Devic
             _forget(triton_kernels)
             yield
     finally:
-        setattr(driver, name, before)
+        # Compiled kernels ask the driver once more when they go.
         _forget(triton_kernels)
+        gc.collect()
+        setattr(driver, name, before)
 
 
 def _forget(kernels: Any) -> None:
-    """What was decided and compiled for the other device."""
+    """What was decided and compiled for another device."""
     triton._can_use.cache_clear()
     triton._plan_of.cache_clear()
+    triton_launch.counters.clear()
     for name in ("batch_statistics", "affine_map", "gradient_statistics", "input_gradient"):
         caches = getattr(getattr(kernels, name), "device_caches", None)
         if caches is not None:
