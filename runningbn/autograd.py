@@ -147,5 +147,10 @@ class Normalize(Function):
 def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias, in the dtypes of these."""
     dx, sum_dy, sum_dy_xhat = gradients
-    dweight = None if weight is None else sum_dy_xhat.to(weight.dtype)
-    return dx, dweight, None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
+    dweight = None if weight is None else _cast(sum_dy_xhat, weight.dtype)
+    return dx, dweight, None if ctx.bias_dtype is None else _cast(sum_dy, ctx.bias_dtype)
+
+
+def _cast(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """``vector.to(dtype)``, which is a call into torch where there is nothing to do, too."""
+    return vector if vector.dtype is dtype else vector.to(dtype)

@@ -52,7 +52,8 @@ def training_step(
         ranks: the processes to pool the batch over.
         mask: (N, *), True for the elements that count, see `masks`; None for all.
     """
-    if ranks is None and mask is None and (fused := kernels.fused(x, state, spec.momentum)) is not None:
+    fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
+    if fused is not None:
         y: Tensor = FusedStep.apply(x, weight, bias, spec, fused, state.gradient)
         return y
     with torch.no_grad():

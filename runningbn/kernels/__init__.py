@@ -93,12 +93,16 @@ class Fused(NamedTuple):
     prepared: Any
 
 
-def fused(x: Tensor, state: LayerState, momentum: Momentum) -> Fused | None:
+def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: LayerState, momentum: Momentum) -> Fused | None:
     """A backend that can do a whole training step on these, if any."""
-    statistics = state.statistics
-    if rule_of(momentum).code() is None or x.numel() == 0 or len(statistics.shift) != x.shape[1]:
+    first = state.statistics.shift
+    if rule_of(momentum).code() is None or x.numel() == 0 or len(first) != x.shape[1]:
         return None
-    return _prepared(backend_for(x, statistics.shift.dtype), state.forward_buffers)
+    # Backends go by addresses, which say nothing of the device: torch's own operations refuse the mix.
+    device = x.device
+    if first.device != device or any(t is not None and t.device != device for t in (weight, bias)):
+        return None
+    return _prepared(backend_for(x, first.dtype), state.forward_buffers)
 
 
 def updating(buffers: tuple[Tensor, ...]) -> FusedBackend | None:

@@ -7,9 +7,7 @@ The library is built with the package where there is a C compiler, see cpu.c, an
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable
-from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from ..spec import Coefficients, Mode, StepSpec
 from ..statistics import Batch, GradientState, LayerState, NoiseState, State, Sums
 from .contract import Centred, Gradients, GradientSums, Reduction
 from .cpu_library import DTYPES, Backward, Forward, library
-from .layout import are_vectors
+from .layout import addresses
 
 _SUMS, _UPDATE, _APPLY = 1, 2, 4
 _CODES = {getattr(torch, name.lower()): code for code, name in enumerate(DTYPES)}
@@ -34,21 +32,18 @@ _FORWARD_BUFFERS = (*State._fields, *NoiseState._fields)
 
 
 class _Layer:
-    """What is known of the buffers of a layer: looking at a dozen tensors takes longer than a small batch.
+    """A call with all that stays from step to step in a layer.
 
     Attributes:
-        pointers: where the buffers lie.
-        buffers: they themselves.
-        call: a forward with all that stays from step to step.
-        spec: what the step was that `call` describes.
+        pointers: where its buffers lie.
+        call: the call.
+        spec: the step that it describes.
     """
 
-    __slots__ = ("buffers", "call", "pointers", "spec")
+    __slots__ = ("call", "pointers", "spec")
 
-    def __init__(self, buffers: tuple[Tensor, ...], pointers: tuple[int, ...]) -> None:
-        self.pointers, self.spec = pointers, None
-        self.buffers = [weakref.ref(tensor) for tensor in buffers]
-        self.call = Forward()
+    def __init__(self, pointers: tuple[int, ...]) -> None:
+        self.pointers, self.spec, self.call = pointers, None, Forward()
         _set(self.call, _FORWARD_BUFFERS, pointers)
 
     spec: StepSpec | None
@@ -64,12 +59,13 @@ class _Layer:
         return call
 
 
+# By the address of the first buffer.
 _layers: dict[int, _Layer] = {}
 _MOST_LAYERS = 4096
 
 
 class Prepared(NamedTuple):
-    """The buffers of a layer, and what is known of them."""
+    """The buffers of a layer, and the call that goes with them."""
 
     buffers: tuple[Tensor, ...]
     layer: _Layer
@@ -112,16 +108,14 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
 
 def prepare(buffers: tuple[Tensor, ...]) -> Prepared | None:
     """The buffers of a layer as a training step takes them; None if they are no memory that the library can update."""
-    pointers = _pointers(buffers)
-    layer = _layers.get(id(buffers[0]))
-    # The same tensors at the same place as when they were looked at, so at least their storage is what it was.
-    if layer is not None and layer.pointers == pointers and all(map(is_, [ref() for ref in layer.buffers], buffers)):
-        return Prepared(buffers, layer)
-    if not are_vectors(buffers):
+    pointers = addresses(buffers)
+    if pointers is None:
         return None
-    if len(_layers) >= _MOST_LAYERS:
-        _layers.clear()
-    layer = _layers[id(buffers[0])] = _Layer(buffers, pointers)
+    layer = _layers.get(pointers[0])
+    if layer is None or layer.pointers != pointers:
+        if len(_layers) >= _MOST_LAYERS:
+            _layers.clear()
+        layer = _layers[pointers[0]] = _Layer(pointers)
     return Prepared(buffers, layer)
 
 

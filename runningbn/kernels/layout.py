@@ -6,6 +6,9 @@ what (N, C) and channels_last inputs are. Anything else is copied into one of th
 
 from __future__ import annotations
 
+import weakref
+from operator import is_
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -35,6 +38,45 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def spread(vector: Tensor, like: Tensor) -> Tensor:
     """A per-channel vector, (C,), shaped to broadcast over (N, C, ...)."""
     return vector.view(-1, *[1] * (like.dim() - 2))
+
+
+def laid_out(x: Tensor) -> tuple[Tensor, bool]:
+    """x, or a copy of it, that is dense in one of the two layouts, in its own shape; and whether that is rows."""
+    if x.is_contiguous():
+        # `is_rows` without its way through the memory formats: this is asked in every step.
+        return x, x.shape[1] > 1 and (x.dim() == 2 or x.shape[2:].numel() == 1)
+    if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
+        return x, True
+    x = x.contiguous()
+    return x, is_rows(x)
+
+
+def laid_out_like(x: Tensor, data: Tensor) -> Tensor:
+    """x, or a copy of it, with the memory layout of dense `data` of the same shape."""
+    if data.is_contiguous():
+        return x.contiguous()
+    return x if x.stride() == data.stride() else torch.empty_like(data, dtype=x.dtype).copy_(x)
+
+
+def addresses(buffers: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+    """Where the buffers of a layer lie, if they are memory as kernels update it; None otherwise."""
+    found = tuple([tensor.data_ptr() for tensor in buffers])
+    known = _known.get(id(buffers[0]))
+    # The same tensors at the same place as when they were looked at, so at least their storage is what it was.
+    if known is not None and known[0] == found and all(map(is_, [tensor() for tensor in known[1]], buffers)):
+        return found
+    if not are_vectors(buffers):
+        return None
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[id(buffers[0])] = found, [weakref.ref(tensor) for tensor in buffers]
+    return found
+
+
+# Looking at a dozen tensors takes longer than a small batch. By the identity of the first buffer, what was found:
+# addresses, and the tensors themselves.
+_known: dict[int, tuple[tuple[int, ...], list[weakref.ref[Tensor]]]] = {}
+_MOST_KNOWN = 4096
 
 
 def are_vectors(buffers: tuple[Tensor, ...]) -> bool:

@@ -5,7 +5,10 @@ cut into tiles of BN × BC × BS, which are numbered within a block of BC channe
 of them one after the other, its `split`. n = N·S elements per channel.
 
 Sums over x are in the dtype of the statistics. What there is of one value per channel is computed in float64, to be
-rounded where it is stored: it costs nothing beside the sweep, and the update is then as exact as its buffers.
+rounded where it is stored: the update is then as exact as its buffers. That is some 400 operations for a channel in
+forward and 200 in backward, divisions and functions included as what they expand to, and no more than 32 channels of a
+program where float64 is slow. Beside the sweep it costs little. The partial sums, which are many, are merged in the
+dtype of the statistics there.
 """
 
 # mypy: ignore-errors
@@ -33,12 +36,14 @@ _RULE = ["batch_samples", "eps", *_LAW, "rule_a", "rule_b", "rule_c"]
 @triton.jit(do_not_specialize=[*_SIZES, *_RULE])
 def batch_statistics(
     x, scratch, counter, weight, bias, fixed, state, noise,
-    outer, channels, inner, splits, tiles, batch_samples, eps,
-    max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples, rule_a, rule_b, rule_c,
+    outer, channels, inner, splits, tiles, batch_samples, eps: tl.int64,
+    max_lag: tl.int64, lag_noise: tl.int64, trust_noise: tl.int64, window: tl.int64,
+    variance_floor: tl.int64, warmup_samples: tl.int64, rule_a: tl.int64, rule_b: tl.int64, rule_c: tl.int64,
     RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, UPDATES: tl.constexpr,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sweep a batch; the last program of each block of channels absorbs it and says what to normalise by.
+    """Sum a batch; the last program of each block of channels lets it enter the state and says what to normalise by.
 
     Args:
         x: (N, C, S).
@@ -50,6 +55,7 @@ def batch_statistics(
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
         eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
             Triton passes numbers as float32.
+        WIDE: whether the partial sums are merged in float64, rather than in the dtype of the statistics.
     """
     dtype = scratch.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
@@ -83,12 +89,12 @@ def batch_statistics(
     tl.store(partial + 2 * step, _per_channel(sqrs), mask=exists)
 
     if _is_last(counter + block, splits):
-        mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP)
+        mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP, WIDE)
         n = (outer.to(tl.int64) * inner).to(tl.float64)
         floor, few = _number(variance_floor), _number(warmup_samples)
         if UPDATES:
             a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
-            of_state = _absorb(
+            of_state = _enter(
                 mean, squares, n, a, batch_samples.to(tl.float64), state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE
             )
             if block == 0:
@@ -138,9 +144,9 @@ def gradient_statistics(
     dy, x, scratch, counter, weight, fixed, sums, gradient,
     outer, channels, inner, splits, tiles,
     BY_STATE: tl.constexpr, ROWS: tl.constexpr, DIVISOR: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sweep dy and x; the last program of each block of channels absorbs the sums and says what dx is made with.
+    """Sum dy and dy·z; the last program of each block of channels lets the sums enter the state, for `input_gradient`.
 
     Args:
         dy, x: (N, C, S).
@@ -150,6 +156,7 @@ def gradient_statistics(
         fixed: (2, C) or, where BY_STATE, (4 or 5, C): what the forward left.
         sums: (2, C), written: Σdy and Σdy·z.
         gradient: the buffers of a `GradientState`, updated, or None for the exact gradient.
+        WIDE: as in `batch_statistics`.
     """
     dtype = scratch.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
@@ -172,14 +179,16 @@ def gradient_statistics(
     tl.store(partial + step, _per_channel(second), mask=exists)
 
     if _is_last(counter + block, splits):
-        sum_dy = tl.zeros([BC], tl.float64)
-        sum_dy_xhat = tl.zeros([BC], tl.float64)
+        of_merge: tl.constexpr = tl.float64 if WIDE else dtype
+        sum_dy = tl.zeros([BC], of_merge)
+        sum_dy_xhat = tl.zeros([BC], of_merge)
         for start in range(0, splits, BP):
             p = (start + tl.arange(0, BP))[:, None]
             known = (p < splits) & exists[None, :]
             row = scratch + p.to(tl.int64) * channels + c[None, :]
-            sum_dy += tl.sum(_shared(row, known), 0)
-            sum_dy_xhat += tl.sum(_shared(row + step, known), 0)
+            sum_dy += tl.sum(_shared(row, known, of_merge), 0)
+            sum_dy_xhat += tl.sum(_shared(row + step, known, of_merge), 0)
+        sum_dy, sum_dy_xhat = sum_dy.to(tl.float64), sum_dy_xhat.to(tl.float64)
         rstd = _float64(fixed + channels, c, exists)
         sum_dy_xhat *= rstd
         tl.store(sums + c, sum_dy.to(dtype), mask=exists)
@@ -234,10 +243,11 @@ def input_gradient(
 @triton.jit(do_not_specialize=["channels", "batch_samples", *_LAW])
 def update_by_sums(
     batch, given_weight, state, noise, out, batch_samples, channels,
-    max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples,
+    max_lag: tl.int64, lag_noise: tl.int64, trust_noise: tl.int64, window: tl.int64,
+    variance_floor: tl.int64, warmup_samples: tl.int64,
     WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, UPDATES: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Absorb sums that came from elsewhere.
+    """Let sums that came from elsewhere enter the state.
 
     Args:
         batch: the vectors of `Sums`.
@@ -259,7 +269,7 @@ def update_by_sums(
     squares = _not_negative(_float64(batch.sqrs, c, exists) - sums * offset)
     if UPDATES:
         a = _float64(given_weight, c, exists)
-        of_state = _absorb(mean, squares, n, a, samples, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE)
+        of_state = _enter(mean, squares, n, a, samples, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE)
         if tl.program_id(0) == 0:
             tracked = tl.load(state.num_batches_tracked)
             tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
@@ -379,41 +389,74 @@ def _is_last(counter, splits):
 
 
 @triton.jit
-def _shared(pointer, mask):
-    """What other programs of this launch have stored, float64: from the cache that they share with this one."""
-    return tl.load(pointer, mask=mask, other=0, cache_modifier=".cg").to(tl.float64)
+def _shared(pointer, mask, dtype: tl.constexpr):
+    """What other programs of this launch have stored, in `dtype`: from the cache that they share with this one."""
+    return tl.load(pointer, mask=mask, other=0, cache_modifier=".cg").to(dtype)
 
 
 @triton.jit
 def _merged(
     scratch, c, exists, outer, channels, inner, splits, tiles,
-    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squares about it, Σ(x − mean)², (BC,), from the partial sums of all splits, BP at a time in order.
+    """Mean and squares about it, Σ(x − mean)², float64, from the partial sums of all splits, BP at a time, in order.
 
     Every split is a mean with squares about it, to be merged as Chan, Golub and LeVeque (1983) do: squares + n·d², with
-    d the distances of the means from that of the first.
+    d the distances of the means from that of the first. In float64 the first may be far from all others; without WIDE
+    their mean is found beforehand, so that nothing cancels.
     """
+    dtype: tl.constexpr = tl.float64 if WIDE else scratch.dtype.element_ty
     step = splits.to(tl.int64) * channels
-    of_first = _elements(tiles, outer, inner, BN, BS).to(tl.float64)
-    first = scratch + c
-    reference = _shared(first, exists) + _shared(first + step, exists) / of_first
-    distance = tl.zeros([BC], tl.float64)
-    squares = tl.zeros([BC], tl.float64)
+    of_first = _elements(tiles, outer, inner, BN, BS).to(dtype)
+    pivot = _shared(scratch + c, exists, dtype)
+    offset = _shared(scratch + step + c, exists, dtype) / of_first
+    total = (outer.to(tl.int64) * inner).to(tl.float64)
+    reference = pivot.to(tl.float64) + offset.to(tl.float64)
+    if not WIDE:
+        distance = tl.zeros([BC], dtype)
+        for start in range(0, splits, BP):
+            p = start + tl.arange(0, BP)
+            n, _, _, d, _ = _of_splits(
+                scratch, p, c, exists, pivot, offset, outer, channels, inner, splits, tiles, BN, BS, dtype
+            )
+            distance += tl.sum(n * d, 0)
+        nearer = distance / total.to(dtype)
+        offset += nearer
+        reference += nearer.to(tl.float64)
+    distance = tl.zeros([BC], dtype)
+    squares = tl.zeros([BC], dtype)
     for start in range(0, splits, BP):
         p = start + tl.arange(0, BP)
-        begin = _elements(p * tiles, outer, inner, BN, BS)
-        n = (_elements((p + 1) * tiles, outer, inner, BN, BS) - begin).to(tl.float64)[:, None]
-        n = tl.where(n > 0, n, 1)
+        n, sums, of_sums, d, row = _of_splits(
+            scratch, p, c, exists, pivot, offset, outer, channels, inner, splits, tiles, BN, BS, dtype
+        )
         known = (p < splits)[:, None] & exists[None, :]
-        row = scratch + p[:, None].to(tl.int64) * channels + c[None, :]
-        sums = _shared(row + step, known)
-        offset = sums / n
-        d = tl.where(known, _shared(row, known) + offset - reference[None, :], 0)
         distance += tl.sum(n * d, 0)
-        squares += tl.sum(_shared(row + 2 * step, known) - sums * offset + n * d * d, 0)
-    shift = distance / (outer.to(tl.int64) * inner).to(tl.float64)
+        squares += tl.sum(_shared(row + 2 * step, known, dtype) - sums * of_sums + n * d * d, 0)
+    distance, squares = distance.to(tl.float64), squares.to(tl.float64)
+    shift = distance / total
     return reference + shift, _not_negative(squares - distance * shift)
+
+
+@triton.jit
+def _of_splits(
+    scratch, p, c, exists, pivot, offset, outer, channels, inner, splits, tiles,
+    BN: tl.constexpr, BS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Of splits p: elements, sums, sums/elements, distance of the mean from pivot + offset, and where their row begins.
+
+    Distances are those of pivots, which are near each other, and of offsets: they have all their digits in any dtype.
+    """
+    begin = _elements(p * tiles, outer, inner, BN, BS)
+    n = (_elements((p + 1) * tiles, outer, inner, BN, BS) - begin).to(dtype)[:, None]
+    # A division in float64 takes as long as twenty multiplications: one for each split, not for each channel.
+    share = 1 / tl.where(n > 0, n, 1)
+    known = (p < splits)[:, None] & exists[None, :]
+    row = scratch + p[:, None].to(tl.int64) * channels + c[None, :]
+    sums = _shared(row + splits.to(tl.int64) * channels, known, dtype)
+    of_sums = sums * share
+    d = (_shared(row, known, dtype) - pivot[None, :]) + (of_sums - offset[None, :])
+    return n, sums, of_sums, tl.where(known, d, 0), row
 
 
 # ------------------------------------------------------------------------------------------------ values per channel
@@ -498,11 +541,11 @@ def _expm1(u):
 
 
 @triton.jit
-def _absorb(
+def _enter(
     mean, squares, n, a, batch_samples, state, floor, few, c, exists,
     WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr,
 ):  # fmt: skip
-    """`update._absorb` and what sets the running statistics, of a batch with weight a.
+    """`update._enter` and what sets the running statistics, of a batch with weight a.
 
     Args:
         mean, squares, n: the batch: mean, Σ(x − mean)² and number of elements, float64.
@@ -523,7 +566,7 @@ def _absorb(
     distance = mean - shift
     finite = squares + n * distance * distance <= MAX
     a = tl.where(finite, a, 0)
-    absorbed = exists & (a != 0)
+    enters = exists & (a != 0)
     distance, squares = tl.where(finite, distance, 0), tl.where(finite, squares, 0)
     keep = 1 - a
     # Elements per unit of weight: those of the batch where none were counted yet.
@@ -545,10 +588,10 @@ def _absorb(
     sqrs = _rounded(sqrs, dtype)
     sums = _rounded(kept * moved - gain * n * e, dtype)
     count_sqrs = _rounded(kept * kept * count_sqrs + gain * gain * n, dtype)
-    count = tl.where(absorbed, _rounded(total, dtype), count)
+    count = tl.where(enters, _rounded(total, dtype), count)
     samples = tl.where(finite, _rounded(samples + batch_samples, dtype), samples)
     steps = _float64(state.steps, c, exists) + 1
-    gain = tl.where(absorbed, gain, 0)
+    gain = tl.where(enters, gain, 0)
 
     divisor = _at_least(count, TINY)
     offset = sums / divisor
@@ -558,20 +601,20 @@ def _absorb(
     else:
         # Bessel's correction for weighted elements, see statistics.unbiased.
         of_state /= _at_least(1 - count_sqrs / _at_least(divisor * divisor, TINY), EPS)
-    mean = tl.where(absorbed, _rounded(pivot + offset, dtype), _float64(state.running_mean, c, exists))
-    var = tl.where(absorbed, _rounded(of_state, dtype), _float64(state.running_var, c, exists))
+    mean = tl.where(enters, _rounded(pivot + offset, dtype), _float64(state.running_mean, c, exists))
+    var = tl.where(enters, _rounded(of_state, dtype), _float64(state.running_var, c, exists))
 
     # Several threads may hold the values of one channel, and one of them stores: not before all have loaded.
     tl.debug_barrier()
     # Channels that ignore the batch keep their bits.
-    tl.store(state.shift + c, pivot.to(dtype), mask=absorbed)
-    tl.store(state.sums + c, sums.to(dtype), mask=absorbed)
-    tl.store(state.sqrs + c, sqrs.to(dtype), mask=absorbed)
-    tl.store(state.count + c, count.to(dtype), mask=absorbed)
-    tl.store(state.count_sqrs + c, count_sqrs.to(dtype), mask=absorbed)
-    tl.store(state.debias + c, (a + keep * debias).to(dtype), mask=absorbed)
-    tl.store(state.running_mean + c, mean.to(dtype), mask=absorbed)
-    tl.store(state.running_var + c, var.to(dtype), mask=absorbed)
+    tl.store(state.shift + c, pivot.to(dtype), mask=enters)
+    tl.store(state.sums + c, sums.to(dtype), mask=enters)
+    tl.store(state.sqrs + c, sqrs.to(dtype), mask=enters)
+    tl.store(state.count + c, count.to(dtype), mask=enters)
+    tl.store(state.count_sqrs + c, count_sqrs.to(dtype), mask=enters)
+    tl.store(state.debias + c, (a + keep * debias).to(dtype), mask=enters)
+    tl.store(state.running_mean + c, mean.to(dtype), mask=enters)
+    tl.store(state.running_var + c, var.to(dtype), mask=enters)
     tl.store(state.samples + c, samples.to(dtype), mask=exists & finite)
     tl.store(state.steps + c, steps.to(dtype), mask=exists & finite)
     tl.store(state.last_keep + c, keep.to(dtype), mask=exists)
@@ -615,7 +658,7 @@ def _running_coefficients(
         observed = tl.where((steps == 0) | (observed > 1), 1, observed) * batch_samples
         new = measured + (observed - measured) / tl.where(steps + 1 > window, window, steps + 1)
         measured = tl.where(ignored, measured, _rounded(new, dtype))
-        tl.debug_barrier()  # as in `_absorb`
+        tl.debug_barrier()  # as in `_enter`
         tl.store(noise.noise + c, measured.to(dtype), mask=exists & ~ignored)
         tl.store(noise.noise_steps + c, (steps + 1).to(dtype), mask=exists & ~ignored)
         tl.store(noise.last_mean + c, batch_mean.to(dtype), mask=exists & ~ignored)
@@ -652,7 +695,7 @@ def _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_s
     first = tl.where(finite, _rounded(keep * first + trust * p0, dtype), first)
     second = tl.where(finite, _rounded(keep * second + trust * p1, dtype), second)
     count = tl.where(finite, _rounded(keep * count + trust, dtype), count)
-    tl.debug_barrier()  # as in `_absorb`
+    tl.debug_barrier()  # as in `_enter`
     tl.store(gradient.sum_dy + c, first.to(dtype), mask=exists & finite)
     tl.store(gradient.sum_dy_xhat + c, second.to(dtype), mask=exists & finite)
     tl.store(gradient.count_dy + c, count.to(dtype), mask=exists & finite)

@@ -1,0 +1,65 @@
+"""How an input is shared out among programs, for every size, and on devices of either kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from runningbn.kernels.triton_devices import Device
+from runningbn.kernels.triton_plan import Plan
+from runningbn.kernels.triton_plan import plan as plan_of
+
+DEVICES = {"fast float64": Device(132), "slow float64": Device(128, slow_float64=True)}
+each_device = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+
+SIZES = [1, 2, 3, 8, 17, 64, 100, 1000, 2**20]
+PLAN_CHANNELS, PLAN_INNER = [2, 3, 16, 37, 64, 1000, 4096], [2, 9, 16, 49, 196, 784, 3136, 12544, 2**21]
+
+
+def plans(outer: int, device: Device) -> Iterator[tuple[Plan, bool]]:
+    for channels in PLAN_CHANNELS:
+        for double in (False, True):
+            yield plan_of(True, outer, channels, 1, double, device), double
+            for inner in PLAN_INNER:
+                yield plan_of(False, outer, channels, inner, double, device), double
+    yield plan_of(False, 1, 3, 2**30 + 1, False, device), False
+
+
+@each_device
+@pytest.mark.parametrize("outer", SIZES)
+def test_plans_cover_the_input_with_tiles_that_fit(outer: int, device: Device) -> None:
+    for plan, double in plans(outer, device):
+        n, channels, inner = plan.sizes
+        of_n, of_c, of_s = (plan.tile[name] for name in ("BN", "BC", "BS"))
+        assert of_n * of_c * of_s <= (2048 if double else 4096)
+        assert plan.tile["num_warps"] in (1, 2, 4, 8)
+        assert all(size & (size - 1) == 0 for size in (of_n, of_c, of_s, plan.at_once))
+        tiles = -(-n // of_n) * -(-inner // of_s)
+        assert plan.blocks * of_c >= channels
+        for splits, of_split in (plan.summing, plan.mapping):
+            assert (splits - 1) * of_split < tiles <= splits * of_split
+            assert of_split <= 64
+        # Offsets within a tile are 32 bits wide.
+        assert (of_n - 1) * channels * inner + (of_c - 1) * inner + of_s < 2**31
+
+
+@each_device
+def test_few_shapes_are_compiled_while_samples_vary(device: Device) -> None:
+    for channels, inner in [(64, 196), (64, 3136), (3, 50176), (2048, 49), (16, 4)]:
+        compiled = {
+            (*plan.tile.values(), plan.at_once)
+            for n in range(1, 300)
+            if (plan := plan_of(False, n, channels, inner, False, device))
+        }
+        assert len(compiled) <= 4, (channels, inner, compiled)
+
+
+@pytest.mark.parametrize("inner", PLAN_INNER)
+def test_where_float64_is_slow_few_channels_are_left_to_one_program(inner: int) -> None:
+    for channels in PLAN_CHANNELS:
+        slow, fast = (plan_of(False, 8, channels, inner, False, device) for device in reversed(DEVICES.values()))
+        assert slow.tile["BC"] <= 32
+        assert (slow.wide, fast.wide) == (False, True)
+        # Sums in float64 are merged in float64, wherever.
+        assert plan_of(False, 8, channels, inner, True, DEVICES["slow float64"]).wide
