@@ -1,0 +1,77 @@
+"""Parts of files, read where and when they are needed, and never beyond their end."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from .errors import UnreadableError
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of bytes in an open file.
+
+    Files are not mapped into memory: a process that writes a file anew while it is mapped ends the one that reads.
+    """
+
+    file: BinaryIO
+    start: int
+    size: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """So many bytes from there on.
+
+        Raises:
+            UnreadableError: where the span has fewer.
+        """
+        if min(offset, size) < 0 or offset + size > self.size:
+            raise UnreadableError(
+                f"has a tensor of bytes {offset:,} to {offset + size:,} of a storage that has {self.size:,}"
+            )
+        self.file.seek(self.start + offset)
+        found = self.file.read(size)
+        if len(found) != size:
+            raise UnreadableError("was cut off")
+        return found
+
+    def part(self, offset: int, size: int) -> Span:
+        """A range in this one.
+
+        Raises:
+            UnreadableError: where that is not inside.
+        """
+        if min(offset, size) < 0 or offset + size > self.size:
+            raise UnreadableError("was cut off, or says that it is longer than it is")
+        return Span(self.file, self.start + offset, size)
+
+
+def span_of(contents: bytes) -> Span:
+    """Bytes that are in memory already."""
+    return Span(io.BytesIO(contents), 0, len(contents))
+
+
+class Stream:
+    """A span as a file for ``genops``. ``read(n)`` of a file of Python may reserve n bytes before it reads."""
+
+    def __init__(self, span: Span) -> None:
+        self._file: Any = span.file
+        self._start, self._end = span.start, span.start + span.size
+        self._file.seek(span.start)
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes."""
+        left: int = self._end - self._file.tell()
+        found: bytes = self._file.read(max(0, min(size, left)))
+        return found
+
+    def readline(self) -> bytes:
+        """Up to the end of a line, or of the span."""
+        line: bytes = self._file.readline(max(0, self._end - self._file.tell()))
+        return line
+
+    def tell(self) -> int:
+        """From the start of the span."""
+        position: int = self._file.tell() - self._start
+        return position
