@@ -130,11 +130,15 @@ def movement(name: str, a: SavedLayer, b: SavedLayer) -> Movement:
 def _prefixes(a: Sequence[str], b: Sequence[str]) -> tuple[str, str]:
     """What stands before the names of A and of B, so that most names are in both; ("", "") where any are equal.
 
-    Either both have prefixes of `PREFIXES`, or one has what the other has not, whatever it is.
+    Both may have some of `PREFIXES`, and behind them one may have what the other has not, whatever it is.
     """
     if not a or not b or set(a) & set(b):
         return "", ""
-    choices = [(one, other) for one in _known(a) for other in _known(b)] + [(_before(a, b), ""), ("", _before(b, a))]
+    choices = []
+    for one in _known(a):
+        for other in _known(b):
+            rest_a, rest_b = [name.removeprefix(one) for name in a], [name.removeprefix(other) for name in b]
+            choices += [(one, other), (one + _before(rest_a, rest_b), other), (one, other + _before(rest_b, rest_a))]
 
     def shared(choice: tuple[str, str]) -> int:
         return len({name.removeprefix(choice[0]) for name in a} & {name.removeprefix(choice[1]) for name in b})

@@ -57,21 +57,22 @@ class Stream:
 
     def __init__(self, span: Span) -> None:
         self._file: Any = span.file
-        self._start, self._end = span.start, span.start + span.size
-        self._file.seek(span.start)
+        self._size = self._left = span.size
+        span.file.seek(span.start)
+
+    @property
+    def position(self) -> int:
+        """From the start of the span."""
+        return self._size - self._left
 
     def read(self, size: int) -> bytes:
         """At most so many bytes."""
-        left: int = self._end - self._file.tell()
-        found: bytes = self._file.read(max(0, min(size, left)))
+        found: bytes = self._file.read(min(size, self._left))
+        self._left -= len(found)
         return found
 
     def readline(self) -> bytes:
         """Up to the end of a line, or of the span."""
-        line: bytes = self._file.readline(max(0, self._end - self._file.tell()))
+        line: bytes = self._file.readline(self._left)
+        self._left -= len(line)
         return line
-
-    def tell(self) -> int:
-        """From the start of the span."""
-        position: int = self._file.tell() - self._start
-        return position

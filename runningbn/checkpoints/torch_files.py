@@ -111,7 +111,7 @@ def _read_pickle(span: Span, budget: Budget, inner: Any) -> Pickled:
     _, machine, contents, keys = (unpickle(stream, budget) for _ in range(4))
     little = not isinstance(machine, dict) or machine.get("little_endian") is not False
     swapped = little != (sys.byteorder == "little")
-    storages = _storages(span, stream.tell(), contents, keys, "little" if little else "big")
+    storages = _storages(span, stream.position, contents, keys, "little" if little else "big")
     return Pickled(contents, Tensors(storages, swapped, inner))
 
 

@@ -20,6 +20,7 @@ The opcodes are parsed by ``pickletools.genops``, which reads and does not act.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pickletools import genops
@@ -67,7 +68,7 @@ def unpickle(file: Any, budget: Budget) -> Any:
     """What the pickle at the position of a file holds; the position is behind its end afterwards.
 
     Args:
-        file: has ``read``, ``readline`` and ``tell``; ``read(n)`` makes no more than the file has.
+        file: has ``read`` and ``readline``; ``read(n)`` makes no more than the file has.
         budget: is charged for what is made.
 
     Raises:
@@ -75,17 +76,19 @@ def unpickle(file: Any, budget: Budget) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in genops(file):
-            name = opcode.name
-            budget.spend(_COSTS.get(name, 100))
-            if name in _VALUES:
-                if isinstance(argument, (str, bytes, bytearray)):
-                    budget.spend(len(argument))
-                machine.push(argument)
-            elif name in _EFFECTS:
-                _EFFECTS[name](machine, argument)
-            else:
-                _REST.get(name, _unknown)(machine)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in a damaged string
+            for opcode, argument, _ in genops(file):
+                name = opcode.name
+                budget.spend(_COSTS.get(name, 100))
+                if name in _VALUES:
+                    if isinstance(argument, (str, bytes, bytearray)):
+                        budget.spend(len(argument))
+                    machine.push(argument)
+                elif name in _EFFECTS:
+                    _EFFECTS[name](machine, argument)
+                else:
+                    _REST.get(name, _unknown)(machine)
         return machine.stack[-1]
     # What a damaged pickle leads to: bad encodings, an empty stack, a key that is not in the memo.
     except (ValueError, IndexError, KeyError, OverflowError) as error:
