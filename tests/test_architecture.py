@@ -38,6 +38,7 @@ ORDER = [
     "convert",
     "ranks",
     "selection",
+    "nested",
     "summary",
     "report",
     "checkpoints",

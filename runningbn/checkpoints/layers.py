@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..buffers import CHECKPOINTED, SETTLED, TRAINING, VIEW, is_narrow
 from ..statistics import Sums
+from ..summary import batches_tracked
 
 AFFINE = ("weight", "bias")
 # One number per channel each, where a layer has them.
@@ -165,7 +166,7 @@ def _layer(name: str, parts: Mapping[str, Tensor], eps: float) -> SavedLayer:
         var=wide["running_var"],
         weight=wide.get("weight"),
         bias=wide.get("bias"),
-        batches=_batches(parts.get("num_batches_tracked")),
+        batches=batches_tracked(parts.get("num_batches_tracked")),
         state={part: wide[part] for part in own} if usable else {},
         training_state={part: wide[part] for part in TRAINING if part in wide} if usable else {},
         # An RL normaliser has a count of its own beside its statistics, and that is no part of a state.
@@ -178,10 +179,3 @@ def _layer(name: str, parts: Mapping[str, Tensor], eps: float) -> SavedLayer:
 def _least(dtype: torch.dtype) -> float:
     """The smallest positive number, denormal ones included."""
     return torch.finfo(dtype).tiny * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def _batches(tracked: Tensor | None) -> int | None:
-    # Averaged weights may bring it as a fraction.
-    if tracked is None or tracked.numel() != 1 or not tracked.isfinite().all():
-        return None
-    return int(tracked)

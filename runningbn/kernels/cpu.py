@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from ..law import Law
 from ..momentum import SQUARE_ROOT, Momentum, encoded, weighs_whole_batches
 from ..statistics import GradientState, NoiseState, State, Sums
+from .building import library_in, why_not_built
 from .layout import are_vectors
 
 # The structs of cpu.h, whose fields are 8 bytes each: q and Q are integers and pointers, d doubles.
@@ -321,9 +322,9 @@ def _check(failed: int) -> None:
 def _library() -> tuple[Any, str | None, str]:
     """The library, or why there is none, and the instruction set that it uses."""
     folder = Path(__file__).parent
-    built = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()), None)
+    built = library_in(folder, EXTENSION_SUFFIXES)
     if built is None:
-        return None, "the C library was not built when runningbn was installed: that takes a C compiler", ""
+        return None, why_not_built(folder, EXTENSION_SUFFIXES), ""
     torch_library = Path(torch.__file__).parent / "lib" / _TORCH_LIBRARY.get(sys.platform, "libtorch_cpu.so")
     try:
         parallel_for = ctypes.CDLL(str(torch_library)).torch_parallel_for
