@@ -40,6 +40,7 @@ ORDER = [
     "selection",
     "nested",
     "summary",
+    "merge",
     "report",
     "checkpoints",
     "passes",
