@@ -262,6 +262,20 @@ def test_two_dimensional_arrays_have_their_elements_in_place(tmp_path):
 # ----------------------------------------------------------------------------------------------- tensors of every kind
 
 
+def test_tensors_of_no_layer_are_not_even_looked_at(tmp_path):
+    """The optimizer's are damaged: their storages are not in the file. Those of the layers are whole."""
+    state = small_net().state_dict()
+    moment = torch.full((100,), 0.5)
+    path = saved(tmp_path, {"state_dict": state, "optimizer": {"exp_avg": moment}})
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "part.pt", "w") as part:
+        names = [name for name in archive.namelist() if archive.read(name) != moment.numpy().tobytes()]
+        assert len(names) == len(archive.namelist()) - 1
+        for name in names:
+            part.writestr(name, archive.read(name))
+    (found,) = read_checkpoint(tmp_path / "part.pt")
+    assert_same_layers(found, state)
+
+
 class Image(torch.Tensor):
     """As MONAI's MetaTensor."""
 
@@ -338,6 +352,18 @@ def test_bytes_in_the_other_order(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- torch.distributed.checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_folder_with_nothing_but_the_layers(tmp_path, dtype):
+    """The first and the last piece of a file are of layers, too."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    model = pretrained(nn.Sequential(nn.BatchNorm1d(C), nn.BatchNorm1d(C))).to(dtype)
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(model.state_dict(), checkpoint_id=tmp_path)
+    (found,) = read_checkpoint(tmp_path)
+    assert found.place == ""
+    assert_same_layers(found, model.state_dict())
 
 
 @pytest.fixture(name="distributed")

@@ -88,6 +88,8 @@ def loaded(path: Path) -> Iterator[tuple[Loaded, Budget]]:
             yield _load(path, files), files.budget
         except UnreadableError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         except MemoryError as error:
             raise CheckpointError(f"{path}: there is not enough memory to read it") from error
 

@@ -16,7 +16,7 @@ from .contents import opened
 from .errors import Budget, CheckpointError, UnreadableError, printable
 from .formats import Loaded, loaded
 from .layers import StateDict, keys_of_layers, read_state_dict
-from .tensors import SavedTensor
+from .tensors import SavedTensor, is_tensor
 from .unpickling import Stub
 
 __all__ = ["CheckpointError", "Source", "printable", "read_checkpoint"]
@@ -87,9 +87,9 @@ def read_checkpoint(source: Source | Path, eps: float | None = None) -> list[Sta
     if isinstance(source, Path):
         source = Source(source)
     with loaded(source.path) as (checkpoint, budget):
-        if checkpoint.tensor(checkpoint.contents) or not _has_inside(checkpoint.contents, budget):
-            kind = _kind(checkpoint)
-            raise CheckpointError(f"{source.path}: expected a dict with tensors in it, got {kind}")
+        contents = checkpoint.contents
+        if is_tensor(contents) or opened(contents, budget) is None:
+            raise CheckpointError(f"{source.path}: expected a dict with tensors in it, got {_kind(contents)}")
         found = list(_state_dicts(checkpoint, budget, eps))
     fitting = [state_dict for state_dict in found if source.has(state_dict.place)]
     if not any(state_dict.layers for state_dict in fitting):
@@ -108,13 +108,8 @@ def _nothing(source: Source, found: Sequence[StateDict], fitting: Sequence[State
     )
 
 
-def _has_inside(contents: Any, budget: Budget) -> bool:
-    return opened(contents, budget) is not None
-
-
-def _kind(checkpoint: Loaded) -> str:
-    contents = checkpoint.contents
-    if checkpoint.tensor(contents):
+def _kind(contents: Any) -> str:
+    if is_tensor(contents):
         return "a tensor"
     return f"the object {contents.name}" if isinstance(contents, Stub) else type(contents).__name__
 
@@ -123,7 +118,7 @@ def _state_dicts(checkpoint: Loaded, budget: Budget, eps: float | None) -> Itera
     number = 0
 
     def inside(item: Any) -> Any:
-        return None if checkpoint.tensor(item) else opened(item, budget)
+        return None if is_tensor(item) else opened(item, budget)
 
     for place, entries in walk(checkpoint.contents, inside):
         keys = keys_of_layers(entries)

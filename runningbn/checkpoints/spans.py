@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -19,6 +20,11 @@ class Span:
     file: BinaryIO
     start: int
     size: int
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is the whole file."""
+        return self.start == 0 and self.file.seek(0, os.SEEK_END) == self.size
 
     def read(self, offset: int, size: int) -> bytes:
         """So many bytes from there on.

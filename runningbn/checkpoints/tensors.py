@@ -218,6 +218,16 @@ _NUMPY_ARRAYS = frozenset(("numpy.core.multiarray._reconstruct", "numpy._core.mu
 _NUMPY_SCALARS = frozenset(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"))
 _NUMPY_BUFFERS = frozenset(("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"))
 _NUMPY_NAMES = _NUMPY_ARRAYS | _NUMPY_SCALARS | _NUMPY_BUFFERS
+_NAMES = _TORCH | _WRAPPERS | _WITH_CLASS | _NUMPY_NAMES
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, by its name alone, so that those of optimizers need not be looked at.
+
+    What ``torch.jit`` tags may be another thing, which has nothing inside that is asked for either.
+    """
+    named = isinstance(value, Stub) and (value.name in _NAMES or value.name.startswith(_TORCH_OTHERS))
+    return named or isinstance(value, SavedTensor)
 
 
 def sizes(values: Any) -> tuple[int, ...]:

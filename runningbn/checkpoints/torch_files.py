@@ -38,7 +38,7 @@ def read_zip(span: Span, budget: Budget) -> Pickled:
     Raises:
         UnreadableError: for another archive, and a damaged one.
     """
-    whole = span.file if span.start == 0 else io.BytesIO(span.read(0, span.size))
+    whole = span.file if span.is_file else io.BytesIO(span.read(0, span.size))
     try:
         with zipfile.ZipFile(whole) as archive:
             members = {member.filename: member for member in archive.infolist()}
