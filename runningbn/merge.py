@@ -46,9 +46,9 @@ def merge_statistics(
             torch's layers, and ours where all of them went on from statistics of unknown weight, count alike.
 
     Returns:
-        The buffers of the statistics and nothing else: `running_mean`, `running_var`, `num_batches_tracked` (the sum),
-        and of our layers the state behind them; in the dtypes and on the devices of the first state. Parameters, and
-        what training remembers of gradients, are the caller's: ``model.load_state_dict({**averaged, **merged})``.
+        A dict of the statistics and nothing else, which are `running_mean`, `running_var`, `num_batches_tracked` (the
+        sum), and of our layers the state behind them, in the dtypes and on the devices of the first state. Parameters,
+        and what training remembers of gradients, are the caller's: ``model.load_state_dict({**averaged, **merged})``.
 
     Raises:
         TypeError: if a state is no mapping, as a model is none.

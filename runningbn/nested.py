@@ -28,23 +28,51 @@ class Place:
 
     def inner(self, key: Any) -> Place:
         """The place under a key."""
-        short = isinstance(key, int) and abs(key) < 2**63  # str refuses huge numbers
-        return Place(self, key if isinstance(key, str) else str(key) if short else type(key).__name__, self.depth + 1)
+        return Place(self, shown(key), self.depth + 1)
+
+
+def shown(key: Any) -> str:
+    """A key as part of a place."""
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) and abs(key) < 2**63 else type(key).__name__  # str refuses huge numbers
 
 
 def _plain(item: Any) -> Any:
     return item if isinstance(item, (Mapping, list, tuple)) else None
 
 
-def walk(contents: Any, opened: Callable[[Any], Any] = _plain) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+def _pairs(inside: Any) -> list[tuple[Any, Any]]:
+    return list(inside.items()) if isinstance(inside, Mapping) else list(enumerate(inside))
+
+
+def find(contents: Any, key: str, opened: Callable[[Any], Any] = _plain) -> list[Any]:
+    """What is under a key, whose parts are joined by dots and may have dots themselves; more than one in odd cases."""
+    found, waiting = [], [(contents, key)]
+    while waiting:
+        item, rest = waiting.pop()
+        for name, value in _pairs(opened(item) or ()):
+            if (part := shown(name)) == rest:
+                found.append(value)
+            elif part and rest.startswith(part + "."):
+                waiting.append((value, rest[len(part) + 1 :]))
+    return found
+
+
+def walk(
+    contents: Any, opened: Callable[[Any], Any] = _plain, place: Place | None = None
+) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     """Every mapping in dicts, lists and tuples with its place, outer ones first, and of it what has a string as key.
+
+    One that is in several places is at the first of them.
 
     Args:
         contents: what to look into.
         opened: takes an item to what is in it, a mapping, list or tuple; None for what has nothing inside.
+        place: of the contents.
     """
     seen: set[int] = set()
-    waiting = [(Place(), contents)]  # no recursion: a file says how deep it is
+    waiting = [(place or Place(), contents)]  # no recursion: a file says how deep it is
     while waiting:
         place, item = waiting.pop()
         if id(item) in seen or (inside := opened(item)) is None:
@@ -52,11 +80,8 @@ def walk(contents: Any, opened: Callable[[Any], Any] = _plain) -> Iterator[tuple
         seen.add(id(item))
         if isinstance(inside, Mapping):
             yield place, {key: value for key, value in inside.items() if isinstance(key, str)}
-            pairs = list(inside.items())
-        else:
-            pairs = list(enumerate(inside))
         if place.depth < DEEPEST:
-            nested = [(key, value) for key, value in pairs if not isinstance(value, _LEAVES)]
+            nested = [(key, value) for key, value in _pairs(inside) if not isinstance(value, _LEAVES)]
             waiting += [(place.inner(key), value) for key, value in reversed(nested)]
 
 

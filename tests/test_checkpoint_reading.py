@@ -244,7 +244,7 @@ def _read_anything(path):
 
     assert "no BatchNorm statistics" in str(raised.value)
     with loaded(path) as (checkpoint, budget):
-        return list(_state_dicts(checkpoint, budget, None))
+        return list(_state_dicts(checkpoint, "", budget, None))
 
 
 def test_two_dimensional_arrays_have_their_elements_in_place(tmp_path):
@@ -480,6 +480,25 @@ def test_a_key_selects_a_part_and_one_that_is_missing_is_told_what_there_is(tmp_
             CheckpointError, match=rf"under the key '{key}'; there are some under: 'model', 'ema.shadow'"
         ):
             read_checkpoint(Source(path, key))
+
+
+def test_what_is_in_two_places_is_listed_at_the_first_and_found_under_both(tmp_path):
+    model = small_net()
+    path = saved(tmp_path, {"model": model, "ema": model, "best": {"of": model.state_dict(), "self": None}})
+    assert [each.place for each in read_checkpoint(path)] == ["model", "best.of"]
+    for key in ("model", "ema", "best", "best.of"):
+        (found,) = read_checkpoint(Source(path, key))
+        assert found.place == ("best.of" if key == "best" else key)
+        assert_same_layers(found, model.state_dict())
+
+
+def test_a_key_inside_what_contains_itself(tmp_path):
+    contents = {"model": small_net().state_dict()}
+    contents["self"] = contents
+    path = saved(tmp_path, contents)
+    for key in ("model", "self", "self.model", "self.self.self.model"):
+        (found,) = read_checkpoint(Source(path, key))
+        assert len(found.layers) == 2
 
 
 def test_keys_with_dots_and_numbers(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..nested import walk
+from ..nested import Place, find, walk
 from .contents import opened
 from .errors import Budget, CheckpointError, UnreadableError, printable
 from .formats import Loaded, loaded
@@ -52,10 +52,6 @@ class Source:
     def __str__(self) -> str:
         return f"{self.path}:{self.key}" if self.key else str(self.path)
 
-    def has(self, place: str) -> bool:
-        """Whether a place in the file is in this part of it."""
-        return not self.key or place == self.key or place.startswith(self.key + ".")
-
     def within(self, place: str) -> str:
         """A place in this part, as seen from there."""
         return place.removeprefix(self.key).removeprefix(".") if self.key else place
@@ -90,15 +86,15 @@ def read_checkpoint(source: Source | Path, eps: float | None = None) -> list[Sta
         contents = checkpoint.contents
         if is_tensor(contents) or opened(contents, budget) is None:
             raise CheckpointError(f"{source.path}: expected a dict with tensors in it, got {_kind(contents)}")
-        found = list(_state_dicts(checkpoint, budget, eps))
-    fitting = [state_dict for state_dict in found if source.has(state_dict.place)]
-    if not any(state_dict.layers for state_dict in fitting):
-        raise CheckpointError(f"{source.path}: {_nothing(source, found, fitting)}")
-    return fitting
+        found = list(_state_dicts(checkpoint, source.key, budget, eps))
+        if any(state_dict.layers for state_dict in found):
+            return found
+        whole = list(_state_dicts(checkpoint, "", budget, eps)) if source.key else []
+    raise CheckpointError(f"{source.path}: {_nothing(source, whole, found)}")
 
 
-def _nothing(source: Source, found: Sequence[StateDict], fitting: Sequence[StateDict]) -> str:
-    places = [repr(entry.place) if entry.place else "the file itself" for entry in found if entry.layers]
+def _nothing(source: Source, whole: Sequence[StateDict], fitting: Sequence[StateDict]) -> str:
+    places = [repr(entry.place) if entry.place else "the file itself" for entry in whole if entry.layers]
     if source.key and places:
         return f"no BatchNorm statistics under the key {source.key!r}; there are some under: {', '.join(places)}"
     reasons = "; ".join(f"{name or 'the file itself'}: {why}" for entry in fitting for name, why in entry.left_out)
@@ -114,13 +110,18 @@ def _kind(contents: Any) -> str:
     return f"the object {contents.name}" if isinstance(contents, Stub) else type(contents).__name__
 
 
-def _state_dicts(checkpoint: Loaded, budget: Budget, eps: float | None) -> Iterator[StateDict]:
+def _state_dicts(checkpoint: Loaded, key: str, budget: Budget, eps: float | None) -> Iterator[StateDict]:
+    """The state dicts under a key; under the empty one, all."""
     number = 0
 
     def inside(item: Any) -> Any:
         return None if is_tensor(item) else opened(item, budget)
 
-    for place, entries in walk(checkpoint.contents, inside):
+    contents, start = checkpoint.contents, Place()
+    if key:
+        contents, start = find(contents, key, inside), Place(Place(), key)
+        contents = contents[0] if len(contents) == 1 else contents
+    for place, entries in walk(contents, inside, start):
         keys = keys_of_layers(entries)
         if not keys:
             continue
