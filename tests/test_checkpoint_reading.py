@@ -466,6 +466,20 @@ def test_a_zip_archive_that_is_none_of_torch_or_was_packed_anew(tmp_path):
         read_checkpoint(tmp_path / "c.pt")
 
 
+def test_an_exported_program_is_told_how_to_be_read(tmp_path):
+    model = nn.Sequential(nn.BatchNorm1d(C)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(model, (torch.randn(2, C),)), tmp_path / "program.pt2")
+        loaded_again = torch.export.load(tmp_path / "program.pt2")
+    with pytest.raises(
+        CheckpointError, match=r"torch\.export|without a data\.pkl"
+    ):  # older releases wrote other members
+        read_checkpoint(tmp_path / "program.pt2")
+    (found,) = read_checkpoint(saved(tmp_path, loaded_again.state_dict))
+    assert_same_layers(found, model.state_dict())
+
+
 def test_a_key_selects_a_part_and_one_that_is_missing_is_told_what_there_is(tmp_path):
     model, average = small_net().state_dict(), small_net().state_dict()
     path = saved(tmp_path, {"model": model, "ema": {"shadow": average, "decay": 0.9}, "optimizer": {"state": {}}})

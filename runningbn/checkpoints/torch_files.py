@@ -46,6 +46,10 @@ def read_zip(span: Span, budget: Budget) -> Pickled:
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError, struct.error) as error:
         raise UnreadableError(DAMAGED) from error
     name = next((name for name in members if name.endswith("/data.pkl") and name.count("/") == 1), None)
+    if name is None and any(member.endswith("/archive_format") for member in members):
+        raise UnreadableError(
+            "is a program of torch.export.save. Save its tensors: torch.save(torch.export.load(PATH).state_dict, OTHER)"
+        )
     if name is None:
         raise UnreadableError("is a zip archive without a data.pkl, so it is not one of torch.save")
     folder = name.removesuffix("data.pkl")
