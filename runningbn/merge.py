@@ -15,6 +15,7 @@ from .statistics import Sums, moments, move_pivot, unbiased
 from .summary import batches_tracked
 
 _TRACKED = "num_batches_tracked"
+_MOST_BATCHES = 2**62  # what int64 holds, with room to go on counting
 _Layer = dict[str, Tensor]  # the statistics of one layer in one state dict, by the names of its buffers
 
 
@@ -35,6 +36,9 @@ def merge_statistics(
     ``momentum=None``, each on a part of the data, give the state of one that has seen all, and training goes on from
     it. `running_var` is corrected as the layers themselves do it. Of torch's layers the formula above is taken with
     `running_var` as it is, whose correction n/(n − 1) belongs to each part: by that much it is off.
+
+    What the states have in common, as the data of an earlier round that all went on from, counts once for each. Where
+    that matters, call ``reset_running_stats()`` on the layers when a round begins.
 
     A state that has seen nothing contributes nothing: one of our layers that is empty, or mean 0, variance 1 and no
     batches tracked.
@@ -169,7 +173,8 @@ def _shares(weights: Tensor) -> Tensor:
 
 def _batches(parts: Sequence[_Layer], contributes: Tensor) -> Tensor:
     numbers = [batches_tracked(part.get(_TRACKED)) or 0 for part in parts]
-    return torch.tensor(sum(number for number, does in zip(numbers, contributes.any(1).tolist()) if does))
+    total = sum(number for number, does in zip(numbers, contributes.any(1).tolist()) if does)
+    return torch.tensor(min(total, _MOST_BATCHES))
 
 
 def _merge_views(parts: Sequence[_Layer], given: Sequence[float] | None) -> _Layer:
@@ -212,7 +217,7 @@ def _merge_states(prefix: str, parts: Sequence[_Layer], given: Sequence[float] |
         "count_sqrs": (gains.square() * wide["count_sqrs"]).sum(0),
         "debias": (gains * wide["debias"]).sum(0),
         "samples": (contributes * wide["samples"]).sum(0).clamp_max(SETTLED),
-        "steps": (contributes * wide["steps"]).sum(0),
+        "steps": (contributes * wide["steps"]).sum(0).clamp_max(SETTLED),
         _TRACKED: _batches(parts, contributes),
     }
     mean, var = moments(sums)

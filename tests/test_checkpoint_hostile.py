@@ -7,7 +7,6 @@ import io
 import pickle
 import pickletools
 import random
-import resource
 import struct
 import sys
 import zipfile
@@ -28,6 +27,8 @@ from torch import nn
 from runningbn.checkpoints.errors import Budget, UnreadableError
 from runningbn.checkpoints.reading import CheckpointError, StateDict, read_checkpoint
 from runningbn.checkpoints.unpickling import unpickle
+
+resource = pytest.importorskip("resource")  # tells how much memory was taken
 
 C = 4
 # What Python tells of while code is imported, compiled or run, and other processes are started.

@@ -172,6 +172,32 @@ def test_one_state_is_itself():
         assert merged[name].dtype == layer.state_dict()[name].dtype
 
 
+def test_what_states_have_in_common_counts_once_for_each_unless_it_is_reset():
+    common, parts = data_of(5, 42), [data_of(k, 42) for k in range(2)]
+    for reset, expected in ((True, parts), (False, [common, common, *parts])):
+        states = []
+        for part in parts:
+            layer = trained(PreciseBatchNorm1d(C, momentum=None), common)
+            if reset:
+                layer.reset_running_stats()
+            states.append(trained(layer, part).state_dict())
+        merged = merge_statistics(states)
+        mean, _, var = population(expected)
+        torch.testing.assert_close(merged["running_mean"].double(), mean, **CLOSE)
+        torch.testing.assert_close(merged["running_var"].double(), var, rtol=1e-4, atol=1e-5)
+
+
+def test_many_rounds_without_a_reset_stay_finite():
+    """Samples double in every round then, and are bounded by what counts as settled."""
+    model = PreciseBatchNorm1d(C, momentum=None)
+    for _ in range(140):
+        states = [trained(copy.deepcopy(model), data_of(k, 7)).state_dict() for k in range(2)]
+        model.load_state_dict({**states[0], **merge_statistics(states)})
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    mean, _, _ = population([data_of(k, 7) for k in range(2)])
+    torch.testing.assert_close(model.running_mean.double(), mean, rtol=1e-3, atol=1e-3)
+
+
 def test_a_client_that_saw_nothing_contributes_nothing():
     full = trained(PreciseBatchNorm1d(C, momentum=None), data_of(1, 60)).state_dict()
     empty = PreciseBatchNorm1d(C, momentum=None).state_dict()
