@@ -10,7 +10,7 @@ from typing import Any
 DEEPEST = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Place:
     """Where something is: in the outer place, under a key. ``str`` joins the keys by dots; "" is the whole."""
 
@@ -72,17 +72,19 @@ def walk(
         place: of the contents.
     """
     seen: set[int] = set()
-    waiting = [(place or Place(), contents)]  # no recursion: a file says how deep it is
+    # No recursion, for a file says how deep it is; and a place is made when it is reached, for there may be many.
+    waiting: list[tuple[Place | None, Any, Any]] = [(None, None, contents)]
     while waiting:
-        place, item = waiting.pop()
+        outer, key, item = waiting.pop()
         if id(item) in seen or (inside := opened(item)) is None:
             continue
         seen.add(id(item))
+        here = (place or Place()) if outer is None else outer.inner(key)
         if isinstance(inside, Mapping):
-            yield place, {key: value for key, value in inside.items() if isinstance(key, str)}
-        if place.depth < DEEPEST:
-            nested = [(key, value) for key, value in _pairs(inside) if not isinstance(value, _LEAVES)]
-            waiting += [(place.inner(key), value) for key, value in reversed(nested)]
+            yield here, {key: value for key, value in inside.items() if isinstance(key, str)}
+        if here.depth < DEEPEST:
+            nested = [(here, key, value) for key, value in _pairs(inside) if not isinstance(value, _LEAVES)]
+            waiting += reversed(nested)
 
 
 _LEAVES = (str, bytes, int, float, type(None))

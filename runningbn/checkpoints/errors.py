@@ -27,7 +27,7 @@ class Budget:
 
     # Of ordinary files, a tensor of half precision becomes float64, and a short string a Python object: 4 to 12 times.
     PER_BYTE = 16
-    LEAST = 64 << 20
+    LEAST = 128 << 20
 
     def __init__(self) -> None:
         self.limit, self.spent = self.LEAST, 0

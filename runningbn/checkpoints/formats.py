@@ -136,7 +136,7 @@ def _starts_as_safetensors(start: bytes, size: int) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Read:
+class _Read(SavedTensor):
     """A tensor that its library has read."""
 
     value: Any

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import Budget, UnreadableError
 from .spans import Span
-from .tensors import sizes
+from .tensors import SavedTensor, sizes
 from .torch_files import read_pickle, read_zip
 from .unpickling import DAMAGED, Stub
 
@@ -31,7 +31,7 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class ShardedTensor:
+class ShardedTensor(SavedTensor):
     """A tensor in pieces."""
 
     shape: tuple[int, ...]

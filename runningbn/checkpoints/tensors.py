@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,21 +48,20 @@ _OTHER_ORDER = {"little": ">", "big": "<"}[sys.byteorder]
 _MOST_WRAPPERS = 8
 
 
-@runtime_checkable
-class SavedTensor(Protocol):
+class SavedTensor(ABC):
     """A tensor in a file."""
 
+    @abstractmethod
     def read(self, budget: Budget) -> Tensor:
         """The tensor, on the CPU; on the meta device where it holds no plain numbers.
 
         Raises:
             UnreadableError: where the file does not have what it says.
         """
-        ...
 
 
 @dataclass(frozen=True, eq=False)
-class StridedTensor:
+class StridedTensor(SavedTensor):
     """Elements of a storage, as ``torch.as_strided`` takes them; ``swapped`` where its bytes are in the other order."""
 
     storage: Span
@@ -90,7 +90,7 @@ class StridedTensor:
         return strided.clone(memory_format=torch.contiguous_format)
 
 
-class _NoNumbers:
+class _NoNumbers(SavedTensor):
     """A tensor that holds no plain numbers: sparse, quantised, of the meta device, of a class of its own."""
 
     def read(self, budget: Budget) -> Tensor:
