@@ -118,7 +118,7 @@ def test_files_that_were_cut_off(tmp_path, kind):
     whole = FILES[kind]()
     path = tmp_path / "cut.pt"
     rng = random.Random(0)
-    for length in sorted({0, 1, 2, 3, 4, 8, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(60))}):
+    for length in sorted({0, 1, 2, 3, 4, 8, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(30))}):
         path.write_bytes(whole[:length])
         said = attempt(path)
         # Storages that come last may be of no layer; a part that is read is whole.
@@ -133,7 +133,7 @@ def test_files_with_flipped_bits(tmp_path, kind):
     whole = FILES[kind]()
     path = tmp_path / "flipped.pt"
     rng = random.Random(0)
-    for _ in range(120):
+    for _ in range(60):
         damaged = bytearray(whole)
         for _ in range(rng.choice((1, 1, 3, 20))):
             damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
@@ -149,7 +149,7 @@ def test_the_pickle_in_a_file_with_other_opcodes(tmp_path, kind):
     start = whole.find(b"\x80") if not kind.startswith("pickle 0") else 0
     path = tmp_path / "opcodes.pt"
     rng = random.Random(1)
-    for _ in range(120):
+    for _ in range(60):
         damaged = bytearray(whole)
         for _ in range(rng.choice((1, 2, 5))):
             position = start + rng.randrange(min(len(whole) - start, 1500))
@@ -166,7 +166,7 @@ def test_folders_of_torch_distributed_checkpoint_that_are_damaged(tmp_path, name
     whole = (tmp_path / name).read_bytes()
     assert isinstance(attempt(tmp_path), list)
     rng = random.Random(0)
-    for i in range(100):
+    for i in range(48):
         damaged = bytearray(whole)
         if i % 4 == 0:
             del damaged[rng.randrange(len(damaged)) :]
@@ -184,7 +184,7 @@ def test_damaged_files_of_safetensors(tmp_path):
     path.write_bytes(whole)
     assert isinstance(attempt(path), list)
     rng = random.Random(0)
-    for i in range(150):
+    for i in range(80):
         damaged = bytearray(whole)
         if i % 4 == 0:
             del damaged[rng.randrange(len(damaged)) :]
@@ -211,7 +211,7 @@ def argument_of(opcode: pickletools.OpcodeInfo, rng: random.Random) -> bytes:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_programs_of_any_opcodes(seed, length):
     rng = random.Random(seed)
     program = b"\x80\x04"
@@ -361,7 +361,7 @@ DEPTH, DEEPEST = 20_000, 100_000
 )
 def test_depth_and_circles(tmp_path, program):
     path = tmp_path / "deep.pt"
-    for wrap in (b"%s", b"}X\x0c\x00\x00\x00running_mean%ss", b"]%sa"):
+    for wrap in (b"%s", b"}X\x0c\x00\x00\x00running_mean%ss"):
         path.write_bytes(b"\x80\x02" + wrap.replace(b"%s", program) + b".")
         assert isinstance(attempt(path), str)
 
@@ -460,7 +460,7 @@ def test_members_of_an_archive_that_lie_about_their_size(tmp_path):
     path = tmp_path / "lying.pt"
     directory = whole.index(b"PK\x01\x02")
     rng = random.Random(2)
-    for _ in range(200):
+    for _ in range(80):
         lying = bytearray(whole)
         position = directory + rng.randrange(len(whole) - directory - 4)
         lying[position : position + 4] = struct.pack("<I", rng.choice((2**31, 2**32 - 1, 2**20, 0)))
