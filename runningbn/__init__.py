@@ -1,6 +1,7 @@
 """Batch normalisation whose statistics are right: running, precise, put into existing models, recomputed from data."""
 
 from .convert import batchnormify
+from .merge import merge_statistics
 from .momentum import Horizon, SquareRoot
 from .precise import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
 from .recalibrate import get_bn_modules, precise_bn, update_bn_stats
@@ -24,6 +25,7 @@ __all__ = [
     "bn_summary",
     "center_weights",
     "get_bn_modules",
+    "merge_statistics",
     "precise_bn",
     "update_bn_stats",
 ]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runningbn.checkpoints.criteria import CRITERIA
-from runningbn.checkpoints.reading import CheckpointError
+from runningbn.checkpoints.reading import CheckpointError, Source
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)
 PIPE_CLOSED = 141  # and for one that wrote into a pipe that nobody reads (128 + SIGPIPE)
@@ -100,7 +100,10 @@ def _run_backends(arguments: argparse.Namespace) -> int:
     return 0
 
 
-CHECKPOINT_HELP = "a file of torch.save or safetensors, an index of shards, or a folder of save_pretrained"
+CHECKPOINT_HELP = (
+    "a file of torch.save or safetensors, a pickle of numpy arrays, an index of shards, a folder of save_pretrained or "
+    "torch.distributed.checkpoint; FILE:KEY for a part of it, such as last.pth:state_dict_ema"
+)
 
 INSPECT_EPILOG = """\
 What is looked for:
@@ -122,14 +125,24 @@ def _described(name: str, severity: str, sentence: str) -> str:
     return textwrap.fill(f"{name} ({severity}): {sentence}", 96, initial_indent="  ", subsequent_indent="      ")
 
 
-def _add_json_argument(parser: argparse.ArgumentParser) -> None:
+def _eps(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return number
+
+
+def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eps", type=_eps, help="of the layers, which only models saved whole hold (default: theirs, or 1e-5)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
-    _add_json_argument(parser)
+    parser.add_argument("checkpoint", type=Source.parse, metavar="CHECKPOINT", help=CHECKPOINT_HELP)
+    _add_reading_arguments(parser)
     criteria = "\n".join(_described(each.name, each.severity, each.sentence) for each in CRITERIA)
     parser.epilog = INSPECT_EPILOG.format(criteria=criteria)
 
@@ -137,20 +150,20 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_inspect(arguments: argparse.Namespace) -> int:
     from runningbn.checkpoints.commands import run_inspect
 
-    return run_inspect(arguments.checkpoint, as_json=arguments.json)
+    return run_inspect(arguments.checkpoint, eps=arguments.eps, as_json=arguments.json)
 
 
 def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", type=Path, metavar="A", help=CHECKPOINT_HELP)
-    parser.add_argument("b", type=Path, metavar="B", help="another")
-    _add_json_argument(parser)
+    parser.add_argument("a", type=Source.parse, metavar="A", help=CHECKPOINT_HELP)
+    parser.add_argument("b", type=Source.parse, metavar="B", help="another")
+    _add_reading_arguments(parser)
     parser.epilog = DIFF_EPILOG
 
 
 def _run_diff(arguments: argparse.Namespace) -> int:
     from runningbn.checkpoints.commands import run_diff
 
-    return run_diff(arguments.a, arguments.b, as_json=arguments.json)
+    return run_diff(arguments.a, arguments.b, eps=arguments.eps, as_json=arguments.json)
 
 
 COMMANDS = (

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from .nested import walk
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class LayerSummary:
     Attributes:
         name: of the layer in the model.
         channels: how many, C.
-        mean_mean, mean_std: of `running_mean`.
-        var_mean, var_std: of `running_var`.
+        mean_mean, mean_std: of `running_mean`; NaN where it has no values, as on the meta device.
+        var_mean, var_std: of `running_var`, likewise.
         batches: `num_batches_tracked`, None where there is none.
     """
 
@@ -67,15 +71,15 @@ class Summary(Sequence[LayerSummary]):
     __repr__ = __str__
 
 
-def bn_summary(model_or_state_dict: nn.Module | Mapping[str, Any]) -> Summary:
+def bn_summary(model_or_state_dict: nn.Module | ExportedProgram | Mapping[str, Any]) -> Summary:
     """Mean and standard deviation, over the channels, of `running_mean` and `running_var` of every BatchNorm layer.
 
     `running_mean` is the mean of a layer's input per channel and `running_var` its variance; both are what evaluation
-    normalises by. Of a model, layers of ``nn.BatchNorm`` and its subclasses are listed; of a state dict, whatever has a
-    `running_mean` and a `running_var`.
+    normalises by. A layer is whatever has both, of any class: so a scripted model is listed as the one it was made of.
 
     Args:
-        model_or_state_dict: a model, or what its ``state_dict()`` gave.
+        model_or_state_dict: a model, what ``torch.export.export`` gave, what ``state_dict()`` gave, or a checkpoint
+            with state dicts at any depth, whose keys are then part of the names.
 
     Returns:
         A sequence of `LayerSummary` that prints as a table.
@@ -90,36 +94,62 @@ def bn_summary(model_or_state_dict: nn.Module | Mapping[str, Any]) -> Summary:
         layer  channels  running_mean  running_var  batches tracked
         1             8         0 ± 0        1 ± 0                0
     """
+    # Of an exported program, this is no method. Its class is not asked for: importing torch.export takes long.
+    exported = getattr(model_or_state_dict, "state_dict", None)
     if isinstance(model_or_state_dict, nn.Module):
         found = _of_model(model_or_state_dict)
     elif isinstance(model_or_state_dict, Mapping):
-        found = _of_state_dict(model_or_state_dict)
+        found = _of_checkpoint(model_or_state_dict)
+    elif isinstance(exported, Mapping):
+        found = _of_checkpoint(exported)
     else:
-        raise TypeError(f"bn_summary: expected a module or a state dict, got {type(model_or_state_dict).__name__}")
+        raise TypeError(
+            "bn_summary: expected a module or a state dict, or an exported program, "
+            f"got {type(model_or_state_dict).__name__}"
+        )
     return Summary(_summary(*row) for row in found)
 
 
 def _of_model(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-            yield name, module.running_mean, module.running_var, module.num_batches_tracked
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        yield from _of_state_dict(own, name)
 
 
-def _of_state_dict(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
+def _of_checkpoint(contents: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
+    for place, state in walk(contents):
+        yield from _of_state_dict(state, str(place))
+
+
+def _of_state_dict(state: Mapping[str, Any], place: str) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
     for key, mean in state.items():
         if key.rpartition(".")[2] == "running_mean":
             prefix = key.removesuffix("running_mean")
-            if prefix + "running_var" in state:
-                tracked = state.get(prefix + "num_batches_tracked")
-                yield prefix.removesuffix("."), mean, state[prefix + "running_var"], tracked
+            var = state.get(prefix + "running_var")
+            if isinstance(mean, Tensor) and isinstance(var, Tensor):
+                name = ".".join(part for part in (place, prefix.removesuffix(".")) if part)
+                yield name, mean, var, state.get(prefix + "num_batches_tracked")
 
 
 def _summary(name: str, mean: Tensor, var: Tensor, tracked: Any) -> LayerSummary:
+    if mean.is_meta or var.is_meta:
+        nothing = float("nan")
+        return LayerSummary(name, mean.numel(), nothing, nothing, nothing, nothing, None)
     means, variances = (values.detach().to("cpu", torch.float64) for values in (mean, var))
     return LayerSummary(
-        name, len(mean), float(means.mean()), float(means.std(correction=0)),
-        float(variances.mean()), float(variances.std(correction=0)), None if tracked is None else int(tracked),
+        name, means.numel(), float(means.mean()), float(means.std(correction=0)),
+        float(variances.mean()), float(variances.std(correction=0)), batches_tracked(tracked),
     )  # fmt: skip
+
+
+def batches_tracked(tracked: Any) -> int | None:
+    """`num_batches_tracked` as a number; None where there is none, or none that is a number.
+
+    Averaged weights may bring it as a fraction.
+    """
+    if not isinstance(tracked, Tensor) or tracked.is_meta or tracked.numel() != 1 or not tracked.isfinite().all():
+        return None
+    return int(tracked)
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

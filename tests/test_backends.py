@@ -182,6 +182,41 @@ class TestReasons:
         with pytest.raises(RuntimeError, match=r"'cpu' cannot serve here: .* C compiler"), use_backend("cpu"):
             pass
 
+    def test_a_clone_beside_an_installed_copy(self, monkeypatch, tmp_path):
+        """As where `python -m runningbn backends` is run in a clone: its own copy is imported, which was not built."""
+        for place, built in (("clone", False), ("site-packages", True)):
+            kernels_folder = tmp_path / place / "runningbn" / "kernels"
+            kernels_folder.mkdir(parents=True)
+            if built:
+                (kernels_folder / "_cpu.abi3.so").touch()
+        monkeypatch.setattr(cpu_library, "EXTENSION_SUFFIXES", [".abi3.so"])
+        monkeypatch.setattr(
+            cpu_library, "__file__", str(tmp_path / "clone" / "runningbn" / "kernels" / "cpu_library.py")
+        )
+        monkeypatch.chdir(tmp_path / "clone")
+        monkeypatch.setattr(sys, "path", ["", str(tmp_path / "clone"), str(tmp_path / "site-packages")])
+        reason = cpu.unavailable()
+        assert f"of this copy, {tmp_path / 'clone' / 'runningbn'}, was not built" in reason
+        assert f"that of {tmp_path / 'site-packages' / 'runningbn'} was" in reason
+        assert "another folder" in reason
+
+    @pytest.mark.parametrize("tree", [True, False], ids=["source tree", "installed"])
+    @pytest.mark.parametrize("compiler", ["/usr/bin/gcc", None])
+    def test_a_copy_without_another_says_whether_there_is_a_compiler(self, monkeypatch, tmp_path, tree, compiler):
+        kernels_folder = tmp_path / "runningbn" / "kernels"
+        kernels_folder.mkdir(parents=True)
+        if tree:
+            (tmp_path / "pyproject.toml").touch()
+        monkeypatch.setattr(cpu_library, "__file__", str(kernels_folder / "cpu_library.py"))
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.setattr("shutil.which", lambda name: compiler)
+        reason = cpu.unavailable()
+        assert "C compiler; " in reason
+        assert reason.count("pip install -e .") == tree
+        assert ("/usr/bin/gcc" in reason) == (compiler is not None)
+        assert ("none is found here" in reason) == (compiler is None)
+        assert ("install runningbn again" in reason) == (compiler is not None and not tree)
+
     @needs_c
     @pytest.mark.parametrize(
         "change", [("P:sums P:sqrs", "P:sqrs P:sums"), ("HORIZON", "HORIZONS"), ("R:eps", "P:eps")]

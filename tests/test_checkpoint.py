@@ -1,7 +1,6 @@
 """Checkpoints read without model code: what is found in them, and what is said about it."""
 
 import math
-from argparse import Namespace
 from collections import OrderedDict
 
 import pytest
@@ -173,42 +172,6 @@ def test_a_transformers_model_saved_with_save_pretrained(tmp_path, shard_size):
 # ---------------------------------------------------------------------------------------------------- unreadable files
 
 
-class Foreign:
-    """A class that a checkpoint must not bring along."""
-
-
-class Trap:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.mark.parametrize(
-    ("contents", "message"),
-    [
-        (small_net(), "torch.nn.modules.container.Sequential"),
-        ({"args": Namespace(lr=1), "model": {}}, "argparse.Namespace"),
-        ({"config": Foreign()}, "Foreign"),
-    ],
-    ids=["a whole model", "arguments", "another class"],
-)
-def test_what_needs_code_is_refused_and_the_remedy_is_named(tmp_path, contents, message):
-    with pytest.raises(CheckpointError) as raised:
-        read_checkpoint(saved(tmp_path, contents))
-    assert message in str(raised.value)
-    assert "torch.save(model.state_dict(), PATH)" in str(raised.value)
-
-
-def test_no_code_in_a_file_is_run(tmp_path):
-    with pytest.raises(CheckpointError, match="open"):
-        read_checkpoint(saved(tmp_path, {"model": small_net().state_dict(), "trap": Trap(tmp_path / "sprung")}))
-    assert not (tmp_path / "sprung").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "contents"),
     [
@@ -241,7 +204,7 @@ def test_a_file_that_was_cut_off_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (torch.zeros(3), "expected a dict with tensors in it, got Tensor"),
+        (torch.zeros(3), "expected a dict with tensors in it, got a tensor"),
         ({}, "no BatchNorm statistics"),
         (nn.Linear(3, 3).state_dict(), "no BatchNorm statistics"),
         ({"norm.running_mean": torch.zeros(3)}, r"norm: it has no running_var"),
@@ -313,6 +276,45 @@ def test_each_criterion_finds_its_channel_and_no_other_criterion_does(changes, n
 )
 def test_thresholds_are_not_passed_early(changes):
     assert not named_findings(healthy(**changes)).keys() - {"constant_input"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_narrow_dtype_cannot_tell_a_dead_channel(dtype):
+    """A small variance is 0 in these dtypes, and mean/std says nothing then; in others it is what it is."""
+    state = {"running_mean": torch.full((C,), 3.0), "running_var": torch.linspace(0.5, 2, C)}
+    state["running_var"][2] = 1e-9
+    narrow = {name: value.to(dtype) for name, value in state.items()}
+    assert named_findings(narrow) == {"variance_underflow": [2]}
+    for wide in (torch.float32, torch.bfloat16, torch.float64):
+        assert named_findings({k: v.to(wide) for k, v in state.items()}) == {
+            "variance_below_eps": [2], "far_mean": [2],
+        }  # fmt: skip
+        constant = {**state, "running_var": state["running_var"] * (torch.arange(C) != 2)}
+        assert named_findings({k: v.to(wide) for k, v in constant.items()}) == {"constant_input": [2]}
+
+
+def test_a_normaliser_of_observations_is_no_layer_with_a_broken_state():
+    """As stable-baselines3, rl_games and RSL-RL have it: a count beside the mean and the variance."""
+    state = {
+        "obs.running_mean": torch.linspace(-1, 1, C, dtype=torch.float64),
+        "obs.running_var": torch.linspace(0.5, 2, C, dtype=torch.float64),
+        "obs.count": torch.tensor(1000.0, dtype=torch.float64),
+    }
+    assert named_findings(state) == {}
+    for more in ({"obs.samples": torch.tensor(3)}, {"obs.steps": torch.full((C,), 3.0)}):
+        assert named_findings(state | more) == {}
+    assert not only_layer(state).state
+
+
+def test_eps_is_part_of_every_judgement():
+    state = healthy(running_mean=[30.0], running_var=[5e-4])
+    assert named_findings(state) == {"far_mean": [0]}  # 30/(5e-4 + 1e-5)^½ is over 1000
+    (layer,) = read_state_dict("", state, eps=1e-2).layers
+    assert mean_over_std(layer)[0] == pytest.approx(30 / math.sqrt(5e-4 + 1e-2), rel=1e-6)
+    # 293 std, which is over 256, too; and the variance is below eps now.
+    assert {each.criterion.name for each in findings(layer)} == {"far_mean", "variance_below_eps"}
+    (layer,) = read_state_dict("", state, eps=1e-1).layers
+    assert {each.criterion.name for each in findings(layer)} == {"variance_below_eps"}
 
 
 def test_layers_that_no_data_has_touched():
@@ -474,6 +476,63 @@ def test_a_wrapper_around_one_of_two_checkpoints_is_found_and_told():
         assert [layer.name for layer in comparison.layers] == ["1", "2.0"]
         assert not comparison.only_a
         assert not comparison.only_b
+
+
+def renamed(state, rename):
+    return read_state_dict("", {rename(key): value for key, value in state.items()})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "prefixes"),
+    [
+        ("module.", "model.", ("module.", "model.")),
+        ("module.", "ema.", ("module.", "ema.")),
+        ("model.module.", "ema.", ("model.module.", "ema.")),
+        ("module.student.", "model.student.", ("module.", "model.")),
+        ("module.", "", ("module.", "")),
+        ("", "ema_model.module.", ("", "ema_model.module.")),
+        ("module.", "student.", ("module.", "student.")),
+        ("module.x.", "module.", ("module.x.", "module.")),
+        ("x.", "", ("x.", "")),
+        ("model.", "model.", ("", "")),
+    ],
+)
+def test_prefixes_of_both_sides_are_paired(one, other, prefixes):
+    state = small_net().state_dict()
+    comparison = compare(renamed(state, one.__add__), renamed(state, other.__add__))
+    assert (comparison.prefix_a, comparison.prefix_b) == prefixes
+    assert len(comparison.layers) == 2
+    assert not comparison.only_a
+    assert not comparison.only_b
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: f"_orig_mod.module.{key}",
+        lambda key: f"_fsdp_wrapped_module.{key}",
+        lambda key: key.replace("2.", "2._checkpoint_wrapped_module."),
+        lambda key: key.replace("2.", "2._orig_mod."),
+    ],
+)
+@pytest.mark.parametrize("other", ["", "module.", "model."])
+def test_what_torch_puts_into_names_is_left_out_wherever_it_is(rename, other):
+    state = small_net().state_dict()
+    comparison = compare(renamed(state, rename), renamed(state, other.__add__))
+    assert len(comparison.layers) == 2, comparison
+    assert comparison.wrappers_a
+    assert comparison.wrappers_b == ()
+    assert not comparison.only_a
+    assert not comparison.only_b
+
+
+def test_names_that_would_be_one_without_their_wrappers_stay_as_they_are():
+    state = nn.BatchNorm2d(C).state_dict()
+    both = {f"{prefix}n.{key}": value for prefix in ("", "_orig_mod.") for key, value in state.items()}
+    comparison = compare(read_state_dict("", both), read_state_dict("", both))
+    assert [layer.name for layer in comparison.layers] == ["n", "_orig_mod.n"]
 
 
 def test_names_that_agree_in_part_are_compared_as_they_are():

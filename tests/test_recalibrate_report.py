@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import warnings
 
 import pytest
 import torch
@@ -177,6 +178,52 @@ def test_summary_of_layers_of_all_kinds():
     assert [row.name for row in bn_summary(nn.BatchNorm2d(3))] == [""]
     assert len(bn_summary(nn.Linear(2, 2))) == 0
     assert isinstance(str(bn_summary({})), str)
+
+
+def test_summary_of_a_model_in_another_form():
+    model = residual().eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = str(bn_summary(model))
+    exported = torch.export.export(model, (x,))
+    assert str(bn_summary(exported)) == expected
+    assert str(bn_summary(exported.module())) == expected
+    assert str(bn_summary(torch.fx.symbolic_trace(model))) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        assert str(bn_summary(torch.jit.script(model))) == expected
+
+
+def test_summary_of_a_layer_of_another_class():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.full((4,), 2.0))
+            self.register_parameter("running_var", nn.Parameter(torch.full((4,), 3.0), requires_grad=False))
+
+    model = nn.Sequential(Own(), nn.InstanceNorm1d(3, track_running_stats=True), nn.InstanceNorm1d(3))
+    for summary in (bn_summary(model), bn_summary(model.state_dict())):
+        assert [row.name for row in summary] == ["0", "1"]
+        assert (summary[0].mean_mean, summary[0].var_mean, summary[0].batches) == (2, 3, None)
+
+
+def test_summary_of_a_checkpoint_names_the_state_dicts_in_it():
+    state = residual().state_dict()
+    names = [row.name for row in bn_summary(state)]
+    found = bn_summary({"state_dict": state, "epoch": 3, "ema": [{"shadow": residual().state_dict()}]})
+    prefixed = [f"{place}.{name}" for place in ("state_dict", "ema.0.shadow") for name in names]
+    assert [row.name for row in found] == prefixed
+    assert [row.var_mean for row in found[: len(names)]] == [row.var_mean for row in bn_summary(state)]
+
+
+def test_summary_of_statistics_without_values():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.BatchNorm1d(3))
+    for summary in (bn_summary(model), bn_summary(model.state_dict())):
+        assert (summary[0].channels, summary[0].batches) == (3, None)
+        assert math.isnan(summary[0].mean_mean)
+        assert "nan" in str(summary)
+    averaged = {**nn.BatchNorm1d(3).state_dict(), "num_batches_tracked": torch.tensor(math.nan)}
+    assert bn_summary(averaged)[0].batches is None
 
 
 @pytest.mark.parametrize(

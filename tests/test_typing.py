@@ -22,7 +22,7 @@ from typing_extensions import assert_type
 
 from runningbn import (
     Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, SquareRoot, StatsReport,
-    batchnormify, bn_summary, get_bn_modules, precise_bn, update_bn_stats,
+    batchnormify, bn_summary, get_bn_modules, merge_statistics, precise_bn, update_bn_stats,
 )
 
 
@@ -71,6 +71,7 @@ assert_type(recalibration.report.batches, int)
 assert_type(get_bn_modules(model), list[nn.Module])
 assert_type([row.name for row in bn_summary(model)], list[str])
 assert_type(bn_summary(model.state_dict())[0].mean_std, float)
+assert_type(merge_statistics([model.state_dict(), model.state_dict()], weights=[1, 0.5]), dict[str, Tensor])
 """
 
 MISTAKES = {
@@ -89,6 +90,7 @@ MISTAKES = {
     "precise_bn(nn.ReLU()).report": "attr-defined",
     "get_bn_modules([nn.ReLU()])": "arg-type",
     "bn_summary([nn.ReLU()])": "arg-type",
+    "merge_statistics([nn.ReLU()])": "list-item",
 }
 # The first mistake stands on the second line.
 MISTAKEN = "\n".join(

@@ -8,20 +8,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from .comparison import Comparison, compare, pairs
-from .criteria import EPS, ERROR, Finding, Judged, judge, mean_over_std, spread
-from .layers import SavedLayer, StateDict
-from .reading import read_checkpoint
+from .criteria import ERROR, Finding, Judged, judge, mean_over_std, spread
+from .layers import EPS, SavedLayer, StateDict
+from .reading import Source, read_checkpoint
 
 # Exit statuses. Those of diff(1): 0 for nothing to report, 1 for something, 2 for trouble (see __main__).
 FINE, WRONG = 0, 1
 
 
-def run_inspect(path: Path, *, as_json: bool) -> int:
-    """Judge every layer of a checkpoint and print that.
+def run_inspect(source: Source, *, eps: float | None = None, as_json: bool) -> int:
+    """Judge every layer of a checkpoint and print that; `eps` as in `read_checkpoint`.
 
     Returns:
         1 where a finding is an error, so that evaluation is wrong; else 0.
@@ -29,20 +28,20 @@ def run_inspect(path: Path, *, as_json: bool) -> int:
     Raises:
         CheckpointError: if the checkpoint cannot be read.
     """
-    judged = [(state_dict, judge(state_dict)) for state_dict in read_checkpoint(path)]
+    judged = [(state_dict, judge(state_dict)) for state_dict in read_checkpoint(source, eps)]
     if as_json:
-        _print_json(inspection_as_json(path, judged))
+        _print_json(inspection_as_json(source, judged, eps))
     else:
         from .tables import print_inspection
 
         for state_dict, layers in judged:
-            print_inspection(path, state_dict, layers)
+            print_inspection(source.path, state_dict, layers)
     severities = {finding.criterion.severity for _, layers in judged for _, found in layers for finding in found}
     return WRONG if ERROR in severities else FINE
 
 
-def run_diff(path_a: Path, path_b: Path, *, as_json: bool) -> int:
-    """Compare the statistics of two checkpoints, layer by layer, and print that.
+def run_diff(source_a: Source, source_b: Source, *, eps: float | None = None, as_json: bool) -> int:
+    """Compare the statistics of two checkpoints, layer by layer, and print that; `eps` as in `read_checkpoint`.
 
     Returns:
         1 where something could not be compared, else 0, however far the statistics moved.
@@ -50,15 +49,15 @@ def run_diff(path_a: Path, path_b: Path, *, as_json: bool) -> int:
     Raises:
         CheckpointError: if a checkpoint cannot be read.
     """
-    a, b = read_checkpoint(path_a), read_checkpoint(path_b)
-    comparisons = [compare(*pair) for pair in pairs(a, b)]
+    a, b = read_checkpoint(source_a, eps), read_checkpoint(source_b, eps)
+    comparisons = [compare(*pair) for pair in pairs(a, b, source_a.within, source_b.within)]
     unpaired_a = [entry.place for entry in a if entry.place not in {each.place_a for each in comparisons}]
     unpaired_b = [entry.place for entry in b if entry.place not in {each.place_b for each in comparisons}]
     if as_json:
         contents = {
-            "a": str(path_a),
-            "b": str(path_b),
-            "eps": EPS,
+            "a": str(source_a),
+            "b": str(source_b),
+            "eps": EPS if eps is None else eps,
             "comparisons": [comparison_as_json(comparison) for comparison in comparisons],
             "only_in_a": unpaired_a,
             "only_in_b": unpaired_b,
@@ -68,9 +67,9 @@ def run_diff(path_a: Path, path_b: Path, *, as_json: bool) -> int:
         from .tables import print_comparison, print_unpaired
 
         for comparison in comparisons:
-            print_comparison(path_a, path_b, comparison)
-        print_unpaired(path_a, unpaired_a)
-        print_unpaired(path_b, unpaired_b)
+            print_comparison(source_a.path, source_b.path, comparison)
+        print_unpaired(source_a.path, unpaired_a)
+        print_unpaired(source_b.path, unpaired_b)
     complete = not (unpaired_a or unpaired_b) and all(_complete(comparison) for comparison in comparisons)
     return FINE if complete else WRONG
 
@@ -93,11 +92,13 @@ def _print_json(contents: dict[str, Any]) -> None:
     print(json.dumps(contents, indent=1, allow_nan=False))
 
 
-def inspection_as_json(path: Path, judged: Iterable[tuple[StateDict, Judged]]) -> dict[str, Any]:
+def inspection_as_json(
+    source: Source, judged: Iterable[tuple[StateDict, Judged]], eps: float | None = None
+) -> dict[str, Any]:
     """Everything that ``inspect`` tells. Keys are stable: new ones may come, these stay."""
     return {
-        "checkpoint": str(path),
-        "eps": EPS,
+        "checkpoint": str(source),
+        "eps": EPS if eps is None else eps,
         "state_dicts": [
             {
                 "place": state_dict.place,
@@ -115,6 +116,7 @@ def _layer_as_json(layer: SavedLayer, found: Iterable[Finding]) -> dict[str, Any
         "channels": layer.channels,
         "dtype": str(layer.dtype).removeprefix("torch."),
         "batches_tracked": layer.batches,
+        "eps": layer.eps,
         "mean_over_std": spread(mean_over_std(layer)),
         "var": spread(layer.var),
         "state": _state_as_json(layer) if layer.state else None,
@@ -148,10 +150,13 @@ def comparison_as_json(comparison: Comparison) -> dict[str, Any]:
         "place_b": comparison.place_b,
         "prefix_a": comparison.prefix_a,
         "prefix_b": comparison.prefix_b,
+        "wrappers_a": list(comparison.wrappers_a),
+        "wrappers_b": list(comparison.wrappers_b),
         "layers": [
             {
                 "name": layer.name,
                 "channels": len(layer.mean),
+                "eps": layer.eps,
                 "mean_shift": _finite(layer.mean_shift),
                 "mean_shift_max": _finite(layer.mean_shift_max),
                 "std_shift": _finite(layer.std_shift),

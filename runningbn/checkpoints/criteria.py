@@ -17,8 +17,6 @@ from .layers import SavedLayer, StateDict
 
 ERROR, WARNING = "error", "warning"
 
-# A checkpoint does not hold a layer's eps. This is the default of nn.BatchNorm.
-EPS = 1e-5
 # What a starting variance of 1 decays to in 262 batches of a constant at momentum 0.1.
 CONSTANT_VARIANCE = 1e-12
 # Times (x − mean)·rstd, which is of order 1: less than float32 can tell beside a bias of order 1.
@@ -55,8 +53,8 @@ Judged = list[tuple[SavedLayer, list[Finding]]]
 
 
 def mean_over_std(layer: SavedLayer) -> Tensor:
-    """|mean|/std, (C,), with std = (var + `EPS`)^½; NaN where that is the root of a negative number."""
-    return layer.mean.abs() / (layer.var + EPS).sqrt()
+    """|mean|/std, (C,), with std = (var + eps)^½; NaN where that is the root of a negative number."""
+    return layer.mean.abs() / (layer.var + layer.eps).sqrt()
 
 
 def spread(values: Tensor) -> dict[str, float | None]:
@@ -104,12 +102,20 @@ def _identical_variance(layer: SavedLayer) -> Tensor:
     return _all_or_none(layer, identical) & ~_untouched(layer)
 
 
-def _constant_input(layer: SavedLayer) -> Tensor:
+def _no_variance(layer: SavedLayer) -> Tensor:
     return (layer.var >= 0) & (layer.var < CONSTANT_VARIANCE)
 
 
+def _constant_input(layer: SavedLayer) -> Tensor:
+    return _no_variance(layer) & (layer.least_var <= CONSTANT_VARIANCE)
+
+
+def _variance_underflow(layer: SavedLayer) -> Tensor:
+    return _no_variance(layer) & (layer.least_var > CONSTANT_VARIANCE)
+
+
 def _variance_below_eps(layer: SavedLayer) -> Tensor:
-    return (layer.var >= CONSTANT_VARIANCE) & (layer.var < EPS)
+    return (layer.var >= CONSTANT_VARIANCE) & (layer.var < layer.eps)
 
 
 def _huge_variance(layer: SavedLayer) -> Tensor:
@@ -122,7 +128,7 @@ def _huge_variance(layer: SavedLayer) -> Tensor:
 def _far_mean(layer: SavedLayer) -> Tensor:
     far = mean_over_std(layer)
     # Of a constant input the standard deviation says nothing.
-    return far.isfinite() & (far > FAR_MEAN) & ~_constant_input(layer)
+    return far.isfinite() & (far > FAR_MEAN) & ~_no_variance(layer)
 
 
 def _zero_weight(layer: SavedLayer) -> Tensor:
@@ -143,7 +149,7 @@ def _state_disagrees(layer: SavedLayer) -> Tensor:
     if not layer.state:
         return _all_or_none(layer, False)
     mean, _ = moments(layer.sums)
-    allowed = STATE_MEAN * (layer.var + EPS).sqrt() + STATE_ROUNDING * layer.mean.abs()
+    allowed = STATE_MEAN * (layer.var + layer.eps).sqrt() + STATE_ROUNDING * layer.mean.abs()
     # An empty state has nothing to say.
     return (layer.sums.count > 0) & ((mean - layer.mean).abs() > allowed)
 
@@ -185,9 +191,16 @@ CRITERIA = (
         _constant_input,
     ),
     Criterion(
+        "variance_underflow",
+        WARNING,
+        "running_var is 0 in a dtype that has no numbers below 6e-8, as float16: the channel may be dead, or alive in "
+        "float32. This file cannot tell.",
+        _variance_underflow,
+    ),
+    Criterion(
         "variance_below_eps",
         WARNING,
-        f"running_var is below {EPS:g}, the usual eps: the output varies less than it should, and depends on eps.",
+        "running_var is below eps: the output varies less than it should, and depends on eps.",
         _variance_below_eps,
     ),
     Criterion(

@@ -6,6 +6,7 @@ that tracks statistics has the same keys, so it is listed, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from ..buffers import CHECKPOINTED, SETTLED, TRAINING, VIEW, is_narrow
 from ..statistics import Sums
+from ..summary import batches_tracked
 
 AFFINE = ("weight", "bias")
 # One number per channel each, where a layer has them.
 PER_CHANNEL = (*VIEW, *AFFINE, *CHECKPOINTED, *TRAINING)
+LOOKED_AT = (*PER_CHANNEL, "num_batches_tracked", "eps")
+# A checkpoint of tensors does not hold a layer's eps. This is the default of nn.BatchNorm.
+EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class SavedLayer:
         state: the pooled state of our layers; empty for all others.
         training_state: what only training of RunningBatchNorm reads, likewise.
         unusable_state: whether it has parts of a state, or all of it in 16 bits, which a load does not take over.
+        eps: what evaluation adds to the variance.
+        least_var: the smallest positive number of the dtype of `running_var`.
     """
 
     name: str
@@ -46,6 +53,8 @@ class SavedLayer:
     state: Mapping[str, Tensor]
     training_state: Mapping[str, Tensor]
     unusable_state: bool
+    eps: float = EPS
+    least_var: float = 0.0
 
     @property
     def channels(self) -> int:
@@ -89,8 +98,11 @@ class StateDict:
         return sum(layer.channels for layer in self.layers)
 
 
-def read_state_dict(place: str, tensors: Mapping[str, Any]) -> StateDict | None:
-    """The layers among these tensors; None where nothing is called `running_mean` or `running_var`."""
+def read_state_dict(place: str, tensors: Mapping[str, Any], eps: float | None = None) -> StateDict | None:
+    """The layers among these tensors; None where nothing is called `running_mean` or `running_var`.
+
+    An `eps` beside the tensors of a layer is its own, unless one is given for all.
+    """
     layers, left_out = [], []
     for prefix in _prefixes(tensors):
         entries = {name: tensors.get(prefix + name) for name in (*PER_CHANNEL, "num_batches_tracked")}
@@ -99,13 +111,15 @@ def read_state_dict(place: str, tensors: Mapping[str, Any]) -> StateDict | None:
         if reason := _unfit(parts):
             left_out.append((name, reason))
         else:
-            layers.append(_layer(name, parts))
+            own = tensors.get(f"{prefix}eps")
+            fallback = own if isinstance(own, float) and 0 <= own < math.inf else EPS
+            layers.append(_layer(name, parts, fallback if eps is None else eps))
     return StateDict(place, tuple(layers), tuple(left_out)) if layers or left_out else None
 
 
 def keys_of_layers(keys: Iterable[str]) -> list[str]:
-    """Those that have the prefix of a `running_mean` or `running_var`."""
-    keys = list(keys)
+    """Those of a layer that has a `running_mean` or `running_var`, as far as they are looked at."""
+    keys = [key for key in keys if _leaf(key) in LOOKED_AT]
     found = set(_prefixes(keys))
     return [key for key in keys if key.removesuffix(_leaf(key)) in found]
 
@@ -140,7 +154,7 @@ def _unfit(parts: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _layer(name: str, parts: Mapping[str, Tensor]) -> SavedLayer:
+def _layer(name: str, parts: Mapping[str, Tensor], eps: float) -> SavedLayer:
     mean = parts["running_mean"]
     own = {part: parts[part] for part in CHECKPOINTED if part in parts}
     usable = len(own) == len(CHECKPOINTED) and all(t.shape == mean.shape and not is_narrow(t) for t in own.values())
@@ -152,15 +166,16 @@ def _layer(name: str, parts: Mapping[str, Tensor]) -> SavedLayer:
         var=wide["running_var"],
         weight=wide.get("weight"),
         bias=wide.get("bias"),
-        batches=_batches(parts.get("num_batches_tracked")),
+        batches=batches_tracked(parts.get("num_batches_tracked")),
         state={part: wide[part] for part in own} if usable else {},
         training_state={part: wide[part] for part in TRAINING if part in wide} if usable else {},
-        unusable_state=bool(own) and not usable,
+        # An RL normaliser has a count of its own beside its statistics, and that is no part of a state.
+        unusable_state=2 * len(own) >= len(CHECKPOINTED) and not usable,
+        eps=eps,
+        least_var=_least(parts["running_var"].dtype),
     )
 
 
-def _batches(tracked: Tensor | None) -> int | None:
-    # Averaged weights may bring it as a fraction.
-    if tracked is None or tracked.numel() != 1 or not tracked.isfinite().all():
-        return None
-    return int(tracked)
+def _least(dtype: torch.dtype) -> float:
+    """The smallest positive number, denormal ones included."""
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0

@@ -1,167 +1,146 @@
 """Checkpoints, read without the code of their models.
 
-A file is read as tensors alone: ``torch.load(weights_only=True)`` refuses what would run code, and safetensors holds
-none. In what was read, state dicts are looked for at any depth, so that "state_dict", "model", "ema" and a Lightning
-checkpoint need no rule each.
+State dicts are looked for at any depth of what a file holds, so that "state_dict", "model", "ema", a Lightning
+checkpoint and a model that was pickled whole need no rule each.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from ..nested import Place, find, walk
+from .contents import opened
+from .errors import Budget, CheckpointError, UnreadableError, printable
+from .formats import Loaded, loaded
+from .layers import StateDict, keys_of_layers, read_state_dict
+from .tensors import SavedTensor, is_tensor
+from .unpickling import Stub
 
-from .layers import StateDict, keys_of_layers, natural_order, read_state_dict
+__all__ = ["CheckpointError", "Source", "printable", "read_checkpoint"]
 
-# What save_pretrained and its relatives leave in a folder, in the order in which they are looked for.
-FILES_OF_A_FOLDER = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be read, or that has no statistics in it. The message says what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+# More state dicts with statistics than a file can have that is no attack on memory.
+MOST_STATE_DICTS = 1000
 
 
-def printable(text: str) -> str:
-    """Text from a file as one that leaves a terminal alone: control characters are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, or a part of it.
+
+    Attributes:
+        path: of a file or folder.
+        key: the keys that lead to the part, joined by dots; "" for all of it.
+    """
+
+    path: Path
+    key: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """From PATH or PATH:KEY. A path that is there is a path, whatever colons are in it."""
+        end = len(text)
+        while end > 0:
+            if _exists(Path(text[:end])):
+                return cls(Path(text[:end]), text[end + 1 :])
+            end = text.rfind(":", 0, end)
+        # Nothing is there: say so of what is probably the file. A letter before the first colon is a drive.
+        path, _, key = text.partition(":")
+        return cls(Path(path), key) if len(path) > 1 else cls(Path(text))
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.key}" if self.key else str(self.path)
+
+    def within(self, place: str) -> str:
+        """A place in this part, as seen from there."""
+        return place.removeprefix(self.key).removeprefix(".") if self.key else place
 
 
-def read_checkpoint(path: Path) -> list[StateDict]:
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, or a null character
+        return False
+
+
+def read_checkpoint(source: Source | Path, eps: float | None = None) -> list[StateDict]:
     """Every state dict in a checkpoint that has BatchNorm statistics.
 
+    Nothing in a file is imported, called or run: see `unpickling`. Of its tensors, those of layers with statistics are
+    read, and no more memory is taken than a `Budget` for the size of the files allows.
+
     Args:
-        path: what ``torch.save`` or safetensors wrote, an index of shards, or a folder that has one of
-            `FILES_OF_A_FOLDER`.
+        source: a file of ``torch.save`` (a state dict, anything around it, or a whole model) or safetensors, a pickle
+            of numpy arrays, an index of shards, a folder of ``save_pretrained`` or ``torch.distributed.checkpoint``; or
+            a part of one.
+        eps: of all layers. Where None, what the file says, as a model saved whole does, and else 1e-5.
 
     Raises:
-        CheckpointError: if it cannot be read safely, or has no statistics in it.
+        CheckpointError: if it cannot be read safely, or has no statistics in it or in that part of it.
         ModuleNotFoundError: for safetensors, without that package.
     """
-    contents = load_tensors(path)
-    if not isinstance(contents, (Mapping, list, tuple)):
-        raise CheckpointError(f"{path}: expected a dict with tensors in it, got {type(contents).__name__}")
-    found = [state_dict for place, tensors in walk(contents) if (state_dict := read_state_dict(place, tensors))]
-    if not any(state_dict.layers for state_dict in found):
-        reasons = "; ".join(f"{name or 'the file itself'}: {why}" for entry in found for name, why in entry.left_out)
-        raise CheckpointError(
-            f"{path}: no BatchNorm statistics in it, that is no running_mean beside a running_var"
-            + (f" ({reasons})" if reasons else "")
-        )
-    return found
+    if isinstance(source, Path):
+        source = Source(source)
+    with loaded(source.path) as (checkpoint, budget):
+        contents = checkpoint.contents
+        if is_tensor(contents) or opened(contents, budget) is None:
+            raise CheckpointError(f"{source.path}: expected a dict with tensors in it, got {_kind(contents)}")
+        found = list(_state_dicts(checkpoint, source.key, budget, eps))
+        if any(state_dict.layers for state_dict in found):
+            return found
+        whole = list(_state_dicts(checkpoint, "", budget, eps)) if source.key else []
+    raise CheckpointError(f"{source.path}: {_nothing(source, whole, found)}")
 
 
-def walk(contents: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping in dicts, lists and tuples, with the keys that lead to it, joined by dots; outer ones first."""
-    seen: set[int] = set()
-    waiting = [("", contents)]  # no recursion: a file says how deep it is
-    while waiting:
-        place, item = waiting.pop()
-        if id(item) in seen:
+def _nothing(source: Source, whole: Sequence[StateDict], fitting: Sequence[StateDict]) -> str:
+    places = [repr(entry.place) if entry.place else "the file itself" for entry in whole if entry.layers]
+    if source.key and places:
+        return f"no BatchNorm statistics under the key {source.key!r}; there are some under: {', '.join(places)}"
+    reasons = "; ".join(f"{name or 'the file itself'}: {why}" for entry in fitting for name, why in entry.left_out)
+    where = f" under the key {source.key!r}" if source.key else ""
+    return f"no BatchNorm statistics in it{where}, that is no running_mean beside a running_var" + (
+        f" ({reasons})" if reasons else ""
+    )
+
+
+def _kind(contents: Any) -> str:
+    if is_tensor(contents):
+        return "a tensor"
+    return f"the object {contents.name}" if isinstance(contents, Stub) else type(contents).__name__
+
+
+def _state_dicts(checkpoint: Loaded, key: str, budget: Budget, eps: float | None) -> Iterator[StateDict]:
+    """The state dicts under a key; under the empty one, all."""
+    number = 0
+
+    def inside(item: Any) -> Any:
+        return None if is_tensor(item) else opened(item, budget)
+
+    contents, start = checkpoint.contents, Place()
+    if key:
+        contents, start = find(contents, key, inside), Place(Place(), key)
+        contents = contents[0] if len(contents) == 1 else contents
+    for place, entries in walk(contents, inside, start):
+        keys = keys_of_layers(entries)
+        if not keys:
             continue
-        seen.add(id(item))
-        if isinstance(item, Mapping):
-            yield place, {key: value for key, value in item.items() if isinstance(key, str)}
-            inner = list(item.items())
-        else:
-            inner = list(enumerate(item))
-        nested = [(key, value) for key, value in inner if isinstance(value, (Mapping, list, tuple))]
-        waiting += [(f"{place}.{key}" if place else str(key), value) for key, value in reversed(nested)]
+        number += 1
+        if number > MOST_STATE_DICTS:
+            raise UnreadableError(f"holds more than {MOST_STATE_DICTS:,} state dicts with BatchNorm statistics")
+        name = str(place)
+        budget.spend(len(name))
+        state_dict = read_state_dict(name, _tensors(entries, keys, checkpoint.tensor, budget), eps)
+        if state_dict:
+            yield state_dict
 
 
-def load_tensors(path: Path) -> Any:
-    """What a file or folder holds; of safetensors, only the tensors of layers with statistics.
-
-    Raises:
-        CheckpointError: if it cannot be read safely.
-    """
-    if path.is_dir():
-        path = _file_of_folder(path)
-    return _load_shards(path) if path.name.endswith(".index.json") else _load_file(path)
-
-
-def _load_file(path: Path) -> Any:
-    try:
-        path.open("rb").close()  # readers meet OSErrors in damaged files, too
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
-
-
-def _file_of_folder(folder: Path) -> Path:
-    for name in FILES_OF_A_FOLDER:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"{folder}: is a folder, and has none of {', '.join(FILES_OF_A_FOLDER)} in it: name a file")
-
-
-def _load_torch(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused in a moment
-            # Only the format before torch 1.6 is no zip file, and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    # What the unpickler meets in a file of another kind raises whatever it happens to.
-    except Exception as error:
-        raise CheckpointError(f"{path}: {_refusal(error)}") from error
-
-
-def _refusal(error: Exception) -> str:
-    """Why ``torch.load`` would not read a file, and what can be done about it."""
-    message = str(error)
-    foreign = re.search(r"GLOBAL (\S+) was not an allowed global", message)
-    if foreign:
-        return (
-            f"holds more than tensors, namely {foreign[1]}, as a model saved whole does. Loading that can run any code "
-            "that is in the file, so it was not loaded. If you trust the file, load it with weights_only=False where "
-            "its classes can be imported, and save the tensors alone: torch.save(model.state_dict(), PATH)"
-        )
-    if "TorchScript" in message:
-        return (
-            "is a TorchScript archive, which is code and tensors. If you trust it, save the tensors alone: "
-            "torch.save(torch.jit.load(...).state_dict(), PATH)"
-        )
-    return "not a checkpoint of torch.save, or a damaged one"
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in sorted(keys_of_layers(file.keys()), key=natural_order)}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
-
-
-def _load_shards(path: Path) -> dict[str, Any]:
-    try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        shards = [path.parent / name for name in sorted(names)]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected an index of shards: JSON, with a weight_map of key to file") from error
-    tensors: dict[str, Any] = {}
-    for shard in shards:
-        contents = _load_file(shard)
-        if not isinstance(contents, Mapping):
-            raise CheckpointError(f"{shard}: expected a dict of tensors, got {type(contents).__name__}")
-        tensors.update(contents)
-    return {key: tensors[key] for key in sorted(tensors, key=natural_order)}
+def _tensors(
+    entries: Mapping[str, Any], keys: Sequence[str], tensor: Callable[[Any], SavedTensor | None], budget: Budget
+) -> dict[str, Any]:
+    """The tensors under these keys, and what else is there as it is."""
+    found = {}
+    for key in keys:
+        saved = tensor(entries[key])
+        found[key] = entries[key] if saved is None else saved.read(budget)
+    return found

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..report import counted
 from .comparison import Comparison, Movement
-from .criteria import CRITERIA, EPS, ERROR, Criterion, Finding, Judged, mean_over_std, spread
+from .criteria import CRITERIA, ERROR, Criterion, Finding, Judged, mean_over_std, spread
 from .layers import SavedLayer, StateDict
 from .reading import printable
 
@@ -36,7 +36,7 @@ def print_inspection(path: Path, state_dict: StateDict, judged: Judged) -> None:
     _print(console, f"{_whole(path, state_dict.place)}: {contents}", style="bold")
     header = ("layer", "channels", "batches", "mean/std", "max", "var min", "median", "max")
     _print_table(console, header, [_inspection_row(layer, found) for layer, found in judged])
-    _print(console, f"mean/std: median and largest |running_mean| / sqrt(running_var + {EPS:g})")
+    _print(console, f"mean/std: median and largest |running_mean| / sqrt(running_var + eps), {_eps(state_dict)}")
     _print_states(console, state_dict)
     for name, reason in state_dict.left_out:
         _print(console, f"left out: {_shown(name)}: {reason}", style="yellow")
@@ -52,9 +52,10 @@ def print_comparison(path_a: Path, path_b: Path, comparison: Comparison) -> None
     console = _console()
     _print(console, f"A: {_whole(path_a, comparison.place_a)}", style="bold")
     _print(console, f"B: {_whole(path_b, comparison.place_b)}", style="bold")
-    for side, prefix in (("A", comparison.prefix_a), ("B", comparison.prefix_b)):
-        if prefix:
-            _print(console, f"{prefix!r} is left out of the names in {side}")
+    sides = (("A", comparison.wrappers_a, comparison.prefix_a), ("B", comparison.wrappers_b, comparison.prefix_b))
+    for side, wrappers, prefix in sides:
+        for part in (*wrappers, *([prefix] if prefix else [])):
+            _print(console, f"{part!r} is left out of the names in {side}")
     if comparison.layers:
         header = ("layer", "channels", "mean moved/std", "max", "var B/A", "extreme")
         _print_table(console, header, map(_movement_row, sorted(comparison.layers, key=_farthest_first)))
@@ -182,6 +183,11 @@ def _shown(name: str) -> str:
 
 def _whole(path: Path, place: str) -> str:
     return f"{path}, {place}" if place else str(path)
+
+
+def _eps(state_dict: StateDict) -> str:
+    values = sorted({layer.eps for layer in state_dict.layers})
+    return f"eps = {values[0]:g}" + (f" to {values[-1]:g}" if len(values) > 1 else "") if values else ""
 
 
 def _short(number: float | None) -> str:

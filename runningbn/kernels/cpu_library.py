@@ -19,6 +19,7 @@ import torch
 from ..law import Law
 from ..momentum import RULES
 from ..statistics import GradientState, NoiseState, State, Sums
+from .building import library_in, why_not_built
 
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 # In the order of their codes.
@@ -93,9 +94,9 @@ class Library(NamedTuple):
 def library() -> Library:
     """The library, loaded and told of torch's threads."""
     folder = Path(__file__).parent
-    built = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()), None)
+    built = library_in(folder, EXTENSION_SUFFIXES)
     if built is None:
-        return _without("the C library was not built when runningbn was installed: that takes a C compiler")
+        return _without(why_not_built(folder, EXTENSION_SUFFIXES))
     torch_library = Path(torch.__file__).parent / "lib" / _TORCH_LIBRARY.get(sys.platform, "libtorch_cpu.so")
     try:
         parallel_for = ctypes.CDLL(str(torch_library)).torch_parallel_for
