@@ -9,12 +9,14 @@ computes by itself, see `subclasses`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
@@ -122,12 +124,19 @@ class Observer:
             )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         n, by = x.numel() // x.shape[1], self.fixed.get(number)
-        differentiates = torch.is_grad_enabled()
+        transformed = _inside_torch_func()
+        differentiates = transformed or torch.is_grad_enabled()
+        if differentiates:
+            weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
         if n > 1 and (by is None or number in self.watched):
             if differentiates:
-                step = functional.batch_step(x.detach(), dtype, None, None)
+                with temporarily_clear_interpreter_stack() if transformed else nullcontext():
+                    step = functional.batch_step(_plain(x.detach()), dtype, None, None)
                 mean, var = step.fixed.mean, step.fixed.var
-                y = functional.normalize(x, weight, bias, step, eps) if by is None else x
+                if by is None and transformed:
+                    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+                elif by is None:
+                    y = functional.normalize(x, weight, bias, step, eps)
             else:
                 affine = (weight, bias, eps) if by is None else (None, None, 1.0)
                 y, mean, var = kernels.batch_norm(x, *affine, dtype)
@@ -135,11 +144,10 @@ class Observer:
             if by is None:
                 return y
         elif n == 1:
-            self._note(_single(number, x, dtype))
+            self._note(_single(number, _plain(x.detach()), dtype))
         # One element normalised by itself would be 0 whatever it is.
         mean, var = (moment.to(x.device, dtype) for moment in by or self.so_far(number))
         if differentiates:
-            weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         # By the operation of evaluation, rounding for rounding: deep layers are to see what they will see there.
         return kernels.aten.normalize(x, mean, var, weight, bias, eps) if n else torch.empty_like(x)
@@ -215,6 +223,26 @@ class Observer:
         self.calls.append(call)
         if self.last == (call.layer, sum(other.layer == call.layer for other in self.calls)):
             raise EnoughSeen
+
+
+def _inside_torch_func() -> bool:
+    """Whether this runs inside of ``torch.func.grad`` and the like, which take only torch's own functions."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The tensor under what ``torch.func`` wraps it in for derivatives.
+
+    Raises:
+        RuntimeError: under ``torch.func.vmap``, where a batch has no moments of its own.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                "under torch.func.vmap a BatchNorm layer cannot be updated; leave it out with layers=..."
+            )
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:

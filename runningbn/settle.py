@@ -71,9 +71,11 @@ class Recalibration(Passes):
             if settled:
                 return
         logger.warning(
-            "normalize='population' has not settled: evaluation shows moments off by %.1e. Do the batches stay the "
-            "same while they are kept, and is the model deterministic in evaluation?",
+            "normalize='population' has not settled: evaluation shows moments off by %.1e, most in %s. Do the batches "
+            "stay the same while they are kept, and is the model deterministic in evaluation? Does what a layer sees "
+            "depend on its own statistics, as where weights are scaled by them and then rounded?",
             self._left(),
+            self.names[max(self._found, key=self._residual)],
         )
 
     def finish(self) -> StatsReport:
@@ -152,8 +154,10 @@ class Recalibration(Passes):
 
     def _left(self) -> float:
         """The largest residual of the layers that do not feed themselves."""
-        left = [found.residual for number, found in self._found.items() if number not in self._repeated]
-        return max(left, default=0.0)
+        return max(map(self._residual, self._found), default=0.0)
+
+    def _residual(self, number: int) -> float:
+        return 0.0 if number in self._repeated else self._found[number].residual
 
     def _statistics_of(self, layer: _BatchNorm) -> dict[str, Tensor]:
         """Copies of the buffers that writing statistics changes."""
