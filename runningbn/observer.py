@@ -55,6 +55,7 @@ class Observer:
         watched: the numbers of the layers to collect from.
         last: (layer, calls): after so many calls of that layer, `EnoughSeen` is raised.
         conventions: of the layers that have a forward of their own, once that is known.
+        elsewhere: the numbers of layers whose statistics something else was seen to normalise by, see `Elsewhere`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Observer:
         self.watched: set[int] = set(range(len(layers)))
         self.last: tuple[int, int] | None = None
         self.conventions: dict[int, Convention] = {}
+        self.elsewhere: set[int] = set()
         self._compute_by_themselves: set[int] = set()
 
     def take_calls(self) -> list[Call]:
@@ -78,7 +80,7 @@ class Observer:
         layer = self.layers[number]
         if getattr(forward, "__func__", None) in _PLAIN:
             # Nothing else happens in there, and so the detour by torch's function modes is spared.
-            x = args[0] if args else kwargs["input"]
+            x = _input_of_forward(*args, **kwargs)
             layer._check_input_dim(x)
             return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
@@ -91,6 +93,11 @@ class Observer:
                 mask = args[1] if len(args) > 1 else kwargs.get("mask")
                 with _TakeOver(self, number, mask if isinstance(layer, PooledStatistics) else None) as taken:
                     y = forward(*args, **kwargs)
+                if taken.by_a_part:
+                    raise RuntimeError(
+                        f"{self._called(number)} normalises by a part of running_mean and running_var, as in a network "
+                        "that has others inside; leave it out with layers=..., or recalibrate a network taken out of it"
+                    )
                 if taken.reached:
                     if arguments is not None:
                         self._learn_correction(number, forward, arguments, self.calls[seen:])
@@ -225,6 +232,11 @@ class Observer:
             raise EnoughSeen
 
 
+def _input_of_forward(input: Tensor) -> Tensor:
+    """What a plain forward takes, and nothing else."""
+    return input
+
+
 def _inside_torch_func() -> bool:
     """Whether this runs inside of ``torch.func.grad`` and the like, which take only torch's own functions."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -252,13 +264,18 @@ def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:
 
 
 class _TakeOver(TorchFunctionMode):
-    """Hands the layer's call of ``batch_norm`` to the observer; `reached` says whether there was one."""
+    """Hands the layer's call of ``batch_norm`` to the observer.
+
+    Attributes:
+        reached: whether there was one.
+        by_a_part: whether there was one with a view of the layer's `running_mean`.
+    """
 
     def __init__(self, observer: Observer, number: int, mask: Tensor | None) -> None:
         super().__init__()
         self.observer, self.number, self.mask = observer, number, mask
         self.statistics = observer.layers[number].running_mean
-        self.reached = False
+        self.reached = self.by_a_part = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARGUMENTS:
@@ -269,4 +286,26 @@ class _TakeOver(TorchFunctionMode):
                 if self.mask is not None:
                     return self.observer.normalize_real(self.number, call["input"], self.mask, *affine)
                 return self.observer.normalize(self.number, call["input"], *affine)
+            self.by_a_part |= _share_memory(call["running_mean"], self.statistics)
         return func(*args, **(kwargs or {}))
+
+
+class Elsewhere(TorchFunctionMode):
+    """Notes the layers whose `running_mean`, or a slice of it, is normalised by outside of the layer's forward."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ARGUMENTS:
+            used = (dict(zip(_ARGUMENTS[func], args)) | (kwargs or {}))["running_mean"]
+            layers = enumerate(self.observer.layers)
+            self.observer.elsewhere |= {n for n, layer in layers if _share_memory(used, layer.running_mean)}
+        return func(*args, **(kwargs or {}))
+
+
+def _share_memory(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
