@@ -100,8 +100,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     try:
-        same = one == other
-        return bool((same if not one.is_floating_point() else same | (one.isnan() & other.isnan())).all())
+        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
     except (RuntimeError, NotImplementedError):  # sparse, quantised and the like: as their versions say
         return True
 
