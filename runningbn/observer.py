@@ -88,8 +88,8 @@ class Observer:
         set_training(layer, False)
         try:
             if number not in self._compute_by_themselves:
-                learns = number not in self.conventions and self._updates_by_itself(layer)
-                arguments, seen = Arguments(args, kwargs) if learns else None, len(self.calls)
+                unknown = number not in self.conventions and self._has_own_class(layer)
+                arguments, seen = Arguments(args, kwargs) if unknown else None, len(self.calls)
                 mask = args[1] if len(args) > 1 else kwargs.get("mask")
                 with _TakeOver(self, number, mask if isinstance(layer, PooledStatistics) else None) as taken:
                     y = forward(*args, **kwargs)
@@ -99,10 +99,12 @@ class Observer:
                         "that has others inside; leave it out with layers=..., or recalibrate a network taken out of it"
                     )
                 if taken.reached:
-                    if arguments is not None:
+                    if arguments is not None and not _in_company():
                         self._learn_correction(number, forward, arguments, self.calls[seen:])
                     return y
                 self._compute_by_themselves.add(number)
+                if arguments is not None and not torch.is_grad_enabled():
+                    args, kwargs = arguments.copies()
             return self._evaluate(number, forward, *args, **kwargs)
         finally:
             set_training(layer, training)
@@ -167,7 +169,7 @@ class Observer:
             raise RuntimeError(f"{type(layer).__name__}: expected a tensor as input")
         n = x.numel() // layer.num_features
         if n > 1 and (by is None or number in self.watched):
-            found = self._moments(number, forward, x, Arguments(args, kwargs))
+            found = self._moments(number, forward, args, kwargs, x)
             self._note(Call(number, found.mean, found.var, n, len(x)))
             if by is None:
                 mean, var = batch_moments(x, found) if torch.is_grad_enabled() else (found.mean, found.var)
@@ -178,14 +180,16 @@ class Observer:
         with replaced(layer, *(by or self.so_far(number))):
             return forward(*args, **kwargs)
 
-    def _moments(self, number: int, forward: Callable[..., Any], x: Tensor, arguments: Arguments) -> InputMoments:
+    def _moments(
+        self, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> InputMoments:
         """The moments of x that the layer keeps."""
         layer, known = self.layers[number], self.conventions.get(number)
         found = candidates(layer, x)
         if known is not None:
             found = [one for one in found if one.dim == known.dim]
         elif all(bool((one.mean + one.var).isfinite().all()) for one in found):
-            convention = learned(layer, forward, arguments, found)
+            convention = learned(layer, forward, Arguments(args, kwargs), found)
             if convention is None:
                 raise RuntimeError(
                     f"{self._called(number)} has a forward of its own that does not call torch's batch_norm, and what "
@@ -201,11 +205,9 @@ class Observer:
             )
         return found[0]
 
-    def _updates_by_itself(self, layer: _BatchNorm) -> bool:
-        """Whether the class may update its statistics in another way than torch does, and can be asked."""
-        own = type(layer).forward not in _PLAIN and not isinstance(layer, PooledStatistics)
-        # In training, some wait for the other processes, which may have no batch at this moment.
-        return own and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    def _has_own_class(self, layer: _BatchNorm) -> bool:
+        """Whether the class may update its statistics in another way than torch does."""
+        return type(layer).forward not in _PLAIN and not isinstance(layer, PooledStatistics)
 
     def _learn_correction(
         self, number: int, forward: Callable[..., Any], arguments: Arguments, calls: list[Call]
@@ -230,6 +232,11 @@ class Observer:
         self.calls.append(call)
         if self.last == (call.layer, sum(other.layer == call.layer for other in self.calls)):
             raise EnoughSeen
+
+
+def _in_company() -> bool:
+    """Whether there are other processes, which a layer may wait for in training though they have no batch now."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _input_of_forward(input: Tensor) -> Tensor:

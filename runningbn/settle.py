@@ -94,11 +94,11 @@ class Recalibration(Passes):
         try:
             for number, found in self._found.items():
                 _write(self.layers[number], *found.stored)
+            self.report = report
+            return report
         except BaseException:
             report.undo()
             raise
-        self.report = report
-        return report
 
     def _pass(
         self, batches: Sequence[Any], run: Callable[[Any], None], numbers: Sequence[int], up_to: int | None = None
