@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from .flags import restore_flags, set_training, training_flags
-from .observer import Elsewhere, Observer
+from .observer import Observer
+from .takeover import Elsewhere
 
 # What stands around a model for parallel training, and communicates or copies in its forward.
 PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -31,7 +32,7 @@ _CAN_BE_EAGER = hasattr(torch.compiler, "set_stance")
 def looking_elsewhere(observer: Observer) -> Iterator[None]:
     """Let the observer see every operation, where no compiler would have to trace that."""
     if _CAN_BE_EAGER or "torch._dynamo" not in sys.modules:
-        with Elsewhere(observer):
+        with Elsewhere(observer.layers, observer.elsewhere):
             yield
     else:
         yield

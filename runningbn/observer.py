@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from . import functional, kernels
 from .accumulate import Call
 from .buffers import PooledStatistics
 from .flags import set_training
 from .subclasses import Arguments, Convention, InputMoments, Moments, batch_moments, candidates, learned, replaced
-
-# The names of the arguments of the two functions that all of torch's own normalisation goes through.
-_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-}
-
+from .takeover import TakeOver
 
 # The forwards that are one call of batch_norm with the layer's own weight, bias and eps.
 _PLAIN = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
@@ -91,7 +85,11 @@ class Observer:
                 unknown = number not in self.conventions and self._has_own_class(layer)
                 arguments, seen = Arguments(args, kwargs) if unknown else None, len(self.calls)
                 mask = args[1] if len(args) > 1 else kwargs.get("mask")
-                with _TakeOver(self, number, mask if isinstance(layer, PooledStatistics) else None) as taken:
+                if mask is None or not isinstance(layer, PooledStatistics):
+                    normalize = partial(self.normalize, number)
+                else:
+                    normalize = partial(self.normalize_real, number, mask)
+                with TakeOver(layer.running_mean, normalize) as taken:
                     y = forward(*args, **kwargs)
                 if taken.by_a_part:
                     raise RuntimeError(
@@ -110,7 +108,7 @@ class Observer:
             set_training(layer, training)
 
     def normalize_real(
-        self, number: int, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        self, number: int, mask: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         """`normalize` for the elements that a mask says are real, and 0 elsewhere."""
         y = torch.zeros_like(x)
@@ -272,51 +270,3 @@ def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:
     """One element per channel: its own mean, without variance."""
     mean = x.detach().reshape(-1).to(dtype)
     return Call(number, mean, torch.zeros_like(mean), 1, 1)
-
-
-class _TakeOver(TorchFunctionMode):
-    """Hands the layer's call of ``batch_norm`` to the observer.
-
-    Attributes:
-        reached: whether there was one.
-        by_a_part: whether there was one with a view of the layer's `running_mean`.
-    """
-
-    def __init__(self, observer: Observer, number: int, mask: Tensor | None) -> None:
-        super().__init__()
-        self.observer, self.number, self.mask = observer, number, mask
-        self.statistics = observer.layers[number].running_mean
-        self.reached = self.by_a_part = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ARGUMENTS:
-            call = dict(zip(_ARGUMENTS[func], args)) | (kwargs or {})
-            if call["running_mean"] is self.statistics:
-                self.reached = True
-                affine = call.get("weight"), call.get("bias"), call.get("eps", 1e-5)
-                if self.mask is not None:
-                    return self.observer.normalize_real(self.number, call["input"], self.mask, *affine)
-                return self.observer.normalize(self.number, call["input"], *affine)
-            self.by_a_part |= _share_memory(call["running_mean"], self.statistics)
-        return func(*args, **(kwargs or {}))
-
-
-class Elsewhere(TorchFunctionMode):
-    """Notes the layers whose `running_mean`, or a slice of it, is normalised by outside of the layer's forward."""
-
-    def __init__(self, observer: Observer) -> None:
-        super().__init__()
-        self.observer = observer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ARGUMENTS:
-            used = (dict(zip(_ARGUMENTS[func], args)) | (kwargs or {}))["running_mean"]
-            layers = enumerate(self.observer.layers)
-            self.observer.elsewhere |= {n for n, layer in layers if _share_memory(used, layer.running_mean)}
-        return func(*args, **(kwargs or {}))
-
-
-def _share_memory(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return False
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

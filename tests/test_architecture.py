@@ -34,6 +34,7 @@ ORDER = [
     "accumulate",
     "flags",
     "subclasses",
+    "takeover",
     "observer",
     "observe",
     "batches",
