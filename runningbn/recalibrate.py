@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from .batches import Forward, keeping, length, progress_bar, runner
-from .observe import head_skipped, observed, random_state_kept
-from .passes import Recalibration
+from .observe import head_skipped, looking_elsewhere, observed, random_state_kept
 from .ranks import is_sharded
 from .report import StatsReport
-from .selection import Layers, updatable
+from .selection import Layers, by_reason, left_alone, updatable
+from .settle import Recalibration
 
 logger = logging.getLogger("runningbn")
 
@@ -43,17 +43,20 @@ def update_bn_stats(
     r"""Recompute the statistics of the BatchNorm layers of a model from data, exactly.
 
     For every layer that `get_bn_modules` lists: of ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, their subclasses, and of
-    this library. Over all n elements x of a channel that reach the layer,
+    this library. Over all n elements x of a channel that reach the layer while a batch runs,
 
     .. math::
         m = \frac{1}{n} \sum x, \qquad v = \frac{1}{n - 1} \sum (x - m)^2
 
-    (1/n in RunningBatchNorm, which normalises by it), added up in float64 from the moments of the batches. m and v
-    become `running_mean` and `running_var`, written in place; nothing else of the model changes, and if anything fails,
-    Ctrl-C included, nothing changes at all. The random state of torch, Python and NumPy is afterwards as before.
+    (1/n in RunningBatchNorm, which normalises by it, and in subclasses whose own update leaves the correction out),
+    added up in float64 from the moments of the batches. m and v become `running_mean` and `running_var`, written in
+    place. Nothing else of the model changes: other buffers, training flags and tensors kept as attributes are put back.
+    If anything fails, Ctrl-C included, nothing changes at all. The random state of torch, Python and NumPy is
+    afterwards as before.
 
-    Meanwhile the model evaluates, without gradients: dropout and the like are off, and only the layers concerned
-    normalise by their batches. Layers in evaluation mode inside a model in training mode are frozen and stay so. A
+    While a batch runs, the model evaluates, without gradients unless its forward turns them on: dropout and the like
+    are off, and only the layers concerned normalise by their batches. Layers in evaluation mode inside a model in
+    training mode, and those with ``track_running_stats=False``, are frozen and stay so: the report lists them. A
     layer called several times in a forward pools its calls; an unused one keeps its statistics; a batch with infinities
     or NaNs in some layer is left out of all of them, with a warning. A batch of one element per channel is normalised
     by the statistics collected before it.
@@ -76,7 +79,9 @@ def update_bn_stats(
             - ``"batch"``: each by its batch, as in training; one pass. The deeper a layer, and the smaller or the less
               alike the batches, the more its input differs from that in evaluation.
             - ``"population"``: each by the final statistics of those before it. The statistics are then exactly the
-              moments of what evaluation shows to each layer, to 1e-4, whatever the batch size. The batches are kept in
+              moments of what evaluation shows to each layer, to 1e-4, whatever the batch size; what is left is measured
+              with the new statistics in place, and reported. Every pass starts from the same state of the model, for
+              modules that remember. The batches are kept in
               memory and about half as many passes are made as there are layers. (If all data fit into one batch,
               ``"batch"`` gives the same in one pass, up to Bessel's correction.)
         variance: ``"population"``, all data as one sample as above; ``"batch"``, the simple means of the batches' means
@@ -88,17 +93,19 @@ def update_bn_stats(
             so batches must be independent, and are not believed before 8 of them.
         prior: N pseudo-samples of the old statistics to mix in: with w = N/(N + samples),
             m = w·m₀ + (1 − w)·m₁ and v = w·v₀ + (1 − w)·v₁ + w·(1 − w)·(m₀ − m₁)².
-        process_group: of the processes that share the data; None for all.
+        process_group: of the processes that share the data; None for all; False for this process alone, on its own
+            data and without a word to the others.
 
     Returns:
         A `StatsReport`: prints as a table of how far each layer moved, and can ``undo()``.
 
     Raises:
-        ValueError: for a loader without a batch, an argument out of its range, a layer that cannot be updated, or a
-            layer that saw a single element per channel in all.
-        TypeError: for something that is not a module.
+        ValueError: for a loader without a batch, an argument out of its range, a layer that cannot be updated, or,
+            without `prior`, a layer that saw a single element per channel in all.
+        TypeError: for something that is not a module, or a mapping that does not fit the model's forward.
         ImportError: for ``progress="tqdm"`` without tqdm.
-        RuntimeError: if every batch was not finite, or another process failed.
+        RuntimeError: if every batch was not finite, another process failed, or a layer computes by itself and what it
+            makes of its statistics in training is no moving average of the moments of its input.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; the first four arguments are those of
     fvcore's function. `prior`: Schneider et al., "Improving robustness against common corruptions by covariate shift
@@ -117,21 +124,29 @@ def update_bn_stats(
     """
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
-        logger.warning("update_bn_stats: there is no BatchNorm layer to update in %s", type(model).__name__)
-        return StatsReport([])
-    with recalibration.together(), random_state_kept(model):
+        _warn_of_nothing("update_bn_stats", model)
+        return StatsReport([], skipped=left_alone(model, ()))
+    with recalibration.transaction(), random_state_kept(model):
         _check(normalize, variance, num_iters, tolerance)
-        show, run = progress_bar(progress), runner(model, forward, device)
-        short = nullcontext() if forward else head_skipped(model, recalibration.layers)
-        with observed(model, recalibration.observer), short:
-            batches = show(itertools.islice(data_loader, num_iters), length(data_loader, num_iters))
-            if is_sharded(model):
-                batches = recalibration.in_step(batches)
-            kept: list[Any] = []
-            settles = normalize == "population"
-            recalibration.collect(keeping(batches, kept) if settles else batches, run, tolerance, settles)
-            if settles:
-                recalibration.settle(kept, run, show)
+        show, run_plain = progress_bar(progress), runner(model, forward, device)
+
+        def run(batch: Any) -> None:
+            # Between batches the model is its own, for a loader may use it.
+            short = nullcontext() if forward else head_skipped(model, recalibration.layers)
+            # What is used elsewhere shows in the first batch; to look at every operation takes time.
+            looking = nullcontext() if recalibration.batches else looking_elsewhere(recalibration.observer)
+            with observed(model, recalibration.observer), short, looking:
+                run_plain(batch)
+
+        recalibration.available = length(data_loader)
+        batches = show(itertools.islice(data_loader, num_iters), _smaller(recalibration.available, num_iters))
+        if is_sharded(model):
+            batches = recalibration.in_step(batches)
+        kept: list[Any] = []
+        settles = normalize == "population"
+        recalibration.collect(keeping(batches, kept) if settles else batches, run, tolerance, settles)
+        if settles:
+            recalibration.settle(kept, run, show)
     return recalibration.finish()
 
 
@@ -169,11 +184,11 @@ def precise_bn(
     """
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
-        logger.warning("precise_bn: there is no BatchNorm layer to update in %s", type(model).__name__)
-        recalibration.report = StatsReport([])
+        _warn_of_nothing("precise_bn", model)
+        recalibration.report = StatsReport([], skipped=left_alone(model, ()))
         yield recalibration
         return
-    with recalibration.together(), observed(model, recalibration.observer):
+    with recalibration.transaction(), observed(model, recalibration.observer):
         hook = model.register_forward_hook(lambda *_: recalibration.end_batch())
         try:
             yield recalibration
@@ -189,8 +204,8 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
     """The layers that `update_bn_stats` updates, each once, in the order of the model.
 
     These are the ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, subclasses of them and layers of this library that have
-    running statistics. If the model itself or one of them is in training mode, those in evaluation mode are frozen and
-    not among them; otherwise all are.
+    running statistics and ``track_running_stats=True``. If the model itself or one of them is in training mode, those
+    in evaluation mode are frozen and not among them; otherwise all are.
 
     Raises:
         TypeError: for something that is not a module.
@@ -205,6 +220,18 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
         True
     """
     return list(updatable(model).values())
+
+
+def _warn_of_nothing(function: str, model: nn.Module) -> None:
+    reasons = by_reason(left_alone(model, ()))
+    found = f"no layer is updated in {type(model).__name__}:\n{reasons}" if reasons else (
+        f"there is no BatchNorm layer to update in {type(model).__name__}"
+    )  # fmt: skip
+    logger.warning("%s: %s", function, found)
+
+
+def _smaller(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
 
 
 def _check(normalize: str, variance: str, num_iters: int | None, tolerance: float | None) -> None:

@@ -211,6 +211,19 @@ def inputs_in_evaluation(model: nn.Module, batches: Iterable[Tensor]) -> dict[st
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+def shown(model: nn.Module, batches: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The moments of what each BatchNorm layer gets in evaluation, of a copy, correction 1."""
+    twin = copy.deepcopy(model).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, layer in twin.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, args, n=name: seen.setdefault(n, []).append(in_rows(args[0])))
+    with torch.no_grad():
+        for x in batches:
+            twin(x)
+    return {name: moments(torch.cat(parts)) for name, parts in seen.items()}
+
+
 def statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Copies of running_mean and running_var by layer, float64."""
     return {
@@ -246,7 +259,7 @@ def everything(model: nn.Module, but: Callable[[str], bool] = lambda name: False
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found[f"place of {name}"] = id(tensor), tensor.data_ptr(), tensor.dtype, tensor.requires_grad, tensor.shape
         if not but(name):
-            found[f"value of {name}"] = tensor.detach().clone().view(torch.uint8 if tensor.dim() else tensor.dtype)
+            found[f"value of {name}"] = _bits(tensor.detach())
         if tensor.grad is not None:
             found[f"gradient of {name}"] = tensor.grad.clone()
     for name, module in model.named_modules():
@@ -256,6 +269,11 @@ def everything(model: nn.Module, but: Callable[[str], bool] = lambda name: False
         found[f"hooks of {name}"] = {k: list(v.items()) for k, v in attributes.items() if "hooks" in k and v}
         found[f"state keys of {name}"] = list(module.state_dict())
     return found
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A copy that is equal to another where their bits are, NaN included."""
+    return tensor.reshape(-1).contiguous().clone().view(torch.uint8)
 
 
 def random_states() -> tuple[Any, ...]:
