@@ -1,6 +1,8 @@
 """Batch normalisation whose statistics are right: running, precise, put into existing models, recomputed from data."""
 
 from .convert import batchnormify
+from .diagnosis.result import Diagnosis
+from .diagnosis.run import diagnose
 from .momentum import Horizon, SquareRoot
 from .precise import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
 from .recalibrate import get_bn_modules, precise_bn, update_bn_stats
@@ -12,6 +14,7 @@ from .weights.centering import bake_weights, center_weights
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "Horizon",
     "PreciseBatchNorm1d",
     "PreciseBatchNorm2d",
@@ -23,6 +26,7 @@ __all__ = [
     "batchnormify",
     "bn_summary",
     "center_weights",
+    "diagnose",
     "get_bn_modules",
     "precise_bn",
     "update_bn_stats",

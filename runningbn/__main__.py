@@ -3,9 +3,9 @@
 Each command is one `Command`: its name, its help, its arguments and the function that runs it. That function imports
 what the command needs, so that ``--help`` and the other commands work without its extra.
 
-Exit statuses: 0 for success; 1 where ``inspect`` or ``diff`` found something, each says what in its help; 2 for wrong
-arguments, a file that cannot be read or a package that is not installed; 130 after Ctrl-C, 141 where the reader of a
-pipe went away.
+Exit statuses: 0 for success; 1 where ``inspect``, ``diff`` or ``diagnose`` found something, each says what in its help;
+2 for wrong arguments, a file that cannot be read, code that fails or a package that is not installed; 130 after Ctrl-C,
+141 where the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from runningbn.checkpoints.criteria import CRITERIA
 from runningbn.checkpoints.reading import CheckpointError
+from runningbn.diagnosis import command as diagnosis
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)
 PIPE_CLOSED = 141  # and for one that wrote into a pipe that nobody reads (128 + SIGPIPE)
@@ -178,6 +179,7 @@ COMMANDS = (
         extra="cli",
         modules=("rich", "safetensors"),
     ),
+    Command(name="diagnose", help=diagnosis.HELP, add_arguments=diagnosis.add_arguments, run=diagnosis.run),
     Command(
         name="backends",
         help="list the kernels, with their versions and the reason why one cannot be used here",

@@ -43,6 +43,7 @@ ORDER = [
     "checkpoints",
     "passes",
     "recalibrate",
+    "diagnosis",
     "integrations",
     "demo_experiment",
     "demo",

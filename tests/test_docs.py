@@ -40,8 +40,8 @@ def text(page):
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def test_there_are_twenty_one_blocks():
-    assert len(BLOCKS) == 21
+def test_there_are_twenty_three_blocks():
+    assert len(BLOCKS) == 23
 
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS)
