@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .observe import PARALLEL_WRAPPERS
 
@@ -34,27 +37,74 @@ def runner(
 
 
 def call(model: nn.Module, batch: Any) -> object:
-    """Call the model with a tensor, the first element of a list or tuple, or a mapping as keyword arguments."""
-    if isinstance(batch, (list, tuple)):
+    """Call the model with a tensor, the first element of a list or tuple, or a mapping as keyword arguments.
+
+    Raises:
+        ValueError: for an empty list or tuple.
+        TypeError: for a mapping that does not fit the model's forward.
+    """
+    if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence):
         if not batch:
             raise ValueError("expected a batch, got an empty list or tuple")
         batch = batch[0]
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if not isinstance(batch, Mapping):
+        return model(batch)
+    _check_keywords(model, batch)
+    return model(**batch)
+
+
+def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
+    while isinstance(model, PARALLEL_WRAPPERS):
+        model = model.module
+    try:
+        inspect.signature(type(model).forward).bind(model, **batch)
+    except TypeError as error:
+        keys = ", ".join(map(str, batch))
+        raise TypeError(
+            f"{type(model).__name__}: a batch that is a mapping is passed as keyword arguments, here {keys}, and "
+            f"{error}; give forward=lambda model, batch: ... to call the model in another way"
+        ) from None
+    except ValueError:  # there is no signature to see
+        return
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The batch with all tensors on the device: in mappings, lists and tuples, and whatever has a ``to``."""
+    """The batch with all tensors on the device: in mappings, lists and tuples, and whatever has a ``to``.
+
+    Containers keep their class. A ``to`` that returns None has moved its object in place.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(part, device) for part in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(moved(part, device) for part in batch)
     if hasattr(batch, "to"):
-        return batch.to(device)
+        there = batch.to(device)
+        return batch if there is None else there
+    if isinstance(batch, (list, tuple)):
+        return _refilled(batch, [moved(part, device) for part in batch])
     if isinstance(batch, Mapping):
-        return {key: moved(part, device) for key, part in batch.items()}
+        parts = {key: moved(part, device) for key, part in batch.items()}
+        return _refilled(batch, parts)
     return batch
+
+
+def _refilled(container: Any, parts: Any) -> Any:
+    """A container of the same class with other contents; whatever else it has is kept."""
+    if type(container) in (list, tuple, dict):
+        return type(container)(parts)
+    new: Any
+    if isinstance(container, tuple):
+        # Not by its constructor, whose arguments may be others.
+        new = tuple.__new__(type(container), parts)
+        if hasattr(container, "__dict__"):
+            vars(new).update(vars(container))
+        return new
+    if not isinstance(container, (list, MutableMapping)):
+        return parts
+    new = copy.copy(container)
+    if isinstance(container, list):
+        new[:] = parts
+    else:
+        new.update(parts)
+    return new
 
 
 def keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
@@ -64,13 +114,12 @@ def keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
         yield batch
 
 
-def length(data_loader: Iterable[Any], num_iters: int | None) -> int | None:
-    """How many batches there will be at most, if that is known."""
+def length(data_loader: Iterable[Any]) -> int | None:
+    """How many batches there are, if that is known."""
     try:
-        known = len(data_loader) if isinstance(data_loader, Sized) else None
+        return len(data_loader) if isinstance(data_loader, Sized) else None
     except TypeError:  # of a DataLoader over an IterableDataset
-        known = None
-    return min((n for n in (known, num_iters) if n is not None), default=None)
+        return None
 
 
 def progress_bar(kind: str | None) -> Progress:

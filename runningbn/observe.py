@@ -1,12 +1,7 @@
 """Watching the BatchNorm layers of a model at work, without leaving a trace in it.
 
-While a model is observed, its modules are in evaluation mode, and each chosen layer hands the moments of its input to
-an `Observer`, which also says what the input is normalised by. Everything is put back afterwards, whatever happens.
-
-A layer is reached through what it calls: in evaluation, ``nn.BatchNorm``, ``nn.SyncBatchNorm``, the layers of this
-library and most subclasses come down to one call of ``torch.nn.functional.batch_norm`` with their own buffers, and that
-call is taken over. So what a subclass does around it (permuting, casting, an activation) is respected. A subclass that
-computes by itself is asked to update scratch buffers instead.
+While a model is observed, its modules are in evaluation mode, and each chosen layer hands its input to an `Observer`.
+Everything is put back afterwards, whatever happens.
 """
 
 from __future__ import annotations
@@ -20,191 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from . import kernels
-from .accumulate import Call
-from .buffers import PooledStatistics
-
-Moments = tuple[Tensor, Tensor]
+from .flags import restore_flags, set_training, training_flags
+from .observer import Observer
 
 # What stands around a model for parallel training, and communicates or copies in its forward.
 PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-# The names of the arguments of the two functions that all of torch's own normalisation goes through.
-_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-}
-
-
-# The forwards that are one call of batch_norm with the layer's own weight, bias and eps.
-_PLAIN = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
-
-
-class EnoughSeen(BaseException):
-    """Ends a forward pass of which nothing more is needed. Not an Exception, so that models do not swallow it."""
-
-
-class Observer:
-    """Collects the moments of the inputs of some layers and normalises by what it is told to.
-
-    Attributes:
-        layers: by number.
-        so_far: mean and variance of a layer by its number, for batches that have no variance of their own.
-        calls: what was seen since `take_calls`, in order.
-        fixed: mean and variance by layer number, for layers that normalise by these and not by their batch.
-        watched: the numbers of the layers to collect from.
-        last: (layer, calls): after so many calls of that layer, `EnoughSeen` is raised.
-    """
-
-    def __init__(self, layers: list[_BatchNorm], so_far: Callable[[int], Moments]) -> None:
-        self.layers, self.so_far = layers, so_far
-        self.calls: list[Call] = []
-        self.fixed: dict[int, Moments] = {}
-        self.watched: set[int] = set(range(len(layers)))
-        self.last: tuple[int, int] | None = None
-        self._compute_by_themselves: set[int] = set()
-
-    def take_calls(self) -> list[Call]:
-        """The calls since the last time."""
-        calls, self.calls = self.calls, []
-        return calls
-
-    def forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the layer's forward gives, normalised by what the observer says."""
-        layer = self.layers[number]
-        if getattr(forward, "__func__", None) in _PLAIN:
-            # Nothing else happens in there, and so the detour by torch's function modes is spared.
-            x = args[0] if args else kwargs["input"]
-            layer._check_input_dim(x)
-            return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
-        if number not in self._compute_by_themselves:
-            mask = args[1] if len(args) > 1 else kwargs.get("mask")
-            with _TakeOver(self, number, mask if isinstance(layer, PooledStatistics) else None) as taken:
-                y = forward(*args, **kwargs)
-            if taken.reached:
-                return y
-            self._compute_by_themselves.add(number)
-        return self._update_scratch(number, forward, *args, **kwargs)
-
-    def normalize_real(
-        self, number: int, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        """`normalize` for the elements that a mask says are real, and 0 elsewhere."""
-        y = torch.zeros_like(x)
-        samples = int(mask.flatten(1).any(1).sum()) if mask.dim() > 1 else None
-        y.movedim(1, -1)[mask] = self.normalize(number, x.movedim(1, -1)[mask], weight, bias, eps, samples)
-        return y
-
-    def normalize(
-        self, number: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, samples: int | None = None
-    ) -> Tensor:
-        """y = (x − mean)·(var + eps)^−½·weight + bias by the batch or by what is fixed; the moments of x are noted.
-
-        `samples` is N where the first dimension of x does not say it.
-        """
-        layer, samples = self.layers[number], len(x) if samples is None else samples
-        if x.dim() < 2 or x.shape[1] != layer.num_features or not x.is_floating_point():
-            raise RuntimeError(
-                f"{type(layer).__name__}: expected a floating-point input of shape (N, {layer.num_features}, *), "
-                f"got {tuple(x.shape)} of {x.dtype}"
-            )
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        n, by = x.numel() // x.shape[1], self.fixed.get(number)
-        if n > 1 and (by is None or number in self.watched):
-            affine = (weight, bias, eps) if by is None else (None, None, 1.0)
-            y, mean, var = kernels.batch_norm(x, *affine, dtype)
-            self._note(Call(number, mean, var, n, samples))
-            if by is None:
-                return y
-        elif n == 1:
-            self._note(_single(number, x, dtype))
-        # One element normalised by itself would be 0 whatever it is.
-        mean, var = (moment.to(x.device, dtype) for moment in by or self.so_far(number))
-        # By the operation of evaluation, rounding for rounding: deep layers are to see what they will see there.
-        return kernels.aten.normalize(x, mean, var, weight, bias, eps) if n else torch.empty_like(x)
-
-    def _update_scratch(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """For a layer that computes by itself: let it train on scratch buffers and see what it makes of them."""
-        layer, by = self.layers[number], self.fixed.get(number)
-        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if x is None:
-            raise RuntimeError(f"{type(layer).__name__}: expected a tensor as input")
-        n = x.numel() // layer.num_features
-        if n > 1 and (by is None or number in self.watched):
-            mean, var = (torch.zeros_like(t) for t in (layer.running_mean, layer.running_var))  # type: ignore[arg-type]
-            versions = mean._version, var._version
-            with _statistics_replaced(layer, mean, var, training=True):
-                y = forward(*args, **kwargs)
-                mean_after, var_after = layer.running_mean, layer.running_var
-            if mean_after is None or var_after is None or (mean_after is mean and mean._version == versions[0]):
-                raise RuntimeError(
-                    f"{type(layer).__name__} has a forward of its own that neither calls torch's batch_norm nor "
-                    "updates running_mean and running_var; leave it out with layers=..."
-                )
-            self._note(Call(number, mean_after, var_after * ((n - 1) / n), n, len(x)))
-            if by is None:
-                return y
-        elif n == 1:
-            self._note(_single(number, x, torch.promote_types(x.dtype, torch.float32)))
-        mean, var = by or self.so_far(number)
-        own = layer.running_mean
-        assert own is not None
-        with _statistics_replaced(layer, mean.to(own.device, own.dtype), var.to(own.device, own.dtype), training=False):
-            return forward(*args, **kwargs)
-
-    def _note(self, call: Call) -> None:
-        if call.layer not in self.watched:
-            return
-        self.calls.append(call)
-        if self.last == (call.layer, sum(other.layer == call.layer for other in self.calls)):
-            raise EnoughSeen
-
-
-def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:
-    """One element per channel: its own mean, without variance."""
-    mean = x.detach().reshape(-1).to(dtype)
-    return Call(number, mean, torch.zeros_like(mean), 1, 1)
-
-
-class _TakeOver(TorchFunctionMode):
-    """Hands the layer's call of ``batch_norm`` to the observer; `reached` says whether there was one."""
-
-    def __init__(self, observer: Observer, number: int, mask: Tensor | None) -> None:
-        super().__init__()
-        self.observer, self.number, self.mask = observer, number, mask
-        self.statistics = observer.layers[number].running_mean
-        self.reached = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ARGUMENTS:
-            call = dict(zip(_ARGUMENTS[func], args)) | (kwargs or {})
-            if call["running_mean"] is self.statistics:
-                self.reached = True
-                affine = call.get("weight"), call.get("bias"), call.get("eps", 1e-5)
-                if self.mask is not None:
-                    return self.observer.normalize_real(self.number, call["input"], self.mask, *affine)
-                return self.observer.normalize(self.number, call["input"], *affine)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _statistics_replaced(layer: _BatchNorm, mean: Tensor, var: Tensor, training: bool) -> Iterator[None]:
-    """The layer with other statistics, which an update in training sets to those of the batch."""
-    buffers, training_before, momentum = dict(layer._buffers), layer.training, layer.momentum
-    tracked = layer.num_batches_tracked
-    layer._buffers["running_mean"], layer._buffers["running_var"] = mean, var
-    layer._buffers["num_batches_tracked"] = None if tracked is None else tracked.clone()
-    layer.momentum, layer.training = 1.0, training
-    try:
-        yield
-    finally:
-        layer._buffers.update(buffers)
-        layer.momentum, layer.training = momentum, training_before
 
 
 @contextmanager
@@ -214,11 +31,11 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
     Wrappers for parallel training are stepped around, so that a forward does not communicate, and compiled code is
     run uncompiled.
     """
-    flags = [(module, module.training) for module in model.modules()]
+    flags = training_flags(model)
     with ExitStack() as stack:
-        stack.callback(_restore_flags, flags)
+        stack.callback(restore_flags, flags)
         for module, _ in flags:
-            module.training = False
+            set_training(module, False)
             if isinstance(module, PARALLEL_WRAPPERS):
                 replace_forward(stack, module, module.module.__call__)
         for number, layer in enumerate(observer.layers):
@@ -261,11 +78,6 @@ def _one_after_another(modules: list[nn.Module], input: Any) -> Any:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _restore_flags(flags: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in flags:
-        module.training = training
 
 
 def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:

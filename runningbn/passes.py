@@ -1,36 +1,31 @@
-"""One recalibration: passes over the data, sums over batches and processes, and the statistics written at the end."""
+"""Passes over the data: what the layers see, added up over batches and processes, and the statistics that it gives."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .accumulate import Accumulator, Estimator, MeanOfBatches, Population
-from .batches import Progress
-from .buffers import VIEW, PooledStatistics
-from .observe import EnoughSeen, Moments, Observer
+from .buffers import PooledStatistics
+from .kept import state_kept
+from .observer import Observer
 from .ranks import Ranks, interrupts_deferred
-from .report import LayerReport, StatsReport
+from .report import LayerReport
 from .selection import Layers, chosen
+from .subclasses import Convention, Moments
 
 logger = logging.getLogger("runningbn")
 
 _ESTIMATORS: dict[str, type[Estimator]] = {"population": Population, "batch": MeanOfBatches}
 # With fewer batches, the scatter between them says too little about their error to stop on it.
 _FEWEST_BATCHES = 8
-# How far statistics may be from what evaluation shows: the mean in std, the variance relative to itself.
-_SETTLED = 1e-4
-# How often all layers are gone through until they have settled.
-_MOST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,11 @@ class Found:
     residual: float = float("nan")
 
 
-class Recalibration:
-    """Statistics being collected. `precise_bn` gives one; `update_bn_stats` works with one.
+class Passes:
+    """What the layers see, batch by batch, and the statistics of it.
 
     Attributes:
-        report: what came out, once the ``with`` of `precise_bn` is left; None before.
+        names, layers: what is recalibrated.
         batches: batches seen by this process.
     """
 
@@ -74,9 +69,10 @@ class Recalibration:
         targets = chosen(model, layers)
         self.names, self.layers = list(targets), list(targets.values())
         self.prior = prior
-        self.report: StatsReport | None = None
         self.batches = 0
-        self.observer = Observer(self.layers, self._so_far)
+        self.available: int | None = None  # batches that this process has, where it is known
+        self.observer = Observer(self.layers, self._so_far, self.names)
+        self._model = model
         self._estimator = _ESTIMATORS[variance]()
         self._sums = self._accumulator(range(len(self.layers)))
         self._found: dict[int, Found] = {}
@@ -85,16 +81,19 @@ class Recalibration:
         self._repeated: set[int] = set()  # layers called more than once in some batch
         self._passes = 1
         self._seen = self._dropped = 0  # batches of all processes
+        self._available: int | None = None  # of all processes
+        self._biased: set[int] = set()  # layers whose running_var is biased
         self._sharded = False
         self._old = self._flat("running_mean"), self._flat("running_var")
         count = len(self.layers)
         self.ranks = Ranks(process_group, max(len(self._message(self._sums, done=True)), count * count))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """If this process fails inside, so do the others."""
+    def transaction(self) -> Iterator[None]:
+        """On leaving, the model is as before. If this process fails inside, so do the others."""
         try:
-            yield
+            with state_kept(self._model) as self._kept:
+                yield
         except BaseException as error:
             self.ranks.fail(error)
             raise
@@ -150,128 +149,37 @@ class Recalibration:
         self._check_sums()
         self._found = self._statistics(self._sums, range(len(self.layers)))
 
-    def settle(self, batches: Sequence[Any], run: Callable[[Any], None], show: Progress) -> None:
-        """From statistics by batches to those that evaluation shows, layer by layer in the order of their calls.
-
-        What a layer sees in evaluation depends only on the statistics of those before it. With these fixed, one pass
-        over the data, up to the layer, gives its own. A last pass, with all of them fixed, measures what is left. If
-        the model has taken other ways than before, that is too much, and the layers are gone through once more.
-        """
-        everything = range(len(self.layers))
-        for attempt in range(_MOST_ROUNDS):
-            order, first = self._agree_on_order()
-            for number in show(order, len(order)):
-                # Where nothing comes before a layer, what it saw by batches was right already.
-                if number not in first or number in self._repeated or attempt > 0:
-                    sums = self._pass(batches, run, [number], up_to=None if attempt > 0 else number)
-                    self._found.update(self._statistics(self._exchange(sums, done=True)[0], [number]))
-                self.observer.fixed[number] = self._found[number].stored
-            sums = self._pass(batches, run, everything)
-            with interrupts_deferred():
-                evaluated = self._statistics(self._exchange(sums, done=True)[0], everything)
-                for number, now in evaluated.items():
-                    kept = self._found.get(number, now)
-                    left = _distance(kept, now, self.layers[number].eps)
-                    self._found[number] = replace(now, mean=kept.mean, var=kept.var, stored=kept.stored, residual=left)
-                new = evaluated.keys() - self.observer.fixed.keys()
-                settled = self._left() <= _SETTLED and not new
-                self.ranks.open &= not settled and attempt + 1 < _MOST_ROUNDS
-            if settled:
-                return
-        logger.warning(
-            "normalize='population' has not settled: evaluation shows moments off by %.1e. Do the batches stay the "
-            "same while they are kept, and is the model deterministic in evaluation?",
-            self._left(),
-        )
-
-    def finish(self) -> StatsReport:
-        """Write the statistics and report; the layers are as before if that is interrupted."""
-        before = [(self.layers[number], self._statistics_of(self.layers[number])) for number in sorted(self._found)]
-        report = StatsReport(
-            [self._report(number, found) for number, found in sorted(self._found.items())],
-            [name for number, name in enumerate(self.names) if number not in self._found],
-            self._seen - self._dropped, self._dropped, self._passes,
-            before,
-        )  # fmt: skip
-        if self._dropped:
-            logger.warning("batches left out, not finite: %d, first in %s", self._dropped, self._first_not_finite())
-        try:
-            for number, found in self._found.items():
-                _write(self.layers[number], *found.stored)
-        except BaseException:
-            report.undo()
-            raise
-        self.report = report
-        return report
-
-    def _pass(
-        self, batches: Sequence[Any], run: Callable[[Any], None], numbers: Sequence[int], up_to: int | None = None
-    ) -> Accumulator:
-        """The sums of some layers over the same batches again; of this process."""
-        sums = self._accumulator(numbers)
-        self._passes += 1
-        places = {number: place for place, number in enumerate(numbers)}
-        self.observer.watched = set(numbers)
-        whole = up_to is None or self._sharded
-        ways: list[list[int]] = []
-        for batch, way, finite in zip(batches, self._calls, self._finite):
-            skipped = not bool(finite) or (not whole and up_to not in way)
-            if skipped and not self._sharded:
-                ways.append([])
-                continue
-            self.observer.last = None if whole or up_to is None else (up_to, way.count(up_to))
-            with suppress(EnoughSeen):
-                run(batch)
-            calls = [replace(call, layer=places[call.layer]) for call in self.observer.take_calls()]
-            ways.append([numbers[call.layer] for call in calls])
-            if calls and not skipped:
-                sums.add(calls)
-        self.observer.last = None
-        if len(numbers) == len(self.layers):
-            self._calls = ways
-        return sums
-
     def _exchange(self, sums: Accumulator, done: bool) -> tuple[Accumulator, bool]:
         """The sums of all processes, and whether all are done."""
-        if self.ranks.size == 1:
-            self._seen = self.batches
-            return sums, done
+        count, width, packed = len(self.layers), len(self._old[0]), len(sums.pack())
         messages = self.ranks.exchange(self._message(sums, done))
-        count, width = len(self.layers), len(self._old[0])
-        everyone_done, batches, repeated, means, variances, packs = messages.split(
-            [1, 1, count, width, width, messages.shape[1] - 2 - count - 2 * width], dim=1
+        everyone_done, batches, available, repeated, corrections, means, variances, packs = messages.split(
+            [1, 1, 1, count, count, width, width, packed], dim=1
         )
         self._seen = int(batches.sum())
+        self._available = None if available.isnan().any() else int(available.sum())
         self._repeated = {number for number in range(count) if repeated[:, number].any()}
+        # Of a layer that computes by itself, only a process that it had a batch on knows how.
+        self._biased = {number for number in range(count) if (corrections[:, number] == 0).any()}
+        if self.ranks.size == 1:
+            return sums, done
         # Old statistics may differ between processes, as they do during training with DistributedDataParallel.
         self._old = means[0], variances[0]
         return sums.merged(packs), bool(everyone_done.all())
 
     def _message(self, sums: Accumulator, done: bool) -> Tensor:
-        status = [float(done), float(self.batches), *(float(n in self._repeated) for n in range(len(self.layers)))]
+        numbers = range(len(self.layers))
+        available = float("nan") if self.available is None else float(self.available)
+        repeated = [float(number in self._repeated) for number in numbers]
+        status = [float(done), float(self.batches), available, *repeated, *map(self._correction, numbers)]
         return torch.cat([torch.tensor(status, dtype=torch.float64, device=sums.device), *self._old, sums.pack()])
 
-    def _agree_on_order(self) -> tuple[list[int], set[int]]:
-        """The layers that were used, none before one that some batch, on any process, calls before it; and the first.
-
-        The first are those with none before them.
-        """
-        count = len(self.layers)
-        follows = torch.zeros(count, count, dtype=torch.float64)
-        for way in self._calls:
-            ahead = list(dict.fromkeys(way))
-            for one, next_one in pairwise(ahead):
-                follows[one, next_one] = 1
-        told = self.ranks.exchange(follows.flatten()).amax(0).view(count, count)
-        before = {number: set(told[:, number].nonzero().flatten().tolist()) for number in self._found}
-        first = {number for number, ahead in before.items() if not ahead}
-        order: list[int] = []
-        while len(order) < len(before):
-            left = [number for number in before if number not in order]
-            free = [number for number in left if before[number] <= set(order)]
-            # Ways that contradict each other leave none free.
-            order.append(min(free or left))
-        return order, first
+    def _correction(self, number: int) -> float:
+        """1 if the layer's `running_var` has Bessel's correction, as far as this process knows; 0 if not."""
+        layer = self.layers[number]
+        if isinstance(layer, PooledStatistics):
+            return float(layer.corrects_variance)
+        return float(self.observer.conventions.get(number, Convention()).correction)
 
     def _known_to(self, tolerance: float, sums: Accumulator) -> bool:
         found = self._statistics(sums, range(len(self.layers)))
@@ -290,7 +198,7 @@ class Recalibration:
         if not self._sums.counts[1].any():
             raise ValueError(f"no batch reached any of the layers {', '.join(self.names)}")
         for name, elements in zip(self.names, self._sums.split(self._sums.counts[1])):
-            if elements[0] == 1:
+            if elements[0] == 1 and not self.prior:
                 raise ValueError(f"{name} saw a single element per channel in all, which has no variance")
 
     def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, Found]:
@@ -301,9 +209,8 @@ class Recalibration:
         for number, (mean, var, mean_error, var_error, batches, elements, samples, total) in zip(numbers, parts):
             if not total[0]:
                 continue
-            layer, n = self.layers[number], elements[0]
-            corrects = not isinstance(layer, PooledStatistics) or layer.corrects_variance
-            if corrects and isinstance(self._estimator, Population):
+            n = elements[0]
+            if number not in self._biased and isinstance(self._estimator, Population):
                 var = var * n / (n - 1).clamp_min(1)
             stored = self._with_prior(number, mean, var, float(samples[0]))
             counts = int(batches[0]), int(samples[0]), int(n)
@@ -341,22 +248,13 @@ class Recalibration:
         return LayerReport(
             self.names[number], mean, var, old_mean, old_var, layer.eps, errors[0], errors[1],
             found.batches, found.samples, found.elements, found.residual, number in self._repeated,
+            correction=int(number not in self._biased), computes_itself=number in self.observer.conventions,
         )  # fmt: skip
-
-    def _left(self) -> float:
-        """The largest residual of the layers that do not feed themselves."""
-        left = [found.residual for number, found in self._found.items() if number not in self._repeated]
-        return max(left, default=0.0)
 
     def _first_not_finite(self) -> str:
         not_finite = [number for number, part in enumerate(self._sums.split(self._sums.not_finite)) if bool(part.any())]
         calls = list(dict.fromkeys(number for way in self._calls for number in way))
         return self.names[min(not_finite, key=lambda n: (calls.index(n) if n in calls else len(calls), n))]
-
-    def _statistics_of(self, layer: _BatchNorm) -> dict[str, Tensor]:
-        """Copies of the buffers that writing statistics changes."""
-        names = layer.statistics_names if isinstance(layer, PooledStatistics) else VIEW
-        return {name: layer._buffers[name].clone() for name in names}  # type: ignore[union-attr]
 
     def _flat(self, name: str) -> Tensor:
         """A buffer of all layers, side by side, float64."""
@@ -368,22 +266,3 @@ class Recalibration:
         first = layers[0].running_mean if layers else None
         device = torch.device("cpu") if first is None else first.device
         return Accumulator([layer.num_features for layer in layers], self._estimator, device)
-
-
-@torch.no_grad()
-def _write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    if isinstance(layer, PooledStatistics):
-        layer.replace_statistics(mean, var)
-        return
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_(var)
-
-
-def _distance(one: Found, other: Found, eps: float) -> float:
-    """The largest difference between two statistics of a layer: of means in std, of variances relative to them."""
-    scale = other.var + eps
-    by_mean = (one.mean - other.mean).abs() / scale.sqrt()
-    by_var = (one.var - other.var).abs() / scale
-    return float(torch.maximum(by_mean, by_var).max())

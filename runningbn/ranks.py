@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import check_synchronisation
+
+logger = logging.getLogger("runningbn")
+
+# Seconds to wait for other processes without a word.
+_PATIENCE = 10.0
 
 
 class OtherProcessError(RuntimeError):
@@ -30,7 +36,7 @@ class Ranks:
         open: whether the others will take part in another exchange.
 
     Args:
-        group: the process group; None for all processes.
+        group: the process group; None for all processes; False for this one alone.
         width: the longest message.
 
     Raises:
@@ -38,9 +44,11 @@ class Ranks:
     """
 
     def __init__(self, group: Any, width: int) -> None:
-        check_synchronisation(True, group)
+        if group is not False:
+            check_synchronisation(True, group)
         self.group, self.width = group, width
-        self.size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        together = group is not False and dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(group) if together else 1
         self.open = self.size > 1
 
     def exchange(self, vector: Tensor) -> Tensor:
@@ -79,9 +87,10 @@ class Ranks:
         message[0] = error is not None
         message[1 : len(vector) + 1] = vector
         gathered = [torch.empty_like(message) for _ in range(self.size)]
-        dist.all_gather(gathered, message, group=self.group)
-        vectors = torch.stack(gathered)
-        failed = vectors[:, 0].nonzero().flatten().tolist()
+        with _told_while_waiting(self.size):
+            dist.all_gather(gathered, message, group=self.group)
+            vectors = torch.stack(gathered)
+            failed = vectors[:, 0].nonzero().flatten().tolist()
         if failed:
             self.open = False
             said: list[Any] = [None] * self.size
@@ -95,6 +104,22 @@ class Ranks:
         if "nccl" in str(dist.get_backend(self.group)):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+@contextmanager
+def _told_while_waiting(size: int) -> Iterator[None]:
+    """Warn if the block takes long: a rank that never calls would be waited for until the group's timeout."""
+    timer = threading.Timer(_PATIENCE, logger.warning, (
+        "recalibration has been waiting for %d s for other processes: it needs all %d of the group to call it, each "
+        "with its own data. If some have more data than this one, that is all. To recalibrate in this process alone, "
+        "pass process_group=False.", _PATIENCE, size,
+    ))  # fmt: skip
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from torch import nn
 
 from .batches import Forward, keeping, length, progress_bar, runner
 from .observe import head_skipped, observed, random_state_kept
-from .passes import Recalibration
 from .ranks import is_sharded
 from .report import StatsReport
-from .selection import Layers, updatable
+from .selection import Layers, by_reason, left_alone, updatable
+from .settle import Recalibration
 
 logger = logging.getLogger("runningbn")
 
@@ -117,21 +117,27 @@ def update_bn_stats(
     """
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
-        logger.warning("update_bn_stats: there is no BatchNorm layer to update in %s", type(model).__name__)
-        return StatsReport([])
-    with recalibration.together(), random_state_kept(model):
+        _warn_of_nothing("update_bn_stats", model)
+        return StatsReport([], skipped=left_alone(model, ()))
+    with recalibration.transaction(), random_state_kept(model):
         _check(normalize, variance, num_iters, tolerance)
-        show, run = progress_bar(progress), runner(model, forward, device)
-        short = nullcontext() if forward else head_skipped(model, recalibration.layers)
-        with observed(model, recalibration.observer), short:
-            batches = show(itertools.islice(data_loader, num_iters), length(data_loader, num_iters))
-            if is_sharded(model):
-                batches = recalibration.in_step(batches)
-            kept: list[Any] = []
-            settles = normalize == "population"
-            recalibration.collect(keeping(batches, kept) if settles else batches, run, tolerance, settles)
-            if settles:
-                recalibration.settle(kept, run, show)
+        show, run_plain = progress_bar(progress), runner(model, forward, device)
+
+        def run(batch: Any) -> None:
+            # Between batches the model is its own, for a loader may use it.
+            short = nullcontext() if forward else head_skipped(model, recalibration.layers)
+            with observed(model, recalibration.observer), short:
+                run_plain(batch)
+
+        recalibration.available = length(data_loader)
+        batches = show(itertools.islice(data_loader, num_iters), _smaller(recalibration.available, num_iters))
+        if is_sharded(model):
+            batches = recalibration.in_step(batches)
+        kept: list[Any] = []
+        settles = normalize == "population"
+        recalibration.collect(keeping(batches, kept) if settles else batches, run, tolerance, settles)
+        if settles:
+            recalibration.settle(kept, run, show)
     return recalibration.finish()
 
 
@@ -169,11 +175,11 @@ def precise_bn(
     """
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
-        logger.warning("precise_bn: there is no BatchNorm layer to update in %s", type(model).__name__)
-        recalibration.report = StatsReport([])
+        _warn_of_nothing("precise_bn", model)
+        recalibration.report = StatsReport([], skipped=left_alone(model, ()))
         yield recalibration
         return
-    with recalibration.together(), observed(model, recalibration.observer):
+    with recalibration.transaction(), observed(model, recalibration.observer):
         hook = model.register_forward_hook(lambda *_: recalibration.end_batch())
         try:
             yield recalibration
@@ -205,6 +211,18 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
         True
     """
     return list(updatable(model).values())
+
+
+def _warn_of_nothing(function: str, model: nn.Module) -> None:
+    reasons = by_reason(left_alone(model, ()))
+    found = f"no layer is updated in {type(model).__name__}:\n{reasons}" if reasons else (
+        f"there is no BatchNorm layer to update in {type(model).__name__}"
+    )  # fmt: skip
+    logger.warning("%s: %s", function, found)
+
+
+def _smaller(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
 
 
 def _check(normalize: str, variance: str, num_iters: int | None, tolerance: float | None) -> None:

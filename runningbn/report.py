@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .selection import by_reason
 from .summary import table
 
 
@@ -67,6 +68,10 @@ class LayerReport(LayerShift):
         residual: with ``normalize="population"``, how far the moments that evaluation shows are from `mean` and `var`,
             the largest distance of means in std, or of variances in var; NaN otherwise.
         feeds_itself: whether it was called more than once in a forward pass.
+        correction: 1 where var has Bessel's correction n/(n − 1), as in torch's layers; 0 where it is biased, as in
+            RunningBatchNorm and in subclasses that compute it so.
+        computes_itself: whether it is of a class with a forward of its own, whose update in training was compared with
+            the moments of its input.
     """
 
     mean_error: Tensor
@@ -76,6 +81,8 @@ class LayerReport(LayerShift):
     elements: int
     residual: float = float("nan")
     feeds_itself: bool = False
+    correction: int = 1
+    computes_itself: bool = False
 
     @property
     def mean_standard_error(self) -> float:
@@ -109,6 +116,8 @@ class StatsReport:
         batches: batches used, of all processes.
         not_finite: batches left out since something in them was not finite.
         passes: forward passes over the data; more than 1 for ``normalize="population"``.
+        available: batches that there were, of all processes, used or not; None where loaders do not tell.
+        skipped: whatever else has `running_mean` and `running_var` and was not updated: the reason by name.
 
     Raises:
         KeyError: ``report[name]`` for a layer that was not updated.
@@ -128,6 +137,8 @@ class StatsReport:
     batches: int = 0
     not_finite: int = 0
     passes: int = 1
+    available: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
     _before: list[tuple[_BatchNorm, dict[str, Tensor]]] = field(default_factory=list, repr=False)
 
     @torch.no_grad()
@@ -172,7 +183,11 @@ class StatsReport:
         ]
         lines = [table(header, rows)] if rows else []
         passes = f" in {self.passes} passes" if self.passes > 1 else ""
-        lines.append(f"{counted(len(self.layers), 'layer')} updated from {counted(self.batches, 'batch')}{passes}")
+        used = self.batches + self.not_finite
+        batches = counted(self.batches, "batch")
+        if self.available is not None and self.available > used:
+            batches = f"{self.batches:,} of {counted(self.available, 'batch')}"
+        lines.append(f"{counted(len(self.layers), 'layer')} updated from {batches}{passes}")
         measured = [layer for layer in self.layers if layer.residual == layer.residual]
         settled = [layer.residual for layer in measured if not layer.feeds_itself]
         if settled:
@@ -182,10 +197,15 @@ class StatsReport:
         for layer in measured:
             if layer.feeds_itself:
                 lines.append(f"{layer.name} is called repeatedly and feeds itself: to within {layer.residual:.1e} only")
+        biased = [layer.name for layer in self.layers if layer.computes_itself and not layer.correction]
+        if biased:
+            lines.append(f"variance without Bessel's correction, as the layer itself computes it: {', '.join(biased)}")
         if self.not_finite:
             lines.append(f"{counted(self.not_finite, 'batch')} left out: not finite")
         if self.unused:
             lines.append(f"unused, statistics kept: {', '.join(self.unused)}")
+        if self.skipped:
+            lines.append(f"not updated:\n{by_reason(self.skipped)}")
         return "\n".join(lines)
 
     def plot(self, path: Any = None) -> Any:

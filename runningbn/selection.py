@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Union
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
+
+from .buffers import VIEW
 
 Layers = Union[Callable[[str, nn.Module], bool], Iterable[Union[str, nn.Module]], None]
 
@@ -16,15 +19,52 @@ def updatable(model: nn.Module) -> dict[str, _BatchNorm]:
     """The layers that can be recalibrated, by their first name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _has_statistics(m)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_tracking(m)}
     # Other modules do not count: dropout left on in an evaluating model does not freeze its layers.
     in_training = model.training or any(layer.training for layer in layers.values())
     return {name: layer for name, layer in layers.items() if layer.training or not in_training}
 
 
-def _has_statistics(layer: _BatchNorm) -> bool:
+def _is_tracking(layer: _BatchNorm) -> bool:
+    """Whether it has running statistics, and training would update them."""
     buffers = layer.running_mean, layer.running_var
-    return all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
+    usable = all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
+    return usable and layer.track_running_stats
+
+
+def left_alone(model: nn.Module, updated: Iterable[nn.Module]) -> dict[str, str]:
+    """Why whatever else has running statistics is not updated, by its first name."""
+    known, possible = set(updated), set(updatable(model).values())
+    return {
+        name: _reason(module, possible)
+        for name, module in model.named_modules()
+        if module not in known and all(isinstance(getattr(module, view, None), Tensor) for view in VIEW)
+    }
+
+
+def _reason(module: nn.Module, possible: Collection[nn.Module]) -> str:
+    if module in possible:
+        return "not among the layers asked for"
+    if isinstance(module, _BatchNorm):
+        if not module.track_running_stats:
+            return "frozen (track_running_stats=False)"
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            return "on the meta device: load its weights first; offloaded layers cannot be updated"
+        return "frozen (in evaluation mode while the model is in training mode)"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted: recalibrate the model before scripting it"
+    # What torch.export leaves of a module has only its buffers.
+    if type(module) is nn.Module or type(module).__name__ == "InterpreterModule":
+        return "exported: recalibrate the model before exporting it"
+    return f"{type(module).__name__} is no nn.BatchNorm"
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Names with the reason that they share, one reason a line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name or "the model itself")
+    return "\n".join(f"{reason}: {', '.join(those)}" for reason, those in names.items())
 
 
 def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:

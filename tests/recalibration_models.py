@@ -246,7 +246,7 @@ def everything(model: nn.Module, but: Callable[[str], bool] = lambda name: False
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found[f"place of {name}"] = id(tensor), tensor.data_ptr(), tensor.dtype, tensor.requires_grad, tensor.shape
         if not but(name):
-            found[f"value of {name}"] = tensor.detach().clone().view(torch.uint8 if tensor.dim() else tensor.dtype)
+            found[f"value of {name}"] = _bits(tensor.detach())
         if tensor.grad is not None:
             found[f"gradient of {name}"] = tensor.grad.clone()
     for name, module in model.named_modules():
@@ -256,6 +256,11 @@ def everything(model: nn.Module, but: Callable[[str], bool] = lambda name: False
         found[f"hooks of {name}"] = {k: list(v.items()) for k, v in attributes.items() if "hooks" in k and v}
         found[f"state keys of {name}"] = list(module.state_dict())
     return found
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A copy that is equal to another where their bits are, NaN included."""
+    return tensor.reshape(-1).contiguous().clone().view(torch.uint8)
 
 
 def random_states() -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..batches import Forward, runner
-from ..observe import Observer, observed, random_state_kept, replace_forward
+from ..observe import observed, random_state_kept, replace_forward
+from ..observer import Observer
 
 
 class Output:

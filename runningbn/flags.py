@@ -1,0 +1,25 @@
+"""Training flags of modules: read, set and put back, bit by bit."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def training_flags(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Every module of the model and whether it is in training mode."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def restore_flags(flags: list[tuple[nn.Module, bool]]) -> None:
+    """Put back training flags."""
+    for module, training in flags:
+        set_training(module, training)
+
+
+def set_training(module: nn.Module, training: bool) -> None:
+    """``module.training = training``, not by the slow way of ``nn.Module.__setattr__`` where that is possible."""
+    own = vars(module)
+    if "training" in own:
+        own["training"] = training
+    else:  # a scripted module
+        module.training = training
