@@ -168,7 +168,7 @@ def test_a_path_that_leads_nowhere_is_one_line_and_status_2(arguments, message, 
         (["shop.leaves:model", "shop.net:loader"], "SystemExit: 0"),
         (["shop.broken:model", "shop.net:loader"], "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         (["shop.net:groups", "shop.net:loader"], "it has GroupNorm"),
-        (["shop.net:model", "shop.net:named"], "unexpected keyword argument 'image'"),
+        (["shop.net:model", "shop.net:named"], "give forward="),
         (["shop.net:model", "shop.net:loader", "--metric", "shop.net:loss"], "expected a number, got Sequential"),
     ],
 )

@@ -14,10 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..accumulate import Accumulator, Call, Population
 from ..batches import Forward, keeping, runner
 from ..buffers import PooledStatistics
-from ..observe import Moments, Observer, observed
+from ..observe import observed
+from ..observer import Observer
 from ..recalibrate import get_bn_modules, update_bn_stats
 from ..report import LayerReport
 from ..running import RunningBatchNorm
+from ..subclasses import Convention, Moments
 from .between import Group, between_batches, group
 from .outputs import Comparison
 from .result import LayerDiagnosis
@@ -66,7 +68,7 @@ class Subject:
             if not batches:
                 raise ValueError("the data loader gave no batch")
         else:
-            report = update_bn_stats(self.model, keeping(data_loader, batches), num_iters, **how)
+            report = update_bn_stats(self.model, keeping(data_loader, batches), num_iters, process_group=False, **how)
             self.recomputed = _statistics(self.layers)
             report.undo()
         return batches
@@ -106,6 +108,7 @@ class AllMeasured:
     def __init__(self, layers: list[_BatchNorm]) -> None:
         self.stored, self.recomputed, self.batch = (_Measured(layers) for _ in range(3))
         self.groups: list[list[Group]] = [[] for _ in layers]
+        self.conventions: dict[int, Convention] = {}  # of layers with a forward of their own
 
     @property
     def used(self) -> list[int]:
@@ -116,7 +119,7 @@ class AllMeasured:
 def measure(subject: Subject, batches: list[Any], forward: Forward, device: Any) -> AllMeasured:
     """Run every batch in the three modes."""
     found = AllMeasured(subject.layers)
-    watcher = Watcher(subject.layers, subject.recomputed.__getitem__)
+    watcher = Watcher(subject.layers, subject.recomputed.__getitem__, subject.names)
     outputs: list[Any] = []
     run = runner(subject.model, lambda model, batch: outputs.append(forward(model, batch)), device)
     modes = list(zip(subject.modes(), (found.stored, found.recomputed, found.batch)))
@@ -135,12 +138,13 @@ def measure(subject: Subject, batches: list[Any], forward: Forward, device: Any)
             stored, recomputed, by_batch = outputs
             found.recomputed.comparison.add(stored, recomputed)
             found.batch.comparison.add(stored, by_batch)
+    found.conventions = watcher.conventions
     return found
 
 
 def score(subject: Subject, mode: Mode, metric: Metric) -> float:
     """What the metric says in one mode."""
-    watcher = Observer(subject.layers, subject.recomputed.__getitem__)
+    watcher = Observer(subject.layers, subject.recomputed.__getitem__, subject.names)
     watcher.fixed, watcher.watched = mode.fixed, set()
     with unchanged(subject.model), lent(subject.layers, mode.fixed if mode.lends else {}):
         # Where all is fixed, this is plain evaluation.
@@ -155,9 +159,11 @@ def score(subject: Subject, mode: Mode, metric: Metric) -> float:
 
 def of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagnosis:
     """What was found in one layer."""
-    layer = subject.layers[number]
+    layer, convention = subject.layers[number], measured.conventions.get(number, Convention())
+    if isinstance(layer, PooledStatistics):
+        convention = Convention(correction=int(layer.corrects_variance))
     stored, recomputed = (
-        _compared(subject.names[number], layer, sums[number], statistics[number])
+        _compared(subject.names[number], layer, convention.correction, sums[number], statistics[number])
         for sums, statistics in ((measured.stored.sums, subject.stored), (measured.recomputed.sums, subject.recomputed))
     )
     mean, var = subject.stored[number]
@@ -174,18 +180,21 @@ def of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagn
     )
 
 
-def _compared(name: str, layer: _BatchNorm, sums: Accumulator, statistics: Moments) -> LayerReport:
+def _compared(
+    name: str, layer: _BatchNorm, correction: int, sums: Accumulator, statistics: Moments
+) -> LayerReport:  # fmt: skip
     """The moments that the layer was shown as the new statistics, those that it normalised by as the old ones."""
     mean, var, mean_error, var_error, batches, elements, samples = (part.clone() for part in sums.estimate())
     n = int(elements[0])
     if n == 0:
         mean, var, mean_error, var_error = (torch.full_like(mean, torch.nan) for _ in range(4))
-    elif n > 1 and (not isinstance(layer, PooledStatistics) or layer.corrects_variance):
-        var, var_error = var * (n / (n - 1)), var_error * (n / (n - 1))
+    elif n > 1:
+        var, var_error = var * (n / (n - correction)), var_error * (n / (n - correction))
     old_mean, old_var = (moment.to("cpu", torch.float64) for moment in statistics)
     return LayerReport(
-        name, mean, var, old_mean, old_var, layer.eps, mean_error, var_error, int(batches[0]), int(samples[0]), n
-    )
+        name, mean, var, old_mean, old_var, layer.eps, mean_error, var_error, int(batches[0]), int(samples[0]), n,
+        correction=correction,
+    )  # fmt: skip
 
 
 def _statistics(layers: list[_BatchNorm]) -> dict[int, Moments]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..report import LayerReport, counted
+from ..selection import by_reason
 from ..summary import table
 from . import rules
 from .between import BetweenBatches
@@ -87,7 +88,7 @@ class Diagnosis:
         layers: one `LayerDiagnosis` each, in the order of the model.
         unused: names of layers that no batch reached.
         without_statistics: names of layers that normalise by their batch in evaluation, too.
-        skipped: names of modules with running statistics that are no ``nn.BatchNorm``, so were not looked at.
+        skipped: whatever else has running statistics and was not looked at: the reason by name.
         batches: how many were used.
         recomputed, batch: how the output changes from stored to recomputed, and to batch statistics.
         metric: its three values; None without a metric.
@@ -115,7 +116,7 @@ data): update_bn_stats repairs that (the output changes by 99.7%).
     layers: tuple[LayerDiagnosis, ...]
     unused: tuple[str, ...]
     without_statistics: tuple[str, ...]
-    skipped: tuple[str, ...]
+    skipped: dict[str, str]
     batches: int
     recomputed: OutputChange
     batch: OutputChange
@@ -162,9 +163,9 @@ data): update_bn_stats repairs that (the output changes by 99.7%).
             ("statistics not finite", [layer.name for layer in self.layers if not layer.finite]),
             ("input not finite", [f"{x.name} ({counted(x.not_finite, 'batch')})" for x in self.layers if x.not_finite]),
             ("without statistics", self.without_statistics),
-            ("no nn.BatchNorm, skipped", self.skipped),
         )
         lines += [f"{what}: {', '.join(names)}" for what, names in lists if names]
+        lines += [f"not looked at: {by_reason(self.skipped)}"] if self.skipped else []
         return "\n".join((*lines, *self.advice))
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,7 +176,7 @@ data): update_bn_stats repairs that (the output changes by 99.7%).
             "layers": [_layer_as_dict(layer) for layer in self.layers],
             "unused": list(self.unused),
             "without_statistics": list(self.without_statistics),
-            "skipped": list(self.skipped),
+            "skipped": self.skipped,
             "output_recomputed": dataclasses.asdict(self.recomputed),
             "output_batch": dataclasses.asdict(self.batch),
             "metric": None if self.metric is None else dataclasses.asdict(self.metric),

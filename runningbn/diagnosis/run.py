@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
 
 from ..batches import Forward, call
 from ..recalibrate import get_bn_modules
+from ..selection import by_reason, left_alone
 from .measure import Metric, Subject, measure, of_layer, score
 from .result import Diagnosis, MetricValues
 from .watch import unchanged
@@ -25,7 +27,6 @@ def diagnose(
     device: torch.device | str | None = None,
     metric: Metric | None = None,
     normalize: Literal["batch", "population"] = "batch",
-    process_group: Any = None,
 ) -> Diagnosis:
     r"""Whether a model evaluates badly because of its BatchNorm layers. Changes nothing, whatever happens.
 
@@ -47,7 +48,8 @@ def diagnose(
       than it has (the design effect), by an analysis of variance over the means of samples;
 
     and for the model how its output changes, and a metric of yours. Afterwards the statistics, other buffers, training
-    flags and the random state of torch, Python and NumPy are as before, also after an exception.
+    flags and the random state of torch, Python and NumPy are as before, also after an exception. Of several processes,
+    this one only is looked at: nothing is communicated.
 
     Args:
         model: any module. What is frozen is as for `get_bn_modules`.
@@ -59,8 +61,6 @@ def diagnose(
         metric: ``metric(model)`` evaluates the model on whatever data, and returns a number, *larger being better*:
             for a loss, minus it. It is called three times.
         normalize: how the recomputed statistics are collected, see `update_bn_stats`.
-        process_group: as for `update_bn_stats`. With ``torch.distributed`` initialised, every process has to call this
-            function. Recomputed statistics are of the data of all, the rest is about the data of this process.
 
     Returns:
         A `Diagnosis`: prints as a table that ends with at most three sentences of advice.
@@ -88,9 +88,7 @@ def diagnose(
         raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
     with unchanged(model):
         subject = Subject.of(model, layers)
-        batches = subject.recompute(
-            data_loader, num_iters, forward=forward, device=device, normalize=normalize, process_group=process_group
-        )
+        batches = subject.recompute(data_loader, num_iters, forward=forward, device=device, normalize=normalize)
         measured = measure(subject, batches, forward or call, device)
         values = None if metric is None else MetricValues(*(score(subject, each, metric) for each in subject.modes()))
     found = [of_layer(subject, measured, number) for number in measured.used]
@@ -100,7 +98,7 @@ def diagnose(
         tuple(found),
         tuple(name for number, name in enumerate(subject.names) if number not in measured.used),
         tuple(name for name, module in model.named_modules() if _lacks_statistics(module)),
-        tuple(name for name, module in model.named_modules() if _is_of_another_kind(module)),
+        left_alone(model, subject.layers),
         len(batches),
         measured.recomputed.comparison.result(),
         measured.batch.comparison.result(),
@@ -112,33 +110,28 @@ def diagnose(
 def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
     """All BatchNorm layers with running statistics, frozen or not, by their first name."""
     get_bn_modules(model)  # says what is not a module
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and not _lacks_statistics(m)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_usable(m)}
+
+
+def _is_usable(layer: _BatchNorm) -> bool:
+    buffers = layer.running_mean, layer.running_var
+    return all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
 
 
 def _lacks_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not _has_buffers(module)
-
-
-def _is_of_another_kind(module: nn.Module) -> bool:
-    """Whether it has the statistics of a BatchNorm, and is none that is known."""
-    return not isinstance(module, _BatchNorm) and _has_buffers(module)
-
-
-def _has_buffers(module: nn.Module) -> bool:
-    pair = [module._buffers.get(name) for name in ("running_mean", "running_var")]
-    return all(isinstance(buffer, Tensor) for buffer in pair)
+    return isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None)
 
 
 def _nothing_to_diagnose(model: nn.Module) -> str:
     modules = dict(model.named_modules())
     said = f"there is no BatchNorm layer with running statistics in {type(model).__name__}, so none can be at fault"
-    lacking = [name for name, module in modules.items() if _lacks_statistics(module)]
-    others = [name for name, module in modules.items() if _is_of_another_kind(module)]
+    lacking = [name or "the model itself" for name, module in modules.items() if _lacks_statistics(module)]
+    others = left_alone(model, ())
     kinds = sorted({type(m).__name__ for m in modules.values() if "Norm" in type(m).__name__})
     if lacking:
         said += f"; without statistics, and normalising by the batch in evaluation, too: {', '.join(lacking)}"
-    elif others:
-        said += f"; with running statistics, but no torch.nn.BatchNorm: {', '.join(others)}"
-    elif kinds:
+    if others:
+        said += f"; {by_reason(others)}"
+    elif kinds and not lacking:
         said += f"; it has {', '.join(kinds)}"
     return said

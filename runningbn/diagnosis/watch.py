@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..buffers import VIEW
-from ..observe import Moments, Observer, random_state_kept
+from ..kept import state_kept
+from ..observe import random_state_kept
+from ..observer import Observer
+from ..subclasses import Moments
 
 
 class SampleMeans(NamedTuple):
@@ -28,8 +31,10 @@ class Watcher(Observer):
         gathers: whether it does so at present.
     """
 
-    def __init__(self, layers: list[_BatchNorm], so_far: Callable[[int], Moments]) -> None:
-        super().__init__(layers, so_far)
+    def __init__(
+        self, layers: list[_BatchNorm], so_far: Callable[[int], Moments], names: Sequence[str] = ()
+    ) -> None:  # fmt: skip
+        super().__init__(layers, so_far, names)
         self.gathers = False
         self._samples: list[list[SampleMeans]] = [[] for _ in layers]
         self._noted_by_mask = False
@@ -44,13 +49,15 @@ class Watcher(Observer):
         return taken
 
     def forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Observer.forward`. Of a layer that computes by itself, the first tensor is what it normalises."""
-        before = len(self._samples[number])
-        y = super().forward(number, forward, *args, **kwargs)
-        if self.gathers and len(self._samples[number]) == before:
+        """As `Observer.forward`. A layer that computes by itself normalises the first tensor."""
+        before, convention, means = len(self._samples[number]), self.conventions.get(number), None
+        if self.gathers and convention is not None:
             x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if x is not None and x.dim() > 1 and x.shape[1] == self.layers[number].num_features:
-                self._gather(number, x, None)
+            # Before the forward, which may write into it.
+            means = None if x is None else _sample_means(x, convention.dim)
+        y = super().forward(number, forward, *args, **kwargs)
+        if means is not None and len(self._samples[number]) == before:
+            self._samples[number].append(means)
         return y
 
     def normalize_real(self, number: int, x: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,21 +76,30 @@ class Watcher(Observer):
         return super().normalize(number, x, *args, **kwargs)
 
     def _gather(self, number: int, x: Tensor, mask: Tensor | None) -> None:
-        # What is wrong with a shape, the observer says.
-        if not self.gathers or x.dim() < 2 or not x.numel() or not x.is_floating_point():
-            return
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        if mask is None:
-            positions = torch.full((len(x), 1), float(x[0, 0].numel()), dtype=torch.float64)
-            mean = x.flatten(2).mean(2) if x.dim() > 2 else x
-        else:
-            real = mask.reshape(len(x), -1, 1)
-            positions = real.sum(1).to("cpu", torch.float64)
-            rows = x.movedim(1, -1).reshape(len(x), -1, x.shape[1])
-            mean = rows.masked_fill(~real, 0).sum(1) / real.sum(1)
-            mean, positions = mean[real.any(1).squeeze(1)], positions[positions.squeeze(1) > 0]
-        # On the CPU: small, and not every device has float64.
-        self._samples[number].append(SampleMeans(mean.to("cpu", torch.float64), positions))
+        means = _sample_means(x, 1, mask) if self.gathers else None
+        if means is not None:
+            self._samples[number].append(means)
+
+
+@torch.no_grad()
+def _sample_means(x: Tensor, dim: int, mask: Tensor | None = None) -> SampleMeans | None:
+    """Of x with its channels in dimension `dim`, where the mask says that it is real; None where there are none."""
+    # What is wrong with a shape, the observer says; what torch.func wraps cannot be taken out of it.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if wrapped or not 0 < dim < x.dim() or not x.numel() or not x.is_floating_point():
+        return None
+    x = x.as_subclass(Tensor).movedim(dim, 1).to(torch.promote_types(x.dtype, torch.float32))
+    if mask is None:
+        mean = x.flatten(2).mean(2) if x.dim() > 2 else x.clone()
+        positions = torch.full((len(x), 1), float(x[0, 0].numel()), dtype=torch.float64)
+    else:
+        real = mask.reshape(len(x), -1, 1)
+        rows = x.movedim(1, -1).reshape(len(x), -1, x.shape[1])
+        used = real.any(1).squeeze(1)
+        mean = (rows.masked_fill(~real, 0).sum(1) / real.sum(1))[used]
+        positions = real.sum(1)[used].to("cpu", torch.float64)
+    # On the CPU: small, and not every device has float64.
+    return SampleMeans(mean.to("cpu", torch.float64), positions)
 
 
 def _one_for_each_sample(calls: list[SampleMeans]) -> Tensor:
@@ -108,22 +124,6 @@ def lent(layers: list[_BatchNorm], statistics: Mapping[int, Moments]) -> Iterato
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, buffers, training flags and the random state are afterwards as before."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta
-    ]
-    with random_state_kept(model):
-        try:
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    with torch.no_grad():
-                        buffer.copy_(before)
+    """Whatever happens inside, the state of the model and the random state are afterwards as before."""
+    with random_state_kept(model), state_kept(model):
+        yield
