@@ -616,3 +616,86 @@ def test_dtypes(dtype):
         near = 0.05 if dtype == torch.bfloat16 else 1e-5
         assert a.stored.mean_shift == pytest.approx(b.stored.mean_shift, rel=near)
         assert a.between.design_effect == pytest.approx(b.between.design_effect, rel=near)
+
+
+# ------------------------------------------------------------------------------------------------ models of other kinds
+
+
+def test_inputs_of_a_derived_class():
+    class Image(torch.Tensor):
+        pass
+
+    data = of_one_class()
+    found, expected = diagnose(residual(), [x.as_subclass(Image) for x in data]), diagnose(residual(), data)
+    assert found.recomputed.relative_rms == pytest.approx(expected.recomputed.relative_rms, rel=1e-4)
+    for a, b in zip(found.layers, expected.layers):
+        assert a.stored.mean_shift == pytest.approx(b.stored.mean_shift, rel=1e-4)
+        assert a.between.design_effect == pytest.approx(b.between.design_effect, rel=1e-4)
+
+
+class Forces(nn.Module):
+    """A potential that differentiates itself in its forward."""
+
+    def __init__(self, func: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = pretrained(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Linear(8, 1)))
+        self.func = func
+
+    def forward(self, x):
+        if self.func:
+            return torch.func.grad(lambda x: self.net(x).sum())(x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize("func", [False, True])
+def test_models_that_differentiate_in_their_forward(func):
+    model, data = Forces(func), [rows(8, seed=seed) for seed in range(20)]
+    found = diagnose(model, data)
+    stored = torch.cat([model.eval()(x).detach() for x in data])
+    with update_bn_stats(model, data):
+        recomputed = torch.cat([model(x).detach() for x in data])
+    expected = float((recomputed - stored).norm() / stored.norm())
+    assert found.recomputed.relative_rms == pytest.approx(expected, rel=1e-4)
+    # What torch.func wraps has moments, but its samples cannot be looked at.
+    assert math.isnan(found["net.1"].between.design_effect) == func
+    assert found["net.1"].stored.batches == 20
+
+
+def test_layers_fused_for_quantisation():
+    """Their weights are scaled by running_var: with other statistics in use, these have to be in the buffers."""
+    from torch.ao.nn.intrinsic.qat import ConvBn2d
+    from torch.ao.quantization import get_default_qat_qconfig
+
+    torch.manual_seed(0)
+    model = nn.Sequential(ConvBn2d(3, 4, 3, qconfig=get_default_qat_qconfig("fbgemm")), nn.ReLU())
+    data = [pictures(4, 7, seed=seed) for seed in range(10)]
+    model.train()
+    for x in data:
+        model(x)
+    pretrained(model)
+    found = diagnose(model, data, normalize="population")
+    stored = torch.cat([copy.deepcopy(model).eval()(x) for x in data])
+    with update_bn_stats(model, data, normalize="population"):
+        recomputed = torch.cat([copy.deepcopy(model).eval()(x) for x in data])
+    expected = float((recomputed - stored).norm() / stored.norm())
+    assert found.recomputed.relative_rms == pytest.approx(expected, rel=1e-3)
+
+
+def test_layers_that_lightning_froze_are_frozen():
+    model = mlp(2).train()
+    model[1].track_running_stats = False
+    found = diagnose(model, rows(40).split(8))
+    assert [layer.frozen for layer in found.layers] == [True, False]
+    assert torch.equal(found["1"].recomputed.old_mean, found["1"].stored.old_mean)
+
+
+def test_layers_without_weights_yet_are_not_looked_at():
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5, device="meta"))
+    found = diagnose(model, rows(40).split(8), forward=lambda model, x: model[0](x))
+    assert [layer.name for layer in found.layers] == ["0"]
+    assert "meta device" in found.skipped["1"]
+    with pytest.raises(ValueError, match="not initialised yet"):
+        diagnose(nn.Sequential(nn.BatchNorm1d(5), nn.LazyBatchNorm1d()), rows(40).split(8))

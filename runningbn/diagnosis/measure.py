@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..accumulate import Accumulator, Call, Population
 from ..batches import Forward, keeping, runner
 from ..buffers import PooledStatistics
-from ..observe import observed
+from ..kept import KeptState
+from ..observe import observed, random_state_kept
 from ..observer import Observer
 from ..recalibrate import get_bn_modules, update_bn_stats
 from ..report import LayerReport
@@ -124,14 +125,16 @@ def measure(subject: Subject, batches: list[Any], forward: Forward, device: Any)
     run = runner(subject.model, lambda model, batch: outputs.append(forward(model, batch)), device)
     modes = list(zip(subject.modes(), (found.stored, found.recomputed, found.batch)))
     with observed(subject.model, watcher):
+        state = KeptState(subject.model)
         for batch in batches:
             outputs.clear()
             for mode, measured in modes:
                 watcher.fixed = mode.fixed
                 watcher.gathers = measured is found.recomputed
                 # Each begins with the same buffers and the same random numbers.
-                with unchanged(subject.model), lent(subject.layers, mode.fixed if mode.lends else {}):
+                with random_state_kept(subject.model), lent(subject.layers, mode.fixed if mode.lends else {}):
                     run(batch)
+                state.restore()
                 measured.add(watcher.take_calls())
             for number, means in watcher.take_sample_means().items():
                 found.groups[number].append(group(means))

@@ -143,9 +143,10 @@ def _off_without_effect(diagnosis: Diagnosis) -> str | None:
     wrong = [layer for layer in diagnosis.layers if is_off(layer.stored)]
     if not wrong or not _without_effect(diagnosis):
         return None
+    where = f"{len(wrong)} of {counted(len(diagnosis.layers), 'layer')}, first in {_shown(wrong[0].name)}"
     return (
-        f"Stored statistics are off in {len(wrong)} of {counted(len(diagnosis.layers), 'layer')}, first in "
-        f"{_shown(wrong[0].name)}, but recomputing them does not help ({_effect(diagnosis)}): look elsewhere, too."
+        f"Stored statistics are off in {where}, but by recomputed ones the metric gains less than {GAIN:.0%} "
+        f"({_effect(diagnosis)}): look elsewhere, too."
     )
 
 

@@ -11,8 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from ..batches import Forward, call
-from ..recalibrate import get_bn_modules
-from ..selection import by_reason, left_alone
+from ..selection import by_reason, chosen, left_alone
 from .measure import Metric, Subject, measure, of_layer, score
 from .result import Diagnosis, MetricValues
 from .watch import unchanged
@@ -66,7 +65,8 @@ def diagnose(
         A `Diagnosis`: prints as a table that ends with at most three sentences of advice.
 
     Raises:
-        ValueError: for a model without a BatchNorm layer that has running statistics; otherwise as `update_bn_stats`.
+        ValueError: for a model without a BatchNorm layer that has running statistics, or one that is not initialised;
+            otherwise as `update_bn_stats`.
         TypeError: for something that is not a module, or a metric that gives no number.
         RuntimeError, ImportError: as `update_bn_stats`.
 
@@ -109,7 +109,7 @@ def diagnose(
 
 def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
     """All BatchNorm layers with running statistics, frozen or not, by their first name."""
-    get_bn_modules(model)  # says what is not a module
+    chosen(model, None)  # says what is not a module or not initialised
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_usable(m)}
 
 
