@@ -14,7 +14,8 @@ from torch import nn
 
 from benchmarks import readme
 from runningbn import Diagnosis, batchnormify, diagnose, update_bn_stats
-from runningbn.diagnosis.rules import FEW, MOST_SENTENCES, OFF, RULES, errors_to_exceed
+from runningbn.diagnosis.evidence import FEW, OFF, errors_to_exceed
+from runningbn.diagnosis.rules import MOST_SENTENCES, RULES
 
 DOCS = readme.ROOT / "docs"
 

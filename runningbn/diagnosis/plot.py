@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..report import LayerReport, counted
-from .rules import FEW, OFF
+from .evidence import FEW, OFF
 
 if TYPE_CHECKING:
     from .result import Diagnosis

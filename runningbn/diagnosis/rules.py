@@ -12,26 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..report import counted
+from .evidence import ERRORS, FEW, GAIN, OFF, certain_batch, distances, gains, is_correlated, is_known, is_left, is_off
 
 if TYPE_CHECKING:
-    from ..report import LayerReport
-    from .result import Diagnosis, LayerDiagnosis
+    from .result import Diagnosis
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
 
 MOST_SENTENCES = 3
-
-# In std, of the mean and of the std. With momentum 0.1, nn.BatchNorm knows a mean of independent values from
-# 1.9/0.1 = 19 batches' worth: to 1/√(19·8) = 0.08 std with batches of 8.
-OFF = 0.1
-# Independent samples that a batch counts for.
-FEW = 8
-# Of a metric, relative to its larger value: an accuracy is known to about a point from a thousand samples.
-GAIN = 0.02
-# Standard errors that a deviation has to exceed, for there are many layers, with a mean and a variance each.
-ERRORS = 3
-# What Student's t has in their place for so few batches.
-_FEWEST = {2: 236.0, 3: 19.2, 4: 9.2, 5: 6.6, 6: 5.5, 7: 4.9}
 
 
 @dataclass(frozen=True)
@@ -66,47 +54,6 @@ def findings(diagnosis: Diagnosis) -> tuple[Finding, ...]:
     return tuple(Finding(rule.name, rule.severity, sentence) for rule, sentence in said if sentence is not None)
 
 
-def is_off(report: LayerReport) -> bool:
-    """Whether the statistics differ from what evaluation shows by more than `OFF`, and beyond their error."""
-    return _excess(report, errors_to_exceed(report.batches)) > OFF
-
-
-def errors_to_exceed(batches: int) -> float:
-    """The quantile of Student's t with batches − 1 degrees of freedom at the level that `ERRORS` has of a normal one.
-
-    Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5.
-    """
-    if batches in _FEWEST:
-        return _FEWEST[batches]
-    z, degrees = ERRORS, max(batches - 1, 1)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-
-
-def _is_left(layer: LayerDiagnosis) -> bool:
-    """Whether recomputed statistics are off. They are from the same data, so chance has no part in it."""
-    return not layer.frozen and max(layer.recomputed.mean_shift, layer.recomputed.std_shift) > OFF
-
-
-def _excess(report: LayerReport, errors: float) -> float:
-    """The distance of means in std or of log(std), the larger, without what chance contributes.
-
-    Distances below so many standard errors count as none; so do those of a single batch, which has no errors.
-    """
-    beyond = [math.sqrt(max(far**2 - error**2, 0.0)) for far, error in _distances(report) if far > errors * error]
-    return max(beyond, default=0.0)
-
-
-def _distances(report: LayerReport) -> tuple[tuple[float, float], ...]:
-    """Of means in std and of log(std), each with its standard error."""
-    return ((report.mean_shift, report.mean_standard_error), (report.std_shift, report.std_standard_error))
-
-
-def _is_known(report: LayerReport) -> bool:
-    """Whether twice `OFF` would have been seen, and nothing looks like `OFF`."""
-    errors = errors_to_exceed(report.batches)
-    return all(errors * error <= 2 * OFF for _, error in _distances(report)) and _excess(report, 0.0) <= OFF
-
-
 def _not_finite(diagnosis: Diagnosis) -> str | None:
     names = [layer.name for layer in diagnosis.layers if not layer.finite]
     if not names:
@@ -124,7 +71,7 @@ def _off(diagnosis: Diagnosis) -> str | None:
         f"{_shown(first.name)} "
         f"(mean by {first.stored.mean_shift:.2f} std, variance {1 / first.stored.var_ratio:.2g} times that of the data)"
     )
-    left = [layer.name for layer in diagnosis.layers if _is_left(layer)]
+    left = [layer.name for layer in diagnosis.layers if is_left(layer)]
     if all(layer.frozen for layer in wrong):
         remedy = "frozen layers keep theirs, and update_bn_stats(model.eval(), …) recomputes them, too"
     elif not left:
@@ -155,7 +102,7 @@ def _relies_on_batch(diagnosis: Diagnosis) -> str | None:
     if values is None:
         return None
     best = max((v for v in (values.stored, values.recomputed) if not math.isnan(v)), default=math.nan)
-    if not _gains(best, values.batch):
+    if not gains(best, values.batch):
         return None
     return (
         f"The model relies on its batches: normalised by them the metric is {values.batch:.4g}, and with statistics of "
@@ -167,23 +114,23 @@ def _nothing(diagnosis: Diagnosis) -> str | None:
     silent = (_not_finite, _off, _off_without_effect, _relies_on_batch, _unresolved, _without_statistics)
     if any(find(diagnosis) for find in silent):
         return None
-    distances = [each for layer in diagnosis.layers for each in _distances(layer.stored)]
+    found = [each for layer in diagnosis.layers for each in distances(layer.stored)]
+    far, error = (max(numbers) for numbers in zip(*found))
     return (
-        f"Stored statistics differ from the data by no more than {max(far for far, _ in distances):.2g} std in "
-        f"{counted(len(diagnosis.layers), 'layer')}, with standard errors of {max(e for _, e in distances):.2g}: it is "
-        "not the BatchNorm."
+        f"Stored statistics differ from the data by no more than {far:.2g} std in "
+        f"{counted(len(diagnosis.layers), 'layer')}, with standard errors of {error:.2g}: it is not the BatchNorm."
     )
 
 
 def _unresolved(diagnosis: Diagnosis) -> str | None:
     if not diagnosis.layers or any(not layer.finite or is_off(layer.stored) for layer in diagnosis.layers):
         return None
-    unknown = [layer for layer in diagnosis.layers if not _is_known(layer.stored)]
+    unknown = [layer for layer in diagnosis.layers if not is_known(layer.stored)]
     if not unknown:
         return None
     if diagnosis.batches == 1:
         return "A single batch has no error bars: take more to tell whether statistics are off."
-    error = max(error for layer in unknown for _, error in _distances(layer.stored))
+    error = max(error for layer in unknown for _, error in distances(layer.stored))
     return (
         f"Too few data to tell whether statistics are off: in {counted(len(unknown), 'layer')}, standard errors are up "
         f"to {error:.2g} std from {counted(diagnosis.batches, 'batch')}."
@@ -201,11 +148,11 @@ def _without_statistics(diagnosis: Diagnosis) -> str | None:
 
 def _few(diagnosis: Diagnosis) -> str | None:
     by_batch = [layer for layer in diagnosis.layers if not layer.relies_on_no_batch and not layer.frozen]
-    smallest = min(by_batch, key=_certain_batch, default=None)
-    if smallest is None or not _certain_batch(smallest) < FEW:
+    smallest = min(by_batch, key=certain_batch, default=None)
+    if smallest is None or not certain_batch(smallest) < FEW:
         return None
     between = smallest.between
-    if _is_correlated(smallest):
+    if is_correlated(smallest):
         what = (
             f"The samples of a batch are alike: in {_shown(smallest.name)}, {between.samples_per_batch:.3g} count for "
             f"{between.effective_batch:.2g}"
@@ -218,28 +165,11 @@ def _few(diagnosis: Diagnosis) -> str | None:
     )
 
 
-def _certain_batch(layer: LayerDiagnosis) -> float:
-    """What a batch counts for; where the correlation may be chance, its samples. Infinite where it is not known."""
-    size = layer.between.effective_batch if _is_correlated(layer) else layer.between.samples_per_batch
-    return math.inf if math.isnan(size) else size
-
-
-def _is_correlated(layer: LayerDiagnosis) -> bool:
-    between = layer.between
-    return between.design_effect - errors_to_exceed(between.batches) * between.design_effect_error > 1
-
-
 def _without_effect(diagnosis: Diagnosis) -> bool:
     """Whether the metric tells that recomputed statistics, which are right, do not help."""
     values = diagnosis.metric
-    left = any(_is_left(layer) for layer in diagnosis.layers)
-    return values is not None and not left and not _gains(values.stored, values.recomputed)
-
-
-def _gains(before: float, after: float) -> bool:
-    if math.isnan(before):
-        return not math.isnan(after)
-    return after - before > GAIN * max(abs(before), abs(after))
+    left = any(is_left(layer) for layer in diagnosis.layers)
+    return values is not None and not left and not gains(values.stored, values.recomputed)
 
 
 def _effect(diagnosis: Diagnosis) -> str:
