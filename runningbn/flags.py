@@ -7,7 +7,13 @@ from torch import nn
 
 def training_flags(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Every module of the model and whether it is in training mode."""
-    return [(module, module.training) for module in model.modules()]
+    # Not by `modules()`, which takes as long as the rest of what a batch needs.
+    found, left = {model}, [model]
+    while left:
+        children = {child for child in left.pop()._modules.values() if child is not None} - found
+        found |= children
+        left += children
+    return [(module, module.training) for module in found]
 
 
 def restore_flags(flags: list[tuple[nn.Module, bool]]) -> None:

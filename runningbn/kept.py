@@ -69,7 +69,9 @@ class _Attributes:
                 touched = True
                 container.clear()
                 (container.update if isinstance(container, dict) else container.extend)(copy)
-        if touched or _has_other_tensors(self.own, self.kept):
+        # A forward that observation has put in place is still there if putting it back was interrupted.
+        replaced = self.own.get("forward") is not self.kept.get("forward")
+        if touched or replaced or _has_other_tensors(self.own, self.kept):
             self.own.clear()
             self.own.update(self.kept)
 
@@ -100,8 +102,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     try:
-        same = one == other
-        return bool((same if not one.is_floating_point() else same | (one.isnan() & other.isnan())).all())
+        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
     except (RuntimeError, NotImplementedError):  # sparse, quantised and the like: as their versions say
         return True
 
@@ -121,10 +122,14 @@ def _has_other_tensors(now: Any, before: Any) -> bool:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[KeptState]:
-    """Put back the state of the model when the block is left, however that is."""
-    kept = KeptState(model)
+    """Put back the state of the model, and grad mode, when the block is left, however that is.
+
+    An interrupt may come while something inside is putting things back. So it is done here once more.
+    """
+    kept, grad_mode = KeptState(model), torch.is_grad_enabled()
     try:
         yield kept
     finally:
         with interrupts_deferred():
+            torch.set_grad_enabled(grad_mode)
             kept.restore()

@@ -55,6 +55,7 @@ class Observer:
         watched: the numbers of the layers to collect from.
         last: (layer, calls): after so many calls of that layer, `EnoughSeen` is raised.
         conventions: of the layers that have a forward of their own, once that is known.
+        elsewhere: the numbers of layers whose statistics something else was seen to normalise by, see `Elsewhere`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Observer:
         self.watched: set[int] = set(range(len(layers)))
         self.last: tuple[int, int] | None = None
         self.conventions: dict[int, Convention] = {}
+        self.elsewhere: set[int] = set()
         self._compute_by_themselves: set[int] = set()
 
     def take_calls(self) -> list[Call]:
@@ -78,7 +80,7 @@ class Observer:
         layer = self.layers[number]
         if getattr(forward, "__func__", None) in _PLAIN:
             # Nothing else happens in there, and so the detour by torch's function modes is spared.
-            x = args[0] if args else kwargs["input"]
+            x = _input_of_forward(*args, **kwargs)
             layer._check_input_dim(x)
             return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
@@ -86,16 +88,23 @@ class Observer:
         set_training(layer, False)
         try:
             if number not in self._compute_by_themselves:
-                learns = number not in self.conventions and self._updates_by_itself(layer)
-                arguments, seen = Arguments(args, kwargs) if learns else None, len(self.calls)
+                unknown = number not in self.conventions and self._has_own_class(layer)
+                arguments, seen = Arguments(args, kwargs) if unknown else None, len(self.calls)
                 mask = args[1] if len(args) > 1 else kwargs.get("mask")
                 with _TakeOver(self, number, mask if isinstance(layer, PooledStatistics) else None) as taken:
                     y = forward(*args, **kwargs)
+                if taken.by_a_part:
+                    raise RuntimeError(
+                        f"{self._called(number)} normalises by a part of running_mean and running_var, as in a network "
+                        "that has others inside; leave it out with layers=..., or recalibrate a network taken out of it"
+                    )
                 if taken.reached:
-                    if arguments is not None:
+                    if arguments is not None and not _in_company():
                         self._learn_correction(number, forward, arguments, self.calls[seen:])
                     return y
                 self._compute_by_themselves.add(number)
+                if arguments is not None and not torch.is_grad_enabled():
+                    args, kwargs = arguments.copies()
             return self._evaluate(number, forward, *args, **kwargs)
         finally:
             set_training(layer, training)
@@ -160,7 +169,7 @@ class Observer:
             raise RuntimeError(f"{type(layer).__name__}: expected a tensor as input")
         n = x.numel() // layer.num_features
         if n > 1 and (by is None or number in self.watched):
-            found = self._moments(number, forward, x, Arguments(args, kwargs))
+            found = self._moments(number, forward, args, kwargs, x)
             self._note(Call(number, found.mean, found.var, n, len(x)))
             if by is None:
                 mean, var = batch_moments(x, found) if torch.is_grad_enabled() else (found.mean, found.var)
@@ -171,14 +180,16 @@ class Observer:
         with replaced(layer, *(by or self.so_far(number))):
             return forward(*args, **kwargs)
 
-    def _moments(self, number: int, forward: Callable[..., Any], x: Tensor, arguments: Arguments) -> InputMoments:
+    def _moments(
+        self, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> InputMoments:
         """The moments of x that the layer keeps."""
         layer, known = self.layers[number], self.conventions.get(number)
         found = candidates(layer, x)
         if known is not None:
             found = [one for one in found if one.dim == known.dim]
         elif all(bool((one.mean + one.var).isfinite().all()) for one in found):
-            convention = learned(layer, forward, arguments, found)
+            convention = learned(layer, forward, Arguments(args, kwargs), found)
             if convention is None:
                 raise RuntimeError(
                     f"{self._called(number)} has a forward of its own that does not call torch's batch_norm, and what "
@@ -194,11 +205,9 @@ class Observer:
             )
         return found[0]
 
-    def _updates_by_itself(self, layer: _BatchNorm) -> bool:
-        """Whether the class may update its statistics in another way than torch does, and can be asked."""
-        own = type(layer).forward not in _PLAIN and not isinstance(layer, PooledStatistics)
-        # In training, some wait for the other processes, which may have no batch at this moment.
-        return own and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    def _has_own_class(self, layer: _BatchNorm) -> bool:
+        """Whether the class may update its statistics in another way than torch does."""
+        return type(layer).forward not in _PLAIN and not isinstance(layer, PooledStatistics)
 
     def _learn_correction(
         self, number: int, forward: Callable[..., Any], arguments: Arguments, calls: list[Call]
@@ -223,6 +232,16 @@ class Observer:
         self.calls.append(call)
         if self.last == (call.layer, sum(other.layer == call.layer for other in self.calls)):
             raise EnoughSeen
+
+
+def _in_company() -> bool:
+    """Whether there are other processes, which a layer may wait for in training though they have no batch now."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _input_of_forward(input: Tensor) -> Tensor:
+    """What a plain forward takes, and nothing else."""
+    return input
 
 
 def _inside_torch_func() -> bool:
@@ -252,13 +271,18 @@ def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:
 
 
 class _TakeOver(TorchFunctionMode):
-    """Hands the layer's call of ``batch_norm`` to the observer; `reached` says whether there was one."""
+    """Hands the layer's call of ``batch_norm`` to the observer.
+
+    Attributes:
+        reached: whether there was one.
+        by_a_part: whether there was one with a view of the layer's `running_mean`.
+    """
 
     def __init__(self, observer: Observer, number: int, mask: Tensor | None) -> None:
         super().__init__()
         self.observer, self.number, self.mask = observer, number, mask
         self.statistics = observer.layers[number].running_mean
-        self.reached = False
+        self.reached = self.by_a_part = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARGUMENTS:
@@ -269,4 +293,26 @@ class _TakeOver(TorchFunctionMode):
                 if self.mask is not None:
                     return self.observer.normalize_real(self.number, call["input"], self.mask, *affine)
                 return self.observer.normalize(self.number, call["input"], *affine)
+            self.by_a_part |= _share_memory(call["running_mean"], self.statistics)
         return func(*args, **(kwargs or {}))
+
+
+class Elsewhere(TorchFunctionMode):
+    """Notes the layers whose `running_mean`, or a slice of it, is normalised by outside of the layer's forward."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ARGUMENTS:
+            used = (dict(zip(_ARGUMENTS[func], args)) | (kwargs or {}))["running_mean"]
+            layers = enumerate(self.observer.layers)
+            self.observer.elsewhere |= {n for n, layer in layers if _share_memory(used, layer.running_mean)}
+        return func(*args, **(kwargs or {}))
+
+
+def _share_memory(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

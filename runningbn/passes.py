@@ -107,7 +107,13 @@ class Passes:
         self._finite.append(self._sums.add(calls) if calls else torch.tensor(True))
 
     def in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, as long as every process has one: for models whose forward communicates."""
+        """The batches, as long as every process has one: for models whose forward communicates.
+
+        Raises:
+            ValueError: with ``process_group=False``.
+        """
+        if self.ranks.leaves_out:
+            raise ValueError("process_group=False: expected a model on one process; this one is sharded over several")
         self._sharded = self.ranks.size > 1
         if self._sharded:
             logger.warning("the model is sharded: all processes stop with the first that runs out of batches")
@@ -196,7 +202,8 @@ class Passes:
         if self._dropped and not self._sums.counts[1].any():
             raise RuntimeError(f"all {self._dropped} batches were not finite, first in {self._first_not_finite()}")
         if not self._sums.counts[1].any():
-            raise ValueError(f"no batch reached any of the layers {', '.join(self.names)}")
+            read = ", which something else than their own forward normalises by" if self.observer.elsewhere else ""
+            raise ValueError(f"no batch reached any of the layers {', '.join(self.names)}{read}")
         for name, elements in zip(self.names, self._sums.split(self._sums.counts[1])):
             if elements[0] == 1 and not self.prior:
                 raise ValueError(f"{name} saw a single element per channel in all, which has no variance")

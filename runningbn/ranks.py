@@ -33,6 +33,7 @@ class Ranks:
 
     Attributes:
         size: the number of ranks.
+        leaves_out: whether there are processes that do not take part though nobody named a group.
         open: whether the others will take part in another exchange.
 
     Args:
@@ -47,8 +48,9 @@ class Ranks:
         if group is not False:
             check_synchronisation(True, group)
         self.group, self.width = group, width
-        together = group is not False and dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size(group) if together else 1
+        initialized = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(group) if initialized and group is not False else 1
+        self.leaves_out = initialized and group is False and dist.get_world_size() > 1
         self.open = self.size > 1
 
     def exchange(self, vector: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class Ranks:
 def _told_while_waiting(size: int) -> Iterator[None]:
     """Warn if the block takes long: a rank that never calls would be waited for until the group's timeout."""
     timer = threading.Timer(_PATIENCE, logger.warning, (
-        "recalibration has been waiting for %d s for other processes: it needs all %d of the group to call it, each "
+        "recalibration has been waiting for %g s for other processes: it needs all %d of the group to call it, each "
         "with its own data. If some have more data than this one, that is all. To recalibrate in this process alone, "
         "pass process_group=False.", _PATIENCE, size,
     ))  # fmt: skip

@@ -17,6 +17,7 @@ from torch import nn
 
 from .batches import Forward, keeping, length, progress_bar, runner
 from .observe import head_skipped, observed, random_state_kept
+from .observer import Elsewhere
 from .ranks import is_sharded
 from .report import StatsReport
 from .selection import Layers, by_reason, left_alone, updatable
@@ -43,17 +44,20 @@ def update_bn_stats(
     r"""Recompute the statistics of the BatchNorm layers of a model from data, exactly.
 
     For every layer that `get_bn_modules` lists: of ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, their subclasses, and of
-    this library. Over all n elements x of a channel that reach the layer,
+    this library. Over all n elements x of a channel that reach the layer while a batch runs,
 
     .. math::
         m = \frac{1}{n} \sum x, \qquad v = \frac{1}{n - 1} \sum (x - m)^2
 
-    (1/n in RunningBatchNorm, which normalises by it), added up in float64 from the moments of the batches. m and v
-    become `running_mean` and `running_var`, written in place; nothing else of the model changes, and if anything fails,
-    Ctrl-C included, nothing changes at all. The random state of torch, Python and NumPy is afterwards as before.
+    (1/n in RunningBatchNorm, which normalises by it, and in subclasses whose own update leaves the correction out),
+    added up in float64 from the moments of the batches. m and v become `running_mean` and `running_var`, written in
+    place. Nothing else of the model changes: other buffers, training flags and tensors kept as attributes are put back.
+    If anything fails, Ctrl-C included, nothing changes at all. The random state of torch, Python and NumPy is
+    afterwards as before.
 
-    Meanwhile the model evaluates, without gradients: dropout and the like are off, and only the layers concerned
-    normalise by their batches. Layers in evaluation mode inside a model in training mode are frozen and stay so. A
+    While a batch runs, the model evaluates, without gradients unless its forward turns them on: dropout and the like
+    are off, and only the layers concerned normalise by their batches. Layers in evaluation mode inside a model in
+    training mode, and those with ``track_running_stats=False``, are frozen and stay so: the report lists them. A
     layer called several times in a forward pools its calls; an unused one keeps its statistics; a batch with infinities
     or NaNs in some layer is left out of all of them, with a warning. A batch of one element per channel is normalised
     by the statistics collected before it.
@@ -76,7 +80,9 @@ def update_bn_stats(
             - ``"batch"``: each by its batch, as in training; one pass. The deeper a layer, and the smaller or the less
               alike the batches, the more its input differs from that in evaluation.
             - ``"population"``: each by the final statistics of those before it. The statistics are then exactly the
-              moments of what evaluation shows to each layer, to 1e-4, whatever the batch size. The batches are kept in
+              moments of what evaluation shows to each layer, to 1e-4, whatever the batch size; what is left is measured
+              with the new statistics in place, and reported. Every pass starts from the same state of the model, for
+              modules that remember. The batches are kept in
               memory and about half as many passes are made as there are layers. (If all data fit into one batch,
               ``"batch"`` gives the same in one pass, up to Bessel's correction.)
         variance: ``"population"``, all data as one sample as above; ``"batch"``, the simple means of the batches' means
@@ -88,17 +94,19 @@ def update_bn_stats(
             so batches must be independent, and are not believed before 8 of them.
         prior: N pseudo-samples of the old statistics to mix in: with w = N/(N + samples),
             m = w·m₀ + (1 − w)·m₁ and v = w·v₀ + (1 − w)·v₁ + w·(1 − w)·(m₀ − m₁)².
-        process_group: of the processes that share the data; None for all.
+        process_group: of the processes that share the data; None for all; False for this process alone, on its own
+            data and without a word to the others.
 
     Returns:
         A `StatsReport`: prints as a table of how far each layer moved, and can ``undo()``.
 
     Raises:
-        ValueError: for a loader without a batch, an argument out of its range, a layer that cannot be updated, or a
-            layer that saw a single element per channel in all.
-        TypeError: for something that is not a module.
+        ValueError: for a loader without a batch, an argument out of its range, a layer that cannot be updated, or,
+            without `prior`, a layer that saw a single element per channel in all.
+        TypeError: for something that is not a module, or a mapping that does not fit the model's forward.
         ImportError: for ``progress="tqdm"`` without tqdm.
-        RuntimeError: if every batch was not finite, or another process failed.
+        RuntimeError: if every batch was not finite, another process failed, or a layer computes by itself and what it
+            makes of its statistics in training is no moving average of the moments of its input.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; the first four arguments are those of
     fvcore's function. `prior`: Schneider et al., "Improving robustness against common corruptions by covariate shift
@@ -126,7 +134,9 @@ def update_bn_stats(
         def run(batch: Any) -> None:
             # Between batches the model is its own, for a loader may use it.
             short = nullcontext() if forward else head_skipped(model, recalibration.layers)
-            with observed(model, recalibration.observer), short:
+            # What is used elsewhere shows in the first batch; to look at every operation takes time.
+            looking = Elsewhere(recalibration.observer) if recalibration.batches == 0 else nullcontext()
+            with observed(model, recalibration.observer), short, looking:
                 run_plain(batch)
 
         recalibration.available = length(data_loader)
@@ -195,8 +205,8 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
     """The layers that `update_bn_stats` updates, each once, in the order of the model.
 
     These are the ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, subclasses of them and layers of this library that have
-    running statistics. If the model itself or one of them is in training mode, those in evaluation mode are frozen and
-    not among them; otherwise all are.
+    running statistics and ``track_running_stats=True``. If the model itself or one of them is in training mode, those
+    in evaluation mode are frozen and not among them; otherwise all are.
 
     Raises:
         TypeError: for something that is not a module.

@@ -81,11 +81,12 @@ class Recalibration(Passes):
     def finish(self) -> StatsReport:
         """Write the statistics and report; the layers are as before if that is interrupted."""
         before = [(self.layers[number], self._statistics_of(self.layers[number])) for number in sorted(self._found)]
+        missed = {name: self._why(number) for number, name in enumerate(self.names) if number not in self._found}
         report = StatsReport(
             [self._report(number, found) for number, found in sorted(self._found.items())],
-            [name for number, name in enumerate(self.names) if number not in self._found],
+            [name for name, reason in missed.items() if not reason],
             self._seen - self._dropped, self._dropped, self._passes, self._available,
-            left_alone(self._model, self.layers),
+            {name: reason for name, reason in missed.items() if reason} | left_alone(self._model, self.layers),
             before,
         )  # fmt: skip
         if self._dropped:
@@ -93,11 +94,11 @@ class Recalibration(Passes):
         try:
             for number, found in self._found.items():
                 _write(self.layers[number], *found.stored)
+            self.report = report
+            return report
         except BaseException:
             report.undo()
             raise
-        self.report = report
-        return report
 
     def _pass(
         self, batches: Sequence[Any], run: Callable[[Any], None], numbers: Sequence[int], up_to: int | None = None
@@ -158,6 +159,14 @@ class Recalibration(Passes):
 
     def _residual(self, number: int) -> float:
         return 0.0 if number in self._repeated else self._found[number].residual
+
+    def _why(self, number: int) -> str:
+        """Why a layer was not updated, where it is not just that no batch reached it."""
+        if number in self.observer.elsewhere:
+            return "normalised by outside of the layer's own forward, in whole or in part, which is not observed"
+        if self._sums.split(self._sums.counts[1])[number].any():
+            return "a single element per channel in every batch, which has no variance"
+        return ""
 
     def _statistics_of(self, layer: _BatchNorm) -> dict[str, Tensor]:
         """Copies of the buffers that writing statistics changes."""

@@ -63,10 +63,10 @@ class Arguments:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._args, self._kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
 
-    def passed_to(self, forward: Callable[..., Any]) -> Any:
-        """What the forward gives for another copy of them."""
+    def copies(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Another copy of them."""
         args, kwargs = tree_map_only(Tensor, torch.clone, (self._args, self._kwargs))
-        return forward(*args, **kwargs)
+        return args, kwargs
 
 
 def candidates(layer: _BatchNorm, x: Tensor) -> list[InputMoments]:
@@ -144,7 +144,8 @@ def _updated(
     """What a step of training makes of these statistics."""
     with replaced(layer, mean, var):
         layer.momentum, layer.training = momentum, True
-        arguments.passed_to(forward)
+        args, kwargs = arguments.copies()
+        forward(*args, **kwargs)
         after_mean, after_var = layer.running_mean, layer.running_var
         if after_mean is None or after_var is None:
             return mean, var

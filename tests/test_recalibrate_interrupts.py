@@ -1,0 +1,54 @@
+"""Ctrl-C at any line of a recalibration: the model, and grad mode, are as before."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recalibration_models import MODELS, assert_same, each_procedure, everything, picture_batches
+from torch import nn
+
+import runningbn
+from runningbn import update_bn_stats
+
+PACKAGE = Path(runningbn.__file__).parent
+# Where the model is changed and put back. What puts back at last, `kept`, defers signals, which this does not send.
+FILES = {str(PACKAGE / name) for name in ("recalibrate.py", "passes.py", "settle.py", "observe.py", "observer.py")}
+
+
+def interrupted(model: nn.Module, at: int, normalize: str) -> int:
+    """Run until so many lines have been executed; how many there were."""
+    lines = 0
+
+    def in_frame(frame, event, argument):
+        nonlocal lines
+        if event == "line":
+            lines += 1
+            if lines == at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return in_frame
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: in_frame if frame.f_code.co_filename in FILES else None)
+    try:
+        update_bn_stats(model, picture_batches(2), normalize=normalize)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize("build", ["mixed flags", "running", "own arithmetic"])
+@each_procedure
+def test_interrupt_at_any_line_changes_nothing(build, normalize):
+    lines = interrupted(MODELS[build](), 0, normalize)
+    assert lines > 500
+    for at in random.Random(1).sample(range(1, lines + 1), 25):
+        model = MODELS[build]()
+        before = everything(model)
+        assert interrupted(model, at, normalize) == at
+        assert torch.is_grad_enabled()
+        assert_same(everything(model), before)

@@ -1,0 +1,497 @@
+"""What was not updated, and why; errors that name the cause; batches that move; one process alone."""
+
+import copy
+import logging
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import noise
+from processes import ranks
+from recalibration_models import (
+    assert_same,
+    assert_statistics,
+    everything,
+    is_statistic,
+    mlp,
+    moments,
+    pictures,
+    recalibrated,
+    reference,
+    rows,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from runningbn import RunningBatchNorm, batchnormify, get_bn_modules, precise_bn, update_bn_stats
+from runningbn import ranks as ranks_module
+
+FROZEN = "frozen (in evaluation mode while the model is in training mode)"
+NOT_TRACKING = "frozen (track_running_stats=False)"
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+
+# -------------------------------------------------------------------------------------------------------------- frozen
+
+
+@pytest.mark.parametrize("to", [None, "running", "precise"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_layers_that_do_not_track_are_frozen(to, mode):
+    model = net() if to is None else batchnormify(net(), to)
+    getattr(model, mode)()[1].track_running_stats = False
+    model.eval()(pictures(4))  # in which RunningBatchNorm remembers the number of dimensions
+    getattr(model, mode)()
+    before = everything(model[:4])
+    report = update_bn_stats(model, [pictures(4)])
+    assert_same(everything(model[:4]), before)
+    assert get_bn_modules(model) == [model[4]]
+    assert report.skipped == {"1": NOT_TRACKING}
+    assert [layer.name for layer in report.layers] == ["4"]
+    assert f"{NOT_TRACKING}: 1" in str(report)
+
+
+def test_lightnings_freeze():
+    finetuning = pytest.importorskip("lightning.pytorch.callbacks").BaseFinetuning
+    model = net().train()
+    finetuning.freeze(model[:2], train_bn=False)
+    before = model[1].running_mean.clone(), model[1].running_var.clone()
+    report = update_bn_stats(model, [pictures(4) + 5])
+    assert torch.equal(model[1].running_mean, before[0])
+    assert torch.equal(model[1].running_var, before[1])
+    assert report.skipped == {"1": NOT_TRACKING}
+    finetuning.make_trainable(model[:2])
+    assert update_bn_stats(model, [pictures(4) + 5]).skipped == {}
+
+
+def test_asking_for_a_layer_that_does_not_track_is_an_error():
+    model = net()
+    model[1].track_running_stats = False
+    with pytest.raises(ValueError, match=r"'1' is none of get_bn_modules"):
+        update_bn_stats(model, [pictures(4)], layers=["1"])
+
+
+@pytest.mark.parametrize("call", ["update_bn_stats", "precise_bn"])
+def test_all_frozen_is_said(call, caplog):
+    model = net().train()
+    model[1].eval(), model[4].eval()
+    if call == "update_bn_stats":
+        report = update_bn_stats(model, [pictures(4)])
+    else:
+        with precise_bn(model) as recalibration:
+            model(pictures(4))
+        report = recalibration.report
+    assert report.skipped == {"1": FROZEN, "4": FROZEN}
+    assert f"{call}: no layer is updated in Sequential:\n{FROZEN}: 1, 4" in caplog.text
+    assert "there is no BatchNorm" not in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------------- skipped
+
+
+class Foreign(nn.Module):
+    """A BatchNorm that is no nn.BatchNorm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+def test_whatever_has_statistics_and_was_not_updated_is_listed():
+    model = nn.Sequential(Foreign(3), *net(), nn.InstanceNorm2d(4, track_running_stats=True), nn.InstanceNorm2d(4))
+    others = nn.ModuleList([*model[:5], *model[6:]]).train()
+    before = everything(others)
+    report = update_bn_stats(model.train(), [pictures(4)], layers=["5"])
+    assert report.skipped == {
+        "0": "Foreign is no nn.BatchNorm",
+        "2": "not among the layers asked for",
+        "6": "InstanceNorm2d is no nn.BatchNorm",
+    }
+    assert all(
+        name in str(report) for name in ("Foreign is no nn.BatchNorm: 0", "InstanceNorm2d is no nn.BatchNorm: 6")
+    )
+    assert_same(everything(others), before)
+
+
+def test_heterogeneous_batch_norm_of_torch_geometric():
+    geometric = pytest.importorskip("torch_geometric.nn")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hetero, self.norm = geometric.HeteroBatchNorm(3, num_types=2), geometric.BatchNorm(3)
+
+        def forward(self, x):
+            return self.norm(self.hetero(x, torch.arange(len(x)) % 2))
+
+    report = update_bn_stats(Net(), [noise((8, 3), 0)])
+    assert report.skipped == {"hetero": "HeteroBatchNorm is no nn.BatchNorm"}
+    assert [layer.name for layer in report.layers] == ["norm.module"]
+
+
+MODELS_THAT_CANNOT = {
+    "scripted": (lambda m: torch.jit.script(m), "scripted: recalibrate the model before scripting it"),
+    "traced": (lambda m: torch.jit.trace(m, pictures(4)), "scripted: recalibrate the model before scripting it"),
+    "exported": (
+        lambda m: torch.export.export(m, (pictures(4),)).module(),
+        "exported: recalibrate the model before exporting it",
+    ),
+    "meta": (lambda m: m.to("meta"), "on the meta device: load its weights first; offloaded layers cannot be updated"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("make", "reason"), MODELS_THAT_CANNOT.values(), ids=MODELS_THAT_CANNOT)
+def test_models_that_cannot_be_recalibrated_say_why(make, reason, caplog):
+    report = update_bn_stats(make(net().eval()), [pictures(4)])
+    assert report.skipped == {"1": reason, "4": reason}
+    assert f"{reason}: 1, 4" in caplog.text
+    assert "there is no BatchNorm" not in caplog.text
+
+
+def test_model_without_any_still_says_so(caplog):
+    update_bn_stats(nn.Sequential(nn.Linear(3, 4)), [rows(4, 3)])
+    assert "there is no BatchNorm layer to update in Sequential" in caplog.text
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_hooks_of_accelerate(buffers):
+    accelerate = pytest.importorskip("accelerate")
+    model, batches = net(), [pictures(4, seed=i) for i in range(3)]
+    expected = reference(net(), batches)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=buffers)
+    report = update_bn_stats(model, batches)
+    if buffers:
+        assert all(reason.startswith("on the meta device") for reason in report.skipped.values())
+        assert list(report.skipped) == ["1", "4"]
+    else:
+        assert report.skipped == {}
+        assert_statistics(model, expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- slices
+
+
+class Supernet(nn.Module):
+    """Normalises by a part of a layer's statistics, itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.other, self.width = nn.BatchNorm2d(6), nn.BatchNorm2d(3), width
+
+    def forward(self, x):
+        norm, k = self.norm, self.width
+        parts = (t[:k] for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+        return self.other(F.batch_norm(x.repeat(1, 2, 1, 1)[:, :k], *parts, norm.training)[:, :3])
+
+
+@pytest.mark.parametrize("width", [3, 6])
+def test_statistics_used_outside_of_the_layer_are_not_called_unused(width):
+    model = Supernet(width).train()
+    before = everything(model.norm)
+    report = update_bn_stats(model, [pictures(4)] * 3)
+    assert_same(everything(model.norm), before)
+    reason = "normalised by outside of the layer's own forward, in whole or in part, which is not observed"
+    assert (report.skipped, report.unused) == ({"norm": reason}, [])
+    assert [layer.name for layer in report.layers] == ["other"]
+
+
+def test_model_of_nothing_but_such_layers():
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return F.batch_norm(x, self.norm.running_mean[:3], self.norm.running_var[:3])
+
+    with pytest.raises(ValueError, match="something else than their own forward normalises by"):
+        update_bn_stats(Only(), [pictures(4)])
+
+
+def test_layer_that_takes_a_part_of_its_own_statistics_is_refused_by_name():
+    class Slimmable(nn.BatchNorm2d):
+        def forward(self, x):
+            parts = (t[: x.shape[1]] for t in (self.running_mean, self.running_var, self.weight, self.bias))
+            return F.batch_norm(x, *parts, self.training, self.momentum, self.eps)
+
+    model = nn.Sequential(Slimmable(6))
+    before = everything(model)
+    with pytest.raises(RuntimeError, match=r"0 \(Slimmable\) normalises by a part of running_mean"):
+        update_bn_stats(model, [pictures(4)])
+    assert_same(everything(model), before)
+
+
+# ------------------------------------------------------------------------------------------------------------ mappings
+
+
+def test_mapping_for_a_model_that_takes_no_keywords():
+    for model in (net(), nn.Sequential(net()), nn.DataParallel(net())):
+        before = everything(model)
+        kind = "Sequential"
+        with pytest.raises(
+            TypeError, match=f"{kind}: a batch that is a mapping is passed as keyword arguments, here image"
+        ):
+            update_bn_stats(model, [[{"image": pictures(4)}]])
+        assert_same(everything(model), before)
+
+
+def test_mapping_with_the_name_that_a_sequential_has_is_taken():
+    expected = reference(net(), [pictures(4)])
+    assert_statistics(recalibrated(net(), [{"input": pictures(4)}]), expected)
+
+
+def test_keys_that_are_no_names():
+    with pytest.raises(TypeError, match="here 0, 1"):
+        update_bn_stats(net(), [{0: pictures(4), 1: 2}])
+
+
+def test_error_inside_the_model_is_its_own():
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, **batch):
+            return self.norm(*batch.values(), 3, 4)
+
+    with pytest.raises(TypeError, match="takes 1 positional argument but 3 were given"):
+        update_bn_stats(Fails(), [{"x": pictures(4)}])
+
+
+# ------------------------------------------------------------------------------------------------- how many, and of how
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"), [(7, "7 of 20 batches"), (None, "from 20 batches"), (30, "from 20 batches")]
+)
+def test_share_of_the_batches_is_said(limit, text):
+    report = update_bn_stats(mlp(1), [rows(8)] * 20, limit)
+    assert report.available == 20
+    assert text in str(report)
+
+
+def test_share_with_tolerance_and_bad_batches():
+    bad = torch.full((8, 5), torch.nan)
+    report = update_bn_stats(mlp(1), [bad, *[rows(8, seed=i) for i in range(50)]], tolerance=1e9)
+    assert (report.batches, report.not_finite, report.available) == (9, 1, 51)
+    assert "9 of 51 batches" in str(report)
+
+
+def test_loader_of_unknown_length():
+    report = update_bn_stats(mlp(1), iter([rows(8)] * 20), 7)
+    assert report.available is None
+    assert "from 7 batches" in str(report)
+
+
+# ---------------------------------------------------------------------------------------------------- batches that move
+
+
+class InPlace:
+    """Moves itself and returns nothing."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.where = x, None
+
+    def to(self, device):
+        self.where = device
+
+
+class Items(list):
+    """A list with a constructor of its own."""
+
+    def __init__(self, first, second, *, name) -> None:
+        super().__init__([first, second])
+        self.name = name
+
+
+class Pair(tuple):
+    def __new__(cls, first, second):
+        new = super().__new__(cls, (first, second))
+        new.name = "pair"
+        return new
+
+
+class Record(dict):
+    def __init__(self, x, *, name) -> None:
+        super().__init__(x=x)
+        self.name = name
+
+    @property
+    def first(self):
+        return self["x"]
+
+
+class Moving(list):
+    """A list that knows how to move itself."""
+
+    def to(self, device):
+        return Moving([*self, device])
+
+
+def seen_by_forward(batch, take) -> object:
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch)
+        model(take(batch))
+
+    assert_statistics(recalibrated(mlp(1), [batch], forward=forward, device="cpu"), reference(mlp(1), [rows(8)]))
+    return seen[0]
+
+
+def test_what_moves_itself_in_place_is_not_lost():
+    batch = InPlace(rows(8))
+    assert seen_by_forward(batch, lambda b: b.x) is batch
+    assert batch.where == torch.device("cpu")
+
+
+@pytest.mark.parametrize("batch", [Items(rows(8), 3, name="items"), Pair(rows(8), 3)])
+def test_sequences_keep_their_class_and_what_else_they_have(batch):
+    moved = seen_by_forward(batch, lambda b: b[0])
+    assert type(moved) is type(batch)
+    assert moved.name == batch.name
+    assert moved is not batch
+    assert moved[1] == 3
+
+
+def test_mappings_keep_their_class_and_what_else_they_have():
+    batch = Record(rows(8), name="record")
+    moved = seen_by_forward(batch, lambda b: b.first)
+    assert (type(moved), moved.name) == (Record, "record")
+    assert moved is not batch
+
+
+def test_own_way_of_moving_comes_before_that_of_lists():
+    moved = seen_by_forward(Moving([rows(8)]), lambda b: b[0])
+    assert moved[1:] == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_packed_sequences(device):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, packed):
+            assert isinstance(packed, PackedSequence)
+            return self.norm(packed.data)
+
+    packed = [pack_sequence([rows(4, seed=i), rows(2, seed=9 + i)]) for i in range(3)]
+    expected = {"norm": moments(torch.cat([p.data for p in packed]).double())}
+    for batches in (packed, [(p, 0) for p in packed], [{"packed": p} for p in packed]):
+        assert_statistics(recalibrated(Recurrent(), batches, device=device), expected)
+
+
+# ----------------------------------------------------------------------------------------------------- prior, one image
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, RunningBatchNorm])
+@pytest.mark.parametrize("prior", [1, 16])
+def test_one_element_with_a_prior(kind, prior):
+    layer, x = kind(3), noise((1, 3), 0)
+    with torch.no_grad():
+        layer.running_mean.copy_(noise((3,), 1)), layer.running_var.copy_(noise((3,), 2).square() + 0.5)
+    m0, v0 = layer.running_mean.clone(), layer.running_var.clone()
+    report = update_bn_stats(layer, [x], prior=prior)
+    w = prior / (prior + 1)
+    torch.testing.assert_close(layer.running_mean, w * m0 + (1 - w) * x[0])
+    torch.testing.assert_close(layer.running_var, w * v0 + w * (1 - w) * (m0 - x[0]).square())
+    assert report[""].elements == 1
+    with pytest.raises(ValueError, match="single element per channel in all"):
+        update_bn_stats(layer, [x])
+
+
+def test_single_elements_have_no_variance_by_batches():
+    report = update_bn_stats(nn.Sequential(nn.BatchNorm1d(3)), [noise((1, 3), i) for i in range(4)], variance="batch")
+    reason = "a single element per channel in every batch, which has no variance"
+    assert (report.skipped, report.unused) == ({"0": reason}, [])
+
+
+# ---------------------------------------------------------------------------------------------------- one process alone
+
+
+class Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def alone(rank: int, by_own_loop: bool) -> dict:
+    model = mlp(1)
+    if rank == 1:
+        if by_own_loop:
+            with precise_bn(model, process_group=False):
+                model(rows(8, seed=1))
+        else:
+            update_bn_stats(model, [rows(8, seed=1)], process_group=False)
+    dist.barrier()
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("by_own_loop", [True, False])
+def test_one_process_alone_uses_its_own_data_and_waits_for_nobody(by_own_loop):
+    first, second = ranks(2)(alone, by_own_loop)
+    assert torch.equal(first["1.running_mean"], mlp(1)[1].running_mean)
+    expected = recalibrated(mlp(1), [rows(8, seed=1)])
+    assert torch.equal(second["1.running_mean"], expected[1].running_mean)
+
+
+def late(rank: int, seconds: float) -> list[str]:
+    log, logger, patience = Log(), logging.getLogger("runningbn"), ranks_module._PATIENCE
+    logger.addHandler(log)
+    ranks_module._PATIENCE = 0.3
+    try:
+        if rank == 1:
+            time.sleep(seconds)
+        update_bn_stats(mlp(1), [rows(8, seed=rank)])
+    finally:
+        logger.removeHandler(log)
+        ranks_module._PATIENCE = patience
+    return log.lines
+
+
+def test_waiting_for_others_is_told():
+    first, second = ranks(2)(late, 2.0)
+    assert len(first) == 1
+    assert "waiting for 0.3 s for other processes" in first[0]
+    assert "process_group=False" in first[0]
+    assert second == []
+
+
+def shares(rank: int) -> tuple:
+    report = update_bn_stats(mlp(1), [rows(8, seed=i) for i in range(4 + rank)], 3)
+    return report.batches, report.available, str(report)
+
+
+def test_batches_of_all_processes_are_counted():
+    for batches, available, text in ranks(2)(shares):
+        assert (batches, available) == (6, 9)
+        assert "6 of 9 batches" in text
+
+
+@pytest.mark.parametrize("wrong", [True, 0, "all"])
+def test_process_group_is_a_group_none_or_false(wrong):
+    with pytest.raises(TypeError, match="process_group"):
+        update_bn_stats(mlp(1), [rows(8)], process_group=wrong)
+
+
+def test_report_is_copied_with_its_reasons():
+    model = net()
+    model[1].eval()
+    report = update_bn_stats(model.train(False).train(), [pictures(4)], layers=["4"])
+    assert copy.copy(report).skipped == {"1": "not among the layers asked for"}
+    assert not any(is_statistic(name) for name in report.skipped)
