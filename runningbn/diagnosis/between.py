@@ -54,7 +54,7 @@ class BetweenBatches:
 
     @property
     def effective_samples(self) -> float:
-        """N/design effect: as many independent samples would know the mean as well."""
+        """N/(design effect), the independent samples that would know the mean as well."""
         return _quotient(self.samples, self.design_effect)
 
     @property
