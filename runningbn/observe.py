@@ -18,10 +18,23 @@ import torch
 from torch import nn
 
 from .flags import restore_flags, set_training, training_flags
-from .observer import Observer
+from .observer import Elsewhere, Observer
 
 # What stands around a model for parallel training, and communicates or copies in its forward.
 PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+# Whether this torch can run compiled code uncompiled.
+_CAN_BE_EAGER = hasattr(torch.compiler, "set_stance")
+
+
+@contextmanager
+def looking_elsewhere(observer: Observer) -> Iterator[None]:
+    """Let the observer see every operation, where no compiler would have to trace that."""
+    if _CAN_BE_EAGER or "torch._dynamo" not in sys.modules:
+        with Elsewhere(observer):
+            yield
+    else:
+        yield
 
 
 @contextmanager
@@ -41,7 +54,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
         for number, layer in enumerate(observer.layers):
             replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
         # Without dynamo in the process nothing is compiled, and importing it would take seconds.
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        if "torch._dynamo" in sys.modules and _CAN_BE_EAGER:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         yield

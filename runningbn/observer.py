@@ -189,13 +189,17 @@ class Observer:
         if known is not None:
             found = [one for one in found if one.dim == known.dim]
         elif all(bool((one.mean + one.var).isfinite().all()) for one in found):
-            convention = learned(layer, forward, Arguments(args, kwargs), found)
+            cause = None
+            try:
+                convention = learned(layer, forward, Arguments(args, kwargs), found)
+            except Exception as error:  # whatever its training does with buffers that are not its own
+                convention, cause = None, error
             if convention is None:
                 raise RuntimeError(
                     f"{self._called(number)} has a forward of its own that does not call torch's batch_norm, and what "
                     "it makes of running_mean and running_var in training is not a moving average of the mean and "
                     f"variance of its input, {tuple(x.shape)} of {x.dtype}; leave it out with layers=..."
-                )
+                ) from cause
             self.conventions[number] = convention
             found = [one for one in found if one.dim == convention.dim]
         if not found:

@@ -159,13 +159,13 @@ class Passes:
         """The sums of all processes, and whether all are done."""
         count, width, packed = len(self.layers), len(self._old[0]), len(sums.pack())
         messages = self.ranks.exchange(self._message(sums, done))
-        everyone_done, batches, available, repeated, corrections, means, variances, packs = messages.split(
-            [1, 1, 1, count, count, width, width, packed], dim=1
-        )
+        status, means, variances, packs = messages.split([3 + 2 * count, width, width, packed], dim=1)
+        # In one transfer.
+        everyone_done, batches, available, repeated, corrections = status.cpu().split([1, 1, 1, count, count], dim=1)
         self._seen = int(batches.sum())
         self._available = None if available.isnan().any() else int(available.sum())
         self._repeated = {number for number in range(count) if repeated[:, number].any()}
-        # Of a layer that computes by itself, only a process that it had a batch on knows how.
+        # Of a layer that computes by itself, only a process that had a batch for it knows how.
         self._biased = {number for number in range(count) if (corrections[:, number] == 0).any()}
         if self.ranks.size == 1:
             return sums, done

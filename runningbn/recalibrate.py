@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from .batches import Forward, keeping, length, progress_bar, runner
-from .observe import head_skipped, observed, random_state_kept
-from .observer import Elsewhere
+from .observe import head_skipped, looking_elsewhere, observed, random_state_kept
 from .ranks import is_sharded
 from .report import StatsReport
 from .selection import Layers, by_reason, left_alone, updatable
@@ -135,7 +134,7 @@ def update_bn_stats(
             # Between batches the model is its own, for a loader may use it.
             short = nullcontext() if forward else head_skipped(model, recalibration.layers)
             # What is used elsewhere shows in the first batch; to look at every operation takes time.
-            looking = Elsewhere(recalibration.observer) if recalibration.batches == 0 else nullcontext()
+            looking = nullcontext() if recalibration.batches else looking_elsewhere(recalibration.observer)
             with observed(model, recalibration.observer), short, looking:
                 run_plain(batch)
 

@@ -143,7 +143,8 @@ def _updated(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a step of training makes of these statistics."""
     with replaced(layer, mean, var):
-        layer.momentum, layer.training = momentum, True
+        # Past __setattr__, for a class may make a property of them.
+        vars(layer).update(momentum=momentum, training=True)
         args, kwargs = arguments.copies()
         forward(*args, **kwargs)
         after_mean, after_var = layer.running_mean, layer.running_var

@@ -211,6 +211,19 @@ def inputs_in_evaluation(model: nn.Module, batches: Iterable[Tensor]) -> dict[st
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+def shown(model: nn.Module, batches: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The moments of what each BatchNorm layer gets in evaluation, of a copy, correction 1."""
+    twin = copy.deepcopy(model).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, layer in twin.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, args, n=name: seen.setdefault(n, []).append(in_rows(args[0])))
+    with torch.no_grad():
+        for x in batches:
+            twin(x)
+    return {name: moments(torch.cat(parts)) for name, parts in seen.items()}
+
+
 def statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Copies of running_mean and running_var by layer, float64."""
     return {

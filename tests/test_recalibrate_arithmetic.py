@@ -57,6 +57,12 @@ class Biased(Own):
         self.running_var.lerp_(var, self.momentum)
 
 
+class Fixed(Biased):
+    """Nobody sets its momentum."""
+
+    momentum = property(lambda self: 0.25, lambda self, value: None)
+
+
 class Cumulative(Own):
     """momentum=None, by num_batches_tracked."""
 
@@ -102,6 +108,7 @@ CASES = {
     "a momentum near 1": (Keras, 0.999, 0),
     "a schedule": (Scheduled, 0.1, 1),
     "a biased running_var": (Biased, 0.1, 0),
+    "a momentum that is a property": (Fixed, 0.1, 0),
     "frozen by momentum 0": (Biased, 0.0, 0),
     "cumulative": (Cumulative, None, 1),
     "squares, rebinding": (BySquares, 0.1, 0),
@@ -223,7 +230,12 @@ class Largest(Own):
         self.running_var.copy_(torch.maximum(self.running_var, var))
 
 
-@pytest.mark.parametrize("kind", [KeepsStd, LastQuarter, Never, Largest])
+class Raises(Own):
+    def update(self, mean, var, n):
+        raise ArithmeticError("not in training")
+
+
+@pytest.mark.parametrize("kind", [KeepsStd, LastQuarter, Never, Largest, Raises])
 @pytest.mark.parametrize("normalize", ["batch", "population"])
 def test_what_is_no_moving_average_of_moments_is_refused_by_name(kind, normalize):
     model = model_of(kind).train()
