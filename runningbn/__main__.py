@@ -20,7 +20,6 @@ from pathlib import Path
 
 from runningbn.checkpoints.criteria import CRITERIA
 from runningbn.checkpoints.reading import CheckpointError
-from runningbn.diagnosis import command as diagnosis
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)
 PIPE_CLOSED = 141  # and for one that wrote into a pipe that nobody reads (128 + SIGPIPE)
@@ -79,6 +78,18 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
     run_demo(quick=arguments.quick, output=arguments.output, seeds=arguments.seeds, json_output=arguments.json)
     return 0
+
+
+def _add_diagnose_arguments(parser: argparse.ArgumentParser) -> None:
+    from runningbn.diagnosis.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _run_diagnose(arguments: argparse.Namespace) -> int:
+    from runningbn.diagnosis.command import run
+
+    return run(arguments)
 
 
 def _add_no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +190,12 @@ COMMANDS = (
         extra="cli",
         modules=("rich", "safetensors"),
     ),
-    Command(name="diagnose", help=diagnosis.HELP, add_arguments=diagnosis.add_arguments, run=diagnosis.run),
+    Command(
+        name="diagnose",
+        help="tell whether a model evaluates badly because of its BatchNorm layers; imports and runs your code",
+        add_arguments=_add_diagnose_arguments,
+        run=_run_diagnose,
+    ),
     Command(
         name="backends",
         help="list the kernels, with their versions and the reason why one cannot be used here",

@@ -20,8 +20,6 @@ from .run import diagnose
 # Exit statuses, as those of ``inspect``.
 FINE, WRONG, TROUBLE = 0, 1, 2
 
-HELP = "tell whether a model evaluates badly because of its BatchNorm layers; imports and runs your code"
-
 DESCRIPTION = """\
 Import a model and a loader from your code, run the model on the batches, and tell whether it evaluates badly because
 of its BatchNorm layers. Unlike inspect and diff, which read files, this imports and runs the code that the
