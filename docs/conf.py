@@ -33,7 +33,8 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"[a-z_.]+|PreciseBatchNorm1d/2d/3d"),
-    ("py:obj", r"LayerReport|LayerShift|LayerSummary|Recalibration|StatsReport"),  # from a module other than theirs
+    # From a module other than theirs.
+    ("py:obj", r"Diagnosis|LayerDiagnosis|LayerReport|LayerShift|LayerSummary|Recalibration|StatsReport"),
     ("py:exc", r".*"),
 ]
 

@@ -3,9 +3,9 @@
 Each command is one `Command`: its name, its help, its arguments and the function that runs it. That function imports
 what the command needs, so that ``--help`` and the other commands work without its extra.
 
-Exit statuses: 0 for success; 1 where ``inspect`` or ``diff`` found something, each says what in its help; 2 for wrong
-arguments, a file that cannot be read or a package that is not installed; 130 after Ctrl-C, 141 where the reader of a
-pipe went away.
+Exit statuses: 0 for success; 1 where ``inspect``, ``diff`` or ``diagnose`` found something, each says what in its help;
+2 for wrong arguments, a file that cannot be read, code that fails or a package that is not installed; 130 after Ctrl-C,
+141 where the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -78,6 +78,18 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
     run_demo(quick=arguments.quick, output=arguments.output, seeds=arguments.seeds, json_output=arguments.json)
     return 0
+
+
+def _add_diagnose_arguments(parser: argparse.ArgumentParser) -> None:
+    from runningbn.diagnosis.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _run_diagnose(arguments: argparse.Namespace) -> int:
+    from runningbn.diagnosis.command import run
+
+    return run(arguments)
 
 
 def _add_no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,6 +202,12 @@ COMMANDS = (
         run=_run_diff,
         extra="cli",
         modules=("rich", "safetensors"),
+    ),
+    Command(
+        name="diagnose",
+        help="tell whether a model evaluates badly because of its BatchNorm layers; imports and runs your code",
+        add_arguments=_add_diagnose_arguments,
+        run=_run_diagnose,
     ),
     Command(
         name="backends",

@@ -83,6 +83,14 @@ def normalize_by_batch(
     return _normalize(x, weight, bias, eps, Pooling(ranks, reduction.centred), n, var, coefficients, None, mask)
 
 
+def normalize_by_itself(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, var: Tensor
+) -> Tensor:
+    """Normalise by the mean and the variance of x, which are known, with the gradient that this has."""
+    coefficients = Coefficients(mean, (var + eps).rsqrt())
+    return _normalize(x, weight, bias, eps, Pooling(), None, var, coefficients, None, None)
+
+
 def _normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pooling: Pooling, n: Tensor | None,
     var: Tensor, coefficients: Coefficients, gradient: GradientState | None, mask: Tensor | None,

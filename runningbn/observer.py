@@ -24,6 +24,7 @@ from . import functional, kernels
 from .accumulate import Call
 from .buffers import PooledStatistics
 from .flags import set_training
+from .statistics import moments
 from .subclasses import Arguments, Convention, InputMoments, Moments, batch_moments, candidates, learned, replaced
 from .takeover import TakeOver
 
@@ -138,12 +139,11 @@ class Observer:
         if n > 1 and (by is None or number in self.watched):
             if differentiates:
                 with temporarily_clear_interpreter_stack() if transformed else nullcontext():
-                    step = functional.batch_step(_plain(x.detach()), dtype, None, None)
-                mean, var = step.fixed.mean, step.fixed.var
+                    mean, var = moments(kernels.batch_sums(_plain(x.detach()), dtype).sums)
                 if by is None and transformed:
                     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
                 elif by is None:
-                    y = functional.normalize(x, weight, bias, step, eps)
+                    y = functional.normalize_by_itself(x, weight, bias, eps, mean, var)
             else:
                 affine = (weight, bias, eps) if by is None else (None, None, 1.0)
                 y, mean, var = kernels.batch_norm(x, *affine, dtype)

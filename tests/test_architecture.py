@@ -51,6 +51,7 @@ ORDER = [
     "passes",
     "settle",
     "recalibrate",
+    "diagnosis",
     "integrations",
     "demo_experiment",
     "demo",

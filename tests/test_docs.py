@@ -40,8 +40,8 @@ def text(page):
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def test_there_are_twenty_two_blocks():
-    assert len(BLOCKS) == 22
+def test_there_are_twenty_four_blocks():
+    assert len(BLOCKS) == 24
 
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS)

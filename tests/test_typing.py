@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from runningbn import (
-    Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, SquareRoot, StatsReport,
-    batchnormify, bn_summary, get_bn_modules, merge_statistics, precise_bn, update_bn_stats,
+    Diagnosis, Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, SquareRoot,
+    StatsReport, batchnormify, bn_summary, diagnose, get_bn_modules, merge_statistics, precise_bn, update_bn_stats,
 )
 
 
@@ -64,6 +64,10 @@ assert_type([layer.mean for layer in report.layers], list[Tensor])
 report.undo()
 with update_bn_stats(model, iter(batches), 1, "tqdm", forward=lambda model, batch: model(batch)) as undone:
     assert_type(undone, StatsReport)
+diagnosis = diagnose(model, batches, metric=lambda model: 0.5, normalize="population")
+assert_type(diagnosis, Diagnosis)
+assert_type(diagnosis["norm"].mean_off, Tensor)
+assert_type(diagnosis.advice, tuple[str, ...])
 with precise_bn(model, layers=lambda name, module: True) as recalibration:
     model(batches[0])
 assert recalibration.report is not None
@@ -88,6 +92,8 @@ MISTAKES = {
     "update_bn_stats(nn.ReLU(), [], num_iters=0.5)": "arg-type",
     "update_bn_stats(nn.ReLU(), []).report": "attr-defined",
     "precise_bn(nn.ReLU()).report": "attr-defined",
+    'diagnose("model", [])': "arg-type",
+    "diagnose(nn.ReLU(), [], metric=0.5)": "arg-type",
     "get_bn_modules([nn.ReLU()])": "arg-type",
     "bn_summary([nn.ReLU()])": "arg-type",
     "merge_statistics([nn.ReLU()])": "list-item",

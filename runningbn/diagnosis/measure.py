@@ -1,0 +1,215 @@
+"""One model in three modes: what its layers normalise by, what they see, what comes out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..accumulate import Accumulator, Call, Population
+from ..batches import Forward, keeping, runner
+from ..buffers import PooledStatistics
+from ..kept import KeptState
+from ..observe import observed, random_state_kept
+from ..observer import Observer
+from ..recalibrate import get_bn_modules, update_bn_stats
+from ..report import LayerReport
+from ..running import RunningBatchNorm
+from ..subclasses import Convention, Moments
+from .between import Group, between_batches, group
+from .outputs import Comparison
+from .result import LayerDiagnosis
+from .watch import Watcher, lent, unchanged
+
+Metric = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What the layers normalise by: these moments, or where there are none their batch.
+
+    Attributes:
+        fixed: by the number of the layer.
+        lends: whether `running_mean` and `running_var` are these, too, for whoever reads them.
+    """
+
+    fixed: dict[int, Moments]
+    lends: bool = False
+
+
+@dataclass
+class Subject:
+    """A model with its layers by number, and their statistics."""
+
+    model: nn.Module
+    names: list[str]
+    layers: list[_BatchNorm]
+    frozen: set[int]
+    stored: dict[int, Moments]
+    recomputed: dict[int, Moments]
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: dict[str, _BatchNorm]) -> Subject:
+        """With the stored statistics in the place of the recomputed ones."""
+        updated = set(get_bn_modules(model))
+        frozen = {number for number, layer in enumerate(layers.values()) if layer not in updated}
+        stored = _statistics(list(layers.values()))
+        return cls(model, list(layers), list(layers.values()), frozen, stored, dict(stored))
+
+    def recompute(self, data_loader: Iterable[Any], num_iters: int | None, **how: Any) -> list[Any]:
+        """Fill in the recomputed statistics; the model keeps its own. Returns the batches."""
+        batches: list[Any] = []
+        if len(self.frozen) == len(self.layers):
+            batches = list(itertools.islice(data_loader, num_iters))
+            if not batches:
+                raise ValueError("the data loader gave no batch")
+        else:
+            report = update_bn_stats(self.model, keeping(data_loader, batches), num_iters, process_group=False, **how)
+            self.recomputed = _statistics(self.layers)
+            report.undo()
+        return batches
+
+    def modes(self) -> tuple[Mode, Mode, Mode]:
+        """Stored, recomputed, batch."""
+        without_batch = {
+            number: self.stored[number]
+            for number, layer in enumerate(self.layers)
+            if number in self.frozen or _normalises_by_running(layer)
+        }
+        return Mode(self.stored), Mode(self.recomputed, lends=True), Mode(without_batch)
+
+
+class _Measured:
+    """What the layers saw in one mode, and how far the outputs are from those with the stored statistics."""
+
+    def __init__(self, layers: list[_BatchNorm]) -> None:
+        cpu = torch.device("cpu")
+        # One for each layer: a batch that is not finite in one of them is dropped there only.
+        self.sums = [Accumulator([layer.num_features], Population(), cpu) for layer in layers]
+        self.calls = [0] * len(layers)  # of a layer in one batch, at most
+        self.comparison = Comparison()
+
+    def add(self, calls: list[Call]) -> None:
+        """The calls of all layers for one batch."""
+        for number, sums in enumerate(self.sums):
+            own = [replace(each, layer=0) for each in calls if each.layer == number]
+            if own:
+                sums.add(own)
+                self.calls[number] = max(self.calls[number], len(own))
+
+
+class AllMeasured:
+    """The three modes, and the means of samples; `used` has the numbers of the layers that a batch reached."""
+
+    def __init__(self, layers: list[_BatchNorm]) -> None:
+        self.stored, self.recomputed, self.batch = (_Measured(layers) for _ in range(3))
+        self.groups: list[list[Group]] = [[] for _ in layers]
+        self.conventions: dict[int, Convention] = {}  # of layers with a forward of their own
+
+    @property
+    def used(self) -> list[int]:
+        """In the order of the model."""
+        return [number for number, calls in enumerate(self.recomputed.calls) if calls]
+
+
+def measure(subject: Subject, batches: list[Any], forward: Forward, device: Any) -> AllMeasured:
+    """Run every batch in the three modes."""
+    found = AllMeasured(subject.layers)
+    watcher = Watcher(subject.layers, subject.recomputed.__getitem__, subject.names)
+    outputs: list[Any] = []
+    run = runner(subject.model, lambda model, batch: outputs.append(forward(model, batch)), device)
+    modes = list(zip(subject.modes(), (found.stored, found.recomputed, found.batch)))
+    with observed(subject.model, watcher):
+        state = KeptState(subject.model)
+        for batch in batches:
+            outputs.clear()
+            for mode, measured in modes:
+                watcher.fixed = mode.fixed
+                watcher.gathers = measured is found.recomputed
+                # Each begins with the same buffers and the same random numbers.
+                with random_state_kept(subject.model), lent(subject.layers, mode.fixed if mode.lends else {}):
+                    run(batch)
+                state.restore()
+                measured.add(watcher.take_calls())
+            for number, means in watcher.take_sample_means().items():
+                found.groups[number].append(group(means))
+            stored, recomputed, by_batch = outputs
+            found.recomputed.comparison.add(stored, recomputed)
+            found.batch.comparison.add(stored, by_batch)
+    found.conventions = watcher.conventions
+    return found
+
+
+def score(subject: Subject, mode: Mode, metric: Metric) -> float:
+    """What the metric says in one mode."""
+    watcher = Observer(subject.layers, subject.recomputed.__getitem__, subject.names)
+    watcher.fixed, watcher.watched = mode.fixed, set()
+    with unchanged(subject.model), lent(subject.layers, mode.fixed if mode.lends else {}):
+        # Where all is fixed, this is plain evaluation.
+        observes = len(mode.fixed) < len(subject.layers)
+        with observed(subject.model, watcher if observes else Observer([], watcher.so_far)):
+            value = metric(subject.model)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"metric: expected a number, got {type(value).__name__}") from error
+
+
+def of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagnosis:
+    """What was found in one layer."""
+    layer, convention = subject.layers[number], measured.conventions.get(number, Convention())
+    if isinstance(layer, PooledStatistics):
+        convention = Convention(correction=int(layer.corrects_variance))
+    stored, recomputed = (
+        _compared(subject.names[number], layer, convention.correction, sums[number], statistics[number])
+        for sums, statistics in ((measured.stored.sums, subject.stored), (measured.recomputed.sums, subject.recomputed))
+    )
+    mean, var = subject.stored[number]
+    return LayerDiagnosis(
+        subject.names[number],
+        stored,
+        recomputed,
+        between_batches(measured.groups[number], recomputed.std.square()),
+        number in subject.frozen,
+        measured.recomputed.calls[number],
+        bool((mean.isfinite() & var.isfinite() & (var >= 0)).all()),
+        int(measured.recomputed.sums[number].dropped),
+        _normalises_by_running(layer),
+    )
+
+
+def _compared(
+    name: str, layer: _BatchNorm, correction: int, sums: Accumulator, statistics: Moments
+) -> LayerReport:  # fmt: skip
+    """The moments that the layer was shown as the new statistics, those that it normalised by as the old ones."""
+    mean, var, mean_error, var_error, batches, elements, samples = (part.clone() for part in sums.estimate())
+    n = int(elements[0])
+    if n == 0:
+        mean, var, mean_error, var_error = (torch.full_like(mean, torch.nan) for _ in range(4))
+    elif n > 1:
+        var, var_error = var * (n / (n - correction)), var_error * (n / (n - correction))
+    old_mean, old_var = (moment.to("cpu", torch.float64) for moment in statistics)
+    return LayerReport(
+        name, mean, var, old_mean, old_var, layer.eps, mean_error, var_error, int(batches[0]), int(samples[0]), n,
+        correction=correction,
+    )  # fmt: skip
+
+
+def _statistics(layers: list[_BatchNorm]) -> dict[int, Moments]:
+    """Copies of `running_mean` and `running_var`."""
+    copies = {}
+    for number, layer in enumerate(layers):
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        copies[number] = layer.running_mean.detach().clone(), layer.running_var.detach().clone()
+    return copies
+
+
+def _normalises_by_running(layer: _BatchNorm) -> bool:
+    """Whether it normalises by running statistics in training, too."""
+    return isinstance(layer, RunningBatchNorm)

@@ -1,0 +1,137 @@
+"""diagnose: which layers there are, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
+
+from ..batches import Forward, call
+from ..selection import by_reason, chosen, left_alone
+from .measure import Metric, Subject, measure, of_layer, score
+from .result import Diagnosis, MetricValues
+from .watch import unchanged
+
+
+def diagnose(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    num_iters: int | None = 50,
+    *,
+    forward: Forward | None = None,
+    device: torch.device | str | None = None,
+    metric: Metric | None = None,
+    normalize: Literal["batch", "population"] = "batch",
+) -> Diagnosis:
+    r"""Whether a model evaluates badly because of its BatchNorm layers. Changes nothing, whatever happens.
+
+    The model is run three times over the same batches, in evaluation mode and without gradients. Its BatchNorm layers
+    normalise
+
+    - by their *stored* statistics, as evaluation does;
+    - by statistics *recomputed* from these batches, as after ``update_bn_stats(model, data_loader)``;
+    - each by its *batch*, as nn.BatchNorm does in training. Frozen layers and RunningBatchNorm, which do not, stay with
+      their stored statistics.
+
+    Measured are, for every layer,
+
+    - how far the stored and the recomputed statistics are from the moments m, v of what the layer is shown while
+      they are in use: :math:`(\mu - m)/\sqrt{v + \epsilon}` and :math:`\log((\sigma^2 + \epsilon)/(v + \epsilon))`,
+      with standard errors from the scatter between batches. The first layer that is off is where it begins: later ones
+      see its output.
+    - how much of the variance of its input lies between batches, and so by how much a batch counts for fewer samples
+      than it has (the design effect), by an analysis of variance over the means of samples;
+
+    and for the model how its output changes, and a metric of yours. Afterwards the statistics, other buffers, training
+    flags and the random state of torch, Python and NumPy are as before, also after an exception. Of several processes,
+    this one only is looked at: nothing is communicated.
+
+    Args:
+        model: any module. What is frozen is as for `get_bn_modules`.
+        data_loader: batches as `update_bn_stats` takes them, of the size and order that training has. At most
+            `num_iters` are drawn, and kept in memory. They should be independent of each other.
+        num_iters: batches to use; None for all there are.
+        forward: ``forward(model, batch)`` to call the model in another way; what it returns is the output.
+        device: where to move the tensors in a batch.
+        metric: ``metric(model)`` evaluates the model on whatever data, and returns a number, *larger being better*:
+            for a loss, minus it. It is called three times.
+        normalize: how the recomputed statistics are collected, see `update_bn_stats`.
+
+    Returns:
+        A `Diagnosis`: prints as a table that ends with at most three sentences of advice.
+
+    Raises:
+        ValueError: for a model without a BatchNorm layer that has running statistics, or one that is not initialised;
+            otherwise as `update_bn_stats`.
+        TypeError: for something that is not a module, or a metric that gives no number.
+        RuntimeError, ImportError: as `update_bn_stats`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from runningbn import diagnose, update_bn_stats
+        >>> model, data = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(20, 32, 3)
+        >>> [finding.rule for finding in diagnose(model, data).findings]
+        ['off']
+        >>> report = update_bn_stats(model, data)
+        >>> [finding.rule for finding in diagnose(model, data).findings]
+        ['nothing']
+    """
+    layers = _with_statistics(model)
+    if not layers:
+        raise ValueError(_nothing_to_diagnose(model))
+    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
+        raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
+    with unchanged(model):
+        subject = Subject.of(model, layers)
+        batches = subject.recompute(data_loader, num_iters, forward=forward, device=device, normalize=normalize)
+        measured = measure(subject, batches, forward or call, device)
+        values = None if metric is None else MetricValues(*(score(subject, each, metric) for each in subject.modes()))
+    found = [of_layer(subject, measured, number) for number in measured.used]
+    if not found:
+        raise ValueError(f"no batch reached any of the layers {', '.join(subject.names)}")
+    return Diagnosis(
+        tuple(found),
+        tuple(name for number, name in enumerate(subject.names) if number not in measured.used),
+        tuple(name for name, module in model.named_modules() if _lacks_statistics(module)),
+        left_alone(model, subject.layers),
+        len(batches),
+        measured.recomputed.comparison.result(),
+        measured.batch.comparison.result(),
+        values,
+        normalize,
+    )
+
+
+def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
+    """All BatchNorm layers with running statistics, frozen or not, by their first name."""
+    chosen(model, None)  # says what is not a module or not initialised
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_usable(m)}
+
+
+def _is_usable(layer: _BatchNorm) -> bool:
+    buffers = layer.running_mean, layer.running_var
+    return all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
+
+
+def _lacks_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None)
+
+
+def _nothing_to_diagnose(model: nn.Module) -> str:
+    modules = dict(model.named_modules())
+    said = f"there is no BatchNorm layer with running statistics in {type(model).__name__}, so none can be at fault"
+    lacking = [name or "the model itself" for name, module in modules.items() if _lacks_statistics(module)]
+    others = left_alone(model, ())
+    kinds = sorted({type(m).__name__ for m in modules.values() if "Norm" in type(m).__name__})
+    if lacking:
+        said += f"; without statistics, and normalising by the batch in evaluation, too: {', '.join(lacking)}"
+    if others:
+        said += f"; {by_reason(others)}"
+    elif kinds and not lacking:
+        said += f"; it has {', '.join(kinds)}"
+    return said
