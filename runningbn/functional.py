@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import kernels
 from .autograd import Fused, NormalizeExact, NormalizeRunning
@@ -24,6 +25,9 @@ from .masks import blank, fill, real_sums
 from .momentum import Momentum, batch_weight, weighs_whole_batches
 from .statistics import GradientState, NoiseState, State, Sums, TrainingState, moments, without_empty
 from .update import Coefficients, RunningCoefficients, absorb_exact, absorb_precise, absorb_running
+
+# Whether torch.func is at work; it has no public name. Dynamo knows it, too.
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def running(
@@ -42,11 +46,13 @@ def running(
         and mask is None
         and (prepared := kernels.fused(x, (*state, *(noise or ())), momentum)) is not None
     ):
+        _refuse_transforms(x, weight, bias)
         y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, gradient, momentum, True, law)
         return y
     if noise is None or gradient is None:
-        return normalize(x, weight, bias, _step(absorb_exact, x, state, momentum, ranks, mask, law), eps)
-    step = _step(partial(_absorb_running, noise), x, state, momentum, ranks, mask, law)
+        step = _step(absorb_exact, x, weight, bias, state, momentum, ranks, mask, law)
+        return normalize(x, weight, bias, step, eps)
+    step = _step(partial(_absorb_running, noise), x, weight, bias, state, momentum, ranks, mask, law)
     return normalize_running(x, weight, bias, step, eps, gradient)
 
 
@@ -60,9 +66,30 @@ def precise(
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
     if ranks is None and mask is None and (prepared := kernels.fused(x, state, momentum)) is not None:
+        _refuse_transforms(x, weight, bias)
         y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False, law)
         return y
-    return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks, mask, law), eps)
+    step = _step(absorb_precise, x, weight, bias, state, momentum, ranks, mask, law)
+    return normalize(x, weight, bias, step, eps)
+
+
+def _refuse_transforms(*inputs: Tensor | None) -> None:
+    """Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
+
+    Raises:
+        RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
+            differentiation.
+    """
+    transformed = _transforms_active()
+    # Private, but torch has no other sign that is cheap.
+    if not transformed and forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        transformed = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+    if transformed:
+        raise RuntimeError(
+            "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
+            "...) or forward-mode differentiation. Call eval() on the layer, or "
+            "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
+        )
 
 
 class Step(NamedTuple):
@@ -88,11 +115,18 @@ class Step(NamedTuple):
 @torch.no_grad()
 def _step(
     absorb: Callable[[State, Sums, Tensor, int | Tensor, bool, Law], Coefficients | RunningCoefficients],
-    x: Tensor, state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None, law: Law,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None, law: Law,
 ) -> Step:  # fmt: skip
+    _refuse_transforms(x, weight, bias)
+    if len(state.shift) != x.shape[1]:
+        raise RuntimeError(
+            f"running_mean and running_var of {len(state.running_mean)} and {len(state.running_var)} channels, and a "
+            f"state of {len(state.shift)}: assign both as attributes of the layer, not their .data, to resize it"
+        )
     batch, samples, scratch = _batch_sums(x, state.shift.dtype, ranks, mask, state.last_keep)
-    weight = batch_weight(momentum, samples, state.samples, state.steps)
-    fixed = absorb(state, batch, weight, samples, weighs_whole_batches(momentum), law)
+    batch_share = batch_weight(momentum, samples, state.samples, state.steps)
+    fixed = absorb(state, batch, batch_share, samples, weighs_whole_batches(momentum), law)
     if ranks is None and mask is None:
         return Step(fixed, scratch)
     return Step(_with_pooled_kappa(fixed, batch), scratch, ranks, batch.count, state.last_keep, mask)

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from . import kernels
 from .accumulate import Call
 from .buffers import PooledStatistics
+from .subclasses import is_derived, through_class
 
 Moments = tuple[Tensor, Tensor]
 
@@ -108,6 +109,9 @@ class Observer:
         `samples` is N where the first dimension of x does not say it.
         """
         layer, samples = self.layers[number], len(x) if samples is None else samples
+        if type(x) is not Tensor and is_derived(x):
+            compute = partial(self.normalize, number, weight=weight, bias=bias, eps=eps, samples=samples)
+            return through_class(compute, layer, x)
         if x.dim() < 2 or x.shape[1] != layer.num_features or not x.is_floating_point():
             raise RuntimeError(
                 f"{type(layer).__name__}: expected a floating-point input of shape (N, {layer.num_features}, *), "

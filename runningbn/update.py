@@ -214,11 +214,12 @@ def _absorb(state: State, batch: Sums, weight: Tensor, batch_samples: int | Tens
     debias = torch.addcmul(weight, keep, state.debias)
     for buffer, value in zip(state, (*new, count_sqrs, debias)):
         buffer.copy_(value)
+    absorbed = ignored.logical_not()
     if isinstance(batch_samples, Tensor):
-        state.samples.addcmul_(finite.to(batch_samples.dtype), batch_samples)
+        state.samples.addcmul_(absorbed.to(batch_samples.dtype), batch_samples)
     else:
-        state.samples.add_(finite, alpha=batch_samples)
-    state.steps.add_(finite)
+        state.samples.add_(absorbed, alpha=batch_samples)
+    state.steps.add_(absorbed)
     state.num_batches_tracked.add_(batch_samples > 0)
     state.last_keep.copy_(keep)
     state.last_gain.copy_(gain)
