@@ -12,23 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .derived_tensors import plain
 from .distributed import GroupReference, check_synchronisation
 from .momentum import Momentum, check_momentum
 from .statistics import GradientState, LayerState, NoiseState, State
 
-# Samples that statistics taken over from elsewhere count for: more than any horizon needs to be at full length. Finite,
-# since weight averaging takes differences of buffers.
-SETTLED = torch.finfo(torch.float32).max
+# Samples that statistics taken over from elsewhere count for: more than any horizon needs to be at full length, also
+# after some averaging with layers that have seen none. Small enough for sums and differences of many state dicts.
+SETTLED = 2.0**40
 
 # The statistics of nn.BatchNorm, which are a view of the state.
 VIEW = ("running_mean", "running_var")
-_OWN_BUFFERS = tuple(name for name in State._fields if name not in (*VIEW, "num_batches_tracked"))
+OWN_BUFFERS = tuple(name for name in State._fields if name not in (*VIEW, "num_batches_tracked"))
 
 # Of no use beyond the backward pass that follows, so no part of a checkpoint.
-_PASSING = ("last_keep", "last_gain")
+PASSING = ("last_keep", "last_gain")
 # What only training with ``gradient="running"`` reads.
 TRAINING = (*NoiseState._fields, *GradientState._fields)
-CHECKPOINTED = tuple(name for name in _OWN_BUFFERS if name not in _PASSING)
+CHECKPOINTED = tuple(name for name in OWN_BUFFERS if name not in PASSING)
 
 
 class PooledStatistics(_BatchNorm):
@@ -83,12 +84,12 @@ class PooledStatistics(_BatchNorm):
     def install_state(self) -> None:
         """Register an empty state beside `running_mean` and `running_var`."""
         for name in VIEW:
-            self._buffers[name] = _at_least_float32(self._buffers[name])
+            self._buffers[name] = at_least_float32(self._buffers[name])
         mean = self._mean
         if self.num_batches_tracked is None:
             self.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
-        for name in _OWN_BUFFERS:
-            self.register_buffer(name, torch.zeros_like(mean), persistent=name not in _PASSING)
+        for name in OWN_BUFFERS:
+            self.register_buffer(name, torch.zeros_like(mean), persistent=name not in PASSING)
         self.install_training_state()
 
     def install_training_state(self) -> None:
@@ -100,7 +101,7 @@ class PooledStatistics(_BatchNorm):
 
     def remove_state(self) -> None:
         """Leave the buffers of ``nn.BatchNorm``."""
-        for name in (*_OWN_BUFFERS, *TRAINING):
+        for name in (*OWN_BUFFERS, *TRAINING):
             if name in self._buffers:
                 delattr(self, name)
 
@@ -142,7 +143,7 @@ class PooledStatistics(_BatchNorm):
         if state.running_mean.is_meta:
             return
         if _untouched(state):
-            self._clear(_OWN_BUFFERS)
+            self._clear(OWN_BUFFERS)
             return
         # Sums are zero about the mean itself. No weights are known, and count_sqrs = 0 says so.
         zero = torch.zeros_like(state.running_mean)
@@ -173,10 +174,10 @@ class PooledStatistics(_BatchNorm):
         self._write("sums", torch.zeros_like(state.sums))
 
     def _write(self, name: str, value: Tensor) -> None:
-        """Set a buffer in place, or anew where a load with ``assign=True`` has changed the dtype or device."""
+        """Set a buffer in place, or anew where a load with ``assign=True`` or pruning has changed what it is."""
         buffer = self._buffers[name]
         assert buffer is not None
-        if buffer.device == value.device and buffer.dtype == value.dtype:
+        if (buffer.device, buffer.dtype, buffer.shape) == (value.device, value.dtype, value.shape):
             buffer.copy_(value)
         else:
             self._buffers[name] = value.clone()
@@ -189,7 +190,7 @@ class PooledStatistics(_BatchNorm):
     def reset_running_stats(self) -> None:
         """Forget everything: mean 0, variance 1, an empty state, no batches tracked."""
         super().reset_running_stats()
-        self._clear((*_OWN_BUFFERS, *self.training_buffers))
+        self._clear((*OWN_BUFFERS, *self.training_buffers))
 
     def __setattr__(self, name: str, value: Any) -> None:
         reseeds = name in VIEW and isinstance(value, Tensor) and "sums" in self._buffers
@@ -198,12 +199,26 @@ class PooledStatistics(_BatchNorm):
         if not reseeds or self._loading:
             super().__setattr__(name, value)
             return
-        if value.shape != (self.num_features,):
+        if value.dim() != 1:
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {tuple(value.shape)}")
-        super().__setattr__(name, value.detach().to(self.sums.dtype, copy=True))
+        super().__setattr__(name, plain(value.detach()).to(self._buffers["sums"].dtype, copy=True))  # type: ignore[union-attr]
+        self._follow_assignment()
+
+    def _follow_assignment(self) -> None:
+        """Seed the state by an assigned mean or variance.
+
+        Pruning tools change the size of one after the other; in between there is nothing that the state could follow.
+        """
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        if mean is None or var is None or mean.shape != var.shape:
+            return
+        resized = mean.shape != self._buffers["sums"].shape  # type: ignore[union-attr]
+        self.num_features = len(mean)
         # Tensors of its own, for nn.DataParallel assigns to replicas that still share theirs with the original.
-        for own in _OWN_BUFFERS:
-            self._buffers[own] = torch.zeros_like(self._mean)
+        for own in OWN_BUFFERS:
+            self._buffers[own] = torch.zeros_like(mean)
+        if resized:
+            self.install_training_state()
         self.seed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -215,59 +230,6 @@ class PooledStatistics(_BatchNorm):
             return tensor.to(out.device, torch.float32) if id(tensor) in state and is_narrow(out) else out
 
         return super()._apply(keep_state_wide, recurse)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        if "sums" not in self._buffers:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            return
-        brought = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        own, training, view = (brought.intersection(names) for names in (CHECKPOINTED, TRAINING, VIEW))
-        # Counts do not fit 16 bits; and a part of a state is none, nor is one without its view.
-        narrow = any(is_narrow(state_dict[prefix + name]) for name in own)
-        usable = len(own) == len(CHECKPOINTED) and len(view) == 2 and not narrow
-        seeds = len(view) == 2 and not usable
-        refused = set() if usable else own | training
-        if len(view) == 1:
-            refused |= view
-        if not self.training_buffers:  # a RunningBatchNorm's, in a PreciseBatchNorm
-            refused |= training
-        for name in refused:
-            del state_dict[prefix + name]
-        for name in (view | training) - refused:
-            state_dict[prefix + name] = _at_least_float32(state_dict[prefix + name])
-        before = {name: (buffer, buffer.clone()) for name, buffer in self._buffers.items() if buffer is not None}
-        errors = len(error_msgs)
-        self._loading = True
-        try:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        finally:
-            del self._loading
-        if len(error_msgs) > errors:
-            # torch loads what fits. Statistics of two sources would contradict each other, so here it is all or none.
-            for name, (buffer, values) in before.items():
-                self._buffers[name] = buffer.copy_(values)
-            return
-        # nn.BatchNorm has no state, PreciseBatchNorm nothing of `TRAINING` and version 0.1 no `NoiseState`: that is not
-        # missing, but parts of it are.
-        forgiven = {prefix + name for name in CHECKPOINTED if seeds and (narrow or not own)}
-        absent = [
-            part._fields for part in (NoiseState, GradientState) if not training.intersection(part._fields) - refused
-        ]
-        forgiven |= {prefix + name for part in absent for name in part if view and (narrow or not training & set(part))}
-        missing_keys[:] = [key for key in missing_keys if key not in forgiven]
-        if seeds:
-            self.seed()
-        if view:
-            self._clear(_PASSING)
-            # What was remembered of another network's batches and gradients would only mislead.
-            self._clear(tuple(name for part in absent for name in part))
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
@@ -288,5 +250,6 @@ def is_narrow(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() < 4
 
 
-def _at_least_float32(tensor: Any) -> Any:
+def at_least_float32(tensor: Any) -> Any:
+    """A tensor of fewer bits as float32, and anything else as it is."""
     return tensor.float() if is_narrow(tensor) else tensor

@@ -8,18 +8,25 @@ hooks, optimizers, pruning masks, and the model itself where it is the layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, Union, overload
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
 from .batches import call
 from .buffers import VIEW, PooledStatistics
-from .converted import PRECISE, PRECISE_ACT, NormAct, RunningBatchNormAct, is_norm_act
+from .converted import PRECISE, PRECISE_ACT, RUNNING, RUNNING_ACT, BatchNormOfInput, instance_of_both, is_norm_act
+from .convertible import (
+    bad_momentum,
+    batch_norms,
+    is_already,
+    is_foreign,
+    reason_to_leave,
+    reason_to_leave_foreign,
+    shown,
+    torch_type,
+)
 from .distributed import check_synchronisation
 from .momentum import Horizon, check_momentum
 from .precise import PreciseBatchNorm
@@ -69,9 +76,13 @@ def batchnormify(
     ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their drop and act, ``nn.SyncBatchNorm`` its process group: it
     becomes a layer with ``sync=True``, for inputs of any dimensions.
 
+    A converted layer is an instance of the class that it had, and of `RunningBatchNorm` or `PreciseBatchNorm1d/2d/3d`:
+    ``isinstance(layer, nn.BatchNorm2d)`` holds as before. Its ``type`` is another one.
+
     Left alone, and named in the log with the reason: lazy layers without parameters yet, layers without running
-    statistics, parametrised layers, scripted layers, subclasses with a forward of their own, and what is BatchNorm by
-    its name and its statistics and no ``nn.BatchNorm``, as the frozen layers of torchvision, timm and transformers.
+    statistics or with ``track_running_stats=False``, parametrised layers, scripted layers, subclasses whose forward
+    does not leave the normalising to ``super().forward``, and what is BatchNorm by its name and its statistics and no
+    ``nn.BatchNorm``, as the frozen layers of torchvision, timm and transformers.
     One line is logged to the logger ``runningbn``, as a warning if a layer was left alone.
 
     Args:
@@ -82,7 +93,8 @@ def batchnormify(
             - ``"precise"``: `PreciseBatchNorm1d/2d/3d`, with the momentum of the layer;
             - ``"torch"``: back to the class the layer had before, ``nn.BatchNorm1d/2d/3d`` for layers of this library,
               ``nn.SyncBatchNorm`` for those with ``sync=True``. A float momentum or None is kept, a rule becomes 0.1;
-              the statistics take the dtype of the weight. Centred weights are baked in, unless `where` is given;
+              the statistics take the dtype of the weight. Centred weights are baked in, unless `where` is given.
+              A ``nn.SyncBatchNorm`` becomes ``nn.BatchNorm1d/2d/3d``: which of them, its first input decides;
             - a callable, which is given each layer and returns its replacement.
         where: ``where(name, module)`` says whether to convert a layer; one with several names is converted if it says
             so for any of them. It is asked about ``nn.BatchNorm`` and its subclasses only.
@@ -106,7 +118,7 @@ def batchnormify(
         >>> from runningbn import batchnormify
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> type(batchnormify(model)[1]).__name__
-        'RunningBatchNorm'
+        'RunningBatchNorm2d'
         >>> type(batchnormify(model, "torch")[1]).__name__
         'BatchNorm2d'
     """
@@ -118,21 +130,21 @@ def batchnormify(
         raise TypeError(f"batchnormify(to={to!r}) does not take center_weights; call runningbn.center_weights(model)")
     convertible: list[nn.Module] = []
     left_alone: dict[str, str] = {}
-    for names, layer in _batch_norms(model):
-        if _is_foreign(layer):
+    for names, layer in batch_norms(model):
+        if is_foreign(layer):
             # Not asked about: it need not have what nn.BatchNorm has. Who selects layers knows what they left out.
             if where is None:
-                left_alone[_shown(names)] = _reason_to_leave_foreign(layer)
+                left_alone[shown(names)] = reason_to_leave_foreign(layer)
             continue
         if where is not None and not any(where(name, layer) for name in names):
             continue
-        reason = None if callable(to) else _reason_to_leave(layer, to)
+        reason = None if callable(to) else reason_to_leave(layer, to)
         if reason is None and to == "precise" and "momentum" not in layer_kwargs:
-            reason = _bad_momentum(layer)
+            reason = bad_momentum(layer)
         if reason is None:
             convertible.append(layer)
         else:
-            left_alone[_shown(names)] = reason
+            left_alone[shown(names)] = reason
     choice = Choice(normalisations=None if where is None else convertible) if centers else None
     # Decided before anything is changed, since the pass may fail.
     plan = None if choice is None or center_weights is True else decide(model, choice, call, center_weights)
@@ -140,6 +152,7 @@ def batchnormify(
         model = _replace(model, {layer: to(layer) for layer in convertible})
     else:
         convert = {"running": _to_running, "precise": _to_precise, "torch": _to_torch}[to]
+        convertible = [layer for layer in convertible if not is_already(layer, to, layer_kwargs)]
         for layer in convertible:
             convert(layer, **layer_kwargs)
     _report(to, len(convertible), left_alone)
@@ -150,15 +163,6 @@ def batchnormify(
     elif to == "torch" and where is None and is_centered(model):
         bake_weights(model)
     return model
-
-
-def _bad_momentum(layer: nn.Module) -> str | None:
-    assert isinstance(layer, _BatchNorm)
-    try:
-        check_momentum(layer.momentum)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def _check_options(to: Target, options: dict[str, Any]) -> None:
@@ -181,96 +185,18 @@ def _check_options(to: Target, options: dict[str, Any]) -> None:
     check_synchronisation(options.get("sync", False), options.get("process_group"))
 
 
-def _batch_norms(model: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
-    """Every BatchNorm layer once, with all its names."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _BatchNorm) or _is_scripted_batch_norm(module) or _is_foreign(module):
-            names.setdefault(module, []).append(name)
-    yield from ((found, module) for module, found in names.items())
-
-
-def _is_scripted_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule) and str(module.original_name).startswith("BatchNorm")
-
-
-def _is_foreign(module: nn.Module) -> bool:
-    """Whether it is BatchNorm by its name and its statistics, and no ``nn.BatchNorm``."""
-    if "BatchNorm" not in type(module).__name__ or isinstance(module, _BatchNorm):
-        return False
-    return {"running_mean", "running_var"} <= {name for name, _ in module.named_buffers(recurse=False)}
-
-
-def _reason_to_leave_foreign(layer: nn.Module) -> str:
-    if not layer._parameters:
-        return "it is frozen; its statistics and affine parameters are constants"
-    return f"{type(layer).__name__} is no subclass of nn.BatchNorm"
-
-
-def _shown(names: list[str]) -> str:
-    """How the log names a layer."""
-    return names[0] or "the model itself"
-
-
-def _reason_to_leave(layer: nn.Module, to: str) -> str | None:
-    """Why a layer cannot be converted, or None."""
-    if isinstance(layer, torch.jit.ScriptModule):
-        return "it is scripted; convert the model before torch.jit.script"
-    assert isinstance(layer, _BatchNorm)
-    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
-        return "it is lazy and not initialised; run a batch through the model first"
-    if parametrize.is_parametrized(layer):
-        return "it is parametrised; remove the parametrisation first"
-    removes_own = to == "torch" and isinstance(layer, PooledStatistics)
-    has_statistics = layer.running_mean is not None and layer.running_var is not None and layer.track_running_stats
-    if not has_statistics and not removes_own:
-        return "it keeps no running statistics"
-    if "forward" in vars(layer) or not (_has_known_forward(type(layer)) or is_norm_act(layer)):
-        return f"{type(layer).__name__} has a forward of its own"
-    if isinstance(layer, RunningBatchNorm) and to != "running" and _torch_type(layer) is None:
-        if layer.input_dim is None:
-            return (
-                "which nn.BatchNorm it stands for is not known; run a batch through the model first, "
-                "without torch.compile"
-            )
-        return f"there is no nn.BatchNorm for inputs of {layer.input_dim} dimensions"
-    return None
-
-
-def _has_known_forward(cls: type[nn.Module]) -> bool:
-    if issubclass(cls, PooledStatistics):
-        return cls.forward in (RunningBatchNorm.forward, PreciseBatchNorm.forward, NormAct.forward)
-    if issubclass(cls, nn.SyncBatchNorm):
-        return cls.forward is nn.SyncBatchNorm.forward
-    return cls.forward is _BatchNorm.forward and issubclass(cls, tuple(PRECISE))
-
-
-def _torch_type(layer: nn.Module) -> type[nn.Module] | None:
-    """The class to return to: what the layer was, or the ``nn.BatchNorm`` for inputs such as it has seen."""
-    if not isinstance(layer, PooledStatistics):
-        return type(layer)
-    if layer.converted_from is not None:
-        return layer.converted_from
-    if layer.sync:
-        return nn.SyncBatchNorm
-    if isinstance(layer, RunningBatchNorm):
-        return {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(layer.input_dim or 0)
-    return next(plain for plain, precise in PRECISE.items() if isinstance(layer, precise))
-
-
 def _to_running(layer: Any, **options: Any) -> None:
-    if not isinstance(layer, RunningBatchNorm):
-        _become(layer, RunningBatchNormAct if is_norm_act(layer) else RunningBatchNorm)
+    was_running = isinstance(layer, RunningBatchNorm)
+    if not was_running or layer.converted_from is not None:
+        _become(layer, RUNNING_ACT if is_norm_act(layer) else RUNNING)
+    if not was_running:
         layer.momentum, layer.gradient = Horizon(), "running"
     _set_options(layer, options)
 
 
 def _to_precise(layer: Any, **options: Any) -> None:
     if not isinstance(layer, PreciseBatchNorm):
-        origin = _torch_type(layer)
-        assert origin is not None
-        counterparts = PRECISE_ACT if is_norm_act(layer) else PRECISE
-        _become(layer, next(precise for plain, precise in counterparts.items() if issubclass(origin, plain)))
+        _become(layer, PRECISE_ACT if is_norm_act(layer) else PRECISE)
         for name in _RUNNING_OPTIONS:
             layer.__dict__.pop(name, None)
     _set_options(layer, options)
@@ -283,14 +209,19 @@ def _set_options(layer: PooledStatistics, options: dict[str, Any]) -> None:
         layer.process_group = None
 
 
-def _become(layer: Any, cls: type[PooledStatistics]) -> None:
-    """Give a layer of torch or of this library another class of this library, and the buffers that go with it."""
-    origin, had_state = _torch_type(layer), isinstance(layer, PooledStatistics)
+def _become(layer: Any, counterparts: dict[type[nn.Module], type[PooledStatistics]]) -> None:
+    """Give a layer of torch or of this library another class of this library, and the buffers that go with it.
+
+    `counterparts` says which, by the class of torch that the layer was.
+    """
+    origin, had_state = torch_type(layer), isinstance(layer, PooledStatistics)
     assert origin is not None
-    layer.__class__ = cls
+    had_training_buffers = getattr(layer, "training_buffers", ())
+    layer.__class__ = _class_for(origin, counterparts)
     layer.converted_from = origin
     if had_state:
-        layer.install_training_state()
+        if had_training_buffers != layer.training_buffers:
+            layer.install_training_state()
     else:
         layer.install_state()
         layer.seed()
@@ -298,10 +229,19 @@ def _become(layer: Any, cls: type[PooledStatistics]) -> None:
             layer.sync, layer.process_group = True, layer.__dict__.pop("process_group", None)
 
 
+def _class_for(
+    origin: type[nn.Module], counterparts: dict[type[nn.Module], type[PooledStatistics]]
+) -> type[PooledStatistics]:
+    ours = next(ours for plain, ours in counterparts.items() if issubclass(origin, plain))
+    return instance_of_both(ours, origin)
+
+
 def _to_torch(layer: Any) -> None:
     if not isinstance(layer, PooledStatistics):
+        layer.__class__ = BatchNormOfInput  # type: ignore[assignment]
+        del layer.process_group
         return
-    origin = _torch_type(layer)
+    origin = torch_type(layer)
     assert origin is not None
     layer.remove_state()
     if layer.momentum is not None and not isinstance(layer.momentum, (float, int)):

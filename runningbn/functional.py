@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import kernels
 from .autograd import FusedStep, Normalize, Pooling
@@ -36,6 +37,9 @@ from .momentum import rule_of
 from .spec import Coefficients, Mode, StepSpec
 from .statistics import Batch, GradientState, LayerState, Sums, moments, without_empty
 from .update import update
+
+# Whether torch.func is at work; it has no public name. Dynamo knows it, too.
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def training_step(
@@ -52,10 +56,17 @@ def training_step(
         ranks: the processes to pool the batch over.
         mask: (N, *), True for the elements that count, see `masks`; None for all.
     """
+    _refuse_transforms(x, weight, bias)
     fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
     if fused is not None:
         y: Tensor = FusedStep.apply(x, weight, bias, spec, fused, state.gradient)
         return y
+    if len(state.statistics.shift) != x.shape[1]:
+        mean, var, shift = state.statistics.running_mean, state.statistics.running_var, state.statistics.shift
+        raise RuntimeError(
+            f"running_mean and running_var of {len(mean)} and {len(var)} channels, and a state of {len(shift)}: assign "
+            "both as attributes of the layer, not their .data, to resize it"
+        )
     with torch.no_grad():
         reduction, samples = _reduce(x, state.statistics.shift.dtype, ranks, mask)
         rule = rule_of(spec.momentum)
@@ -68,6 +79,25 @@ def training_step(
                 coefficients = _with_kappa(coefficients, n)
     pooling = Pooling(ranks, reduction.centred)
     return _normalize(x, weight, bias, spec.eps, pooling, n, var, coefficients, state.gradient, mask)
+
+
+def _refuse_transforms(*inputs: Tensor | None) -> None:
+    """Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
+
+    Raises:
+        RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
+            differentiation.
+    """
+    transformed = _transforms_active()
+    # Private, but torch has no other sign that is cheap.
+    if not transformed and forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        transformed = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+    if transformed:
+        raise RuntimeError(
+            "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
+            "...) or forward-mode differentiation. Call eval() on the layer, or "
+            "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
+        )
 
 
 def normalize_by_batch(

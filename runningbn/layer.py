@@ -10,16 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional
-from .buffers import PooledStatistics, is_narrow
+from .buffers import is_narrow
 from .distributed import RankGroup, ranks_of
 from .masks import blank, check_mask, fill
+from .state_dicts import LoadableStatistics
 
 
-class Layer(PooledStatistics):
+class Layer(LoadableStatistics):
     """The checks and the evaluation of every layer; a training step is for its subclasses."""
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        # In the order of torch, whose table of wrong inputs has several faults at once.
         self._check_input_dim(x)
+        if self.eps <= 0:
+            self._check_eps()
         if x.shape[1] != self.num_features:
             raise RuntimeError(f"expected {self.num_features} channels in dimension 1, got shape {tuple(x.shape)}")
         reference = self._own("weight")
@@ -30,10 +34,15 @@ class Layer(PooledStatistics):
         if (dtype != expected and not (expected == torch.float32 and is_narrow(x))) or not dtype.is_floating_point:
             also = " or of 16 bits" if expected == torch.float32 else ""
             raise RuntimeError(f"expected a floating-point input of {expected}{also} as in the layer, got {dtype}")
-        if self.training and self.eps <= 0:
-            raise ValueError(f"batch_norm eps must be positive during training, got eps={self.eps}")
         if mask is not None:
             check_mask(mask, x)
+
+    def _check_eps(self) -> None:
+        """For an eps that is not positive: evaluation by statistics takes 0, nothing takes less."""
+        if self.training or self._own("running_mean") is None:
+            raise ValueError(f"batch_norm eps must be positive during training, got eps={self.eps}")
+        if self.eps < 0:
+            raise ValueError(f"batch_norm eps must be non-negative, got eps={self.eps}")
 
     def _own(self, name: str) -> Tensor | None:
         """``getattr(self, name)`` of a parameter or buffer, for which nn.Module looks everywhere else first."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .derived_tensors import plain
 from .kernels.layout import spread
 from .statistics import Sums
 
@@ -37,6 +38,7 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
 
 def real_sums(x: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor]:
     """Sums of the real elements about their mean as it is in `dtype`; and N, (), the samples that have any."""
+    mask = plain(mask)
     x, real = x.to(dtype), mask.unsqueeze(1)
     all_but_channels = [d for d in range(x.dim()) if d != 1]
     count = mask.sum().to(dtype)
@@ -49,9 +51,9 @@ def real_sums(x: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Sums, Tensor
 def fill(x: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
     """x with the mean, (C,), at the positions that are not real."""
     limits = torch.finfo(x.dtype)
-    return torch.where(mask.unsqueeze(1), x, spread(mean.clamp(limits.min, limits.max).to(x.dtype), x))
+    return torch.where(plain(mask).unsqueeze(1), x, spread(mean.clamp(limits.min, limits.max).to(x.dtype), x))
 
 
 def blank(y: Tensor, mask: Tensor) -> Tensor:
     """y with 0 at the positions that are not real."""
-    return torch.where(mask.unsqueeze(1), y, 0)
+    return torch.where(plain(mask).unsqueeze(1), y, 0)

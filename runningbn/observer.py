@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional, kernels
 from .accumulate import Call
 from .buffers import PooledStatistics
+from .derived_tensors import is_derived, through_class
 from .flags import set_training
 from .statistics import moments
 from .subclasses import Arguments, Convention, InputMoments, Moments, batch_moments, candidates, learned, replaced
@@ -77,6 +78,9 @@ class Observer:
             # Nothing else happens in there, and so the detour by torch's function modes is spared.
             x = _input_of_forward(*args, **kwargs)
             layer._check_input_dim(x)
+            if type(x) is not Tensor and is_derived(x):
+                compute = partial(self.normalize, number, weight=layer.weight, bias=layer.bias, eps=layer.eps)
+                return through_class(compute, layer, x)
             return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
         # Whoever runs the model may have called train().

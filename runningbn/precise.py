@@ -5,9 +5,12 @@ Shapes: N batch, C channels, `*` any trailing dimensions.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from . import functional
+from .derived_tensors import is_derived, through_class
 from .layer import Layer
 from .spec import Mode, StepSpec
 
@@ -20,6 +23,8 @@ class PreciseBatchNorm(Layer):
 
         `mask`, (N, *), is True where the input is real.
         """
+        if type(input) is not Tensor and is_derived(input):
+            return through_class(partial(PreciseBatchNorm.forward, self, mask=mask), self, input)
         self._check_input(input, mask)
         ranks = self._ranks()
         if not self._updates(input, ranks):

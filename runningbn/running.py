@@ -5,6 +5,7 @@ Shapes: N batch, C channels, `*` any trailing dimensions; n = elements per chann
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from . import functional
 from .buffers import TRAINING
+from .derived_tensors import is_derived, through_class
 from .law import MAX_LAG, Law
 from .layer import Layer
 from .momentum import Horizon, Momentum
@@ -143,6 +145,8 @@ class RunningBatchNorm(Layer):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise (N, C, *); in training, let it enter the state first. `mask`, (N, *), is True where it is real."""
+        if type(input) is not Tensor and is_derived(input):
+            return through_class(partial(RunningBatchNorm.forward, self, mask=mask), self, input)
         self._check_input(input, mask)
         if self.input_dim != input.dim() and not torch.compiler.is_compiling():
             self.input_dim = input.dim()

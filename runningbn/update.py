@@ -167,11 +167,12 @@ def _enter(state: State, batch: Batch) -> Tensor:
     debias = torch.addcmul(weight, keep, state.debias)
     for buffer, value in zip(state, (*combined, count_sqrs, debias)):
         buffer.copy_(value)
+    entered = ignored.logical_not()
     if isinstance(batch.samples, Tensor):
-        state.samples.addcmul_(finite.to(batch.samples.dtype), batch.samples)
+        state.samples.addcmul_(entered.to(batch.samples.dtype), batch.samples)
     else:
-        state.samples.add_(finite, alpha=batch.samples)
-    state.steps.add_(finite)
+        state.samples.add_(entered, alpha=batch.samples)
+    state.steps.add_(entered)
     state.num_batches_tracked.add_(batch.samples > 0)
     state.last_keep.copy_(keep)
     state.last_gain.copy_(gain)

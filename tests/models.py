@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from cases import noise, with_random_affine
 from torch import Tensor, nn
 
-from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm
+from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
+from runningbn.converted import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 
 OURS = ("running", "precise")
 TARGETS = (*OURS, "torch")
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PRECISE = (PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d)
-CLASSES = {"running": (RunningBatchNorm,) * 3, "precise": PRECISE, "torch": PLAIN}
+CONVERTED = (RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d)
+CLASSES = {"running": CONVERTED, "precise": PRECISE, "torch": PLAIN}
 
 each_target = pytest.mark.parametrize("to", TARGETS)
 each_of_ours = pytest.mark.parametrize("to", OURS)

@@ -195,6 +195,8 @@ class Channel:
             return x.new_tensor(self.running_mean), x.new_tensor(self.running_var), 0.0
 
         a = batch_weight(momentum, batch_size, self.samples, self.steps)
+        if a == 0:
+            return x.new_tensor(self.running_mean), x.new_tensor(self.running_var), 0.0
         g = a
         if type(momentum).__name__ == "Horizon":
             if self.debias > 0:

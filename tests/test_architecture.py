@@ -16,6 +16,7 @@ PACKAGE = Path(runningbn.__file__).parent
 
 # Each room may use those before it. `statistics` is the vocabulary of the kernels, which return sums.
 ORDER = [
+    "derived_tensors",
     "statistics",
     "momentum",
     "law",
@@ -27,10 +28,12 @@ ORDER = [
     "masks",
     "functional",
     "buffers",
+    "state_dicts",
     "layer",
     "running",
     "precise",
     "converted",
+    "convertible",
     "accumulate",
     "flags",
     "subclasses",

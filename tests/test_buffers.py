@@ -80,7 +80,7 @@ def test_assigned_tensor_leaves_its_autograd_history_behind(cls):
 
 @each_class
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
-@pytest.mark.parametrize("shape", [(4,), (1,), (), (3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(), (3, 1)], ids=str)
 def test_assigned_statistics_of_a_wrong_shape_are_refused_and_change_nothing(cls, name, shape):
     layer = trained_layer(cls)
     before = buffers_of(layer)

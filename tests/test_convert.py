@@ -72,7 +72,7 @@ def test_model_without_batch_norm_is_returned():
 
 
 def test_default_target_is_running():
-    assert type(batchnormify(nn.BatchNorm2d(3))) is RunningBatchNorm
+    assert isinstance(batchnormify(nn.BatchNorm2d(3)), RunningBatchNorm)
 
 
 # ---------------------------------------------------------------------------------------------------- what it keeps

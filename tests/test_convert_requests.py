@@ -9,6 +9,7 @@ from steps import assert_identical, buffers_of
 from torch import nn
 
 from runningbn import Horizon, RunningBatchNorm, SquareRoot, batchnormify
+from runningbn.converted import RunningBatchNorm2d
 
 # ------------------------------------------------------------------------------------------------------------ where
 
@@ -37,13 +38,13 @@ def test_where_is_asked_about_every_name_of_every_batch_norm_layer_and_about_not
 def test_where_is_asked_about_a_root_layer_by_the_empty_name():
     layer = nn.BatchNorm2d(3)
     batchnormify(layer, where=lambda name, module: name == "" and module is layer)
-    assert type(layer) is RunningBatchNorm
+    assert isinstance(layer, RunningBatchNorm)
 
 
 def test_where_selects_among_converted_layers_for_the_way_back():
     model = batchnormify(small_net())
     batchnormify(model, "torch", where=lambda name, _: name == "1")
-    assert [type(model[1]), type(model[3])] == [nn.BatchNorm2d, RunningBatchNorm]
+    assert [type(model[1]), type(model[3])] == [nn.BatchNorm2d, RunningBatchNorm2d]
 
 
 # ---------------------------------------------------------------------------------------------------------- callable
@@ -225,8 +226,25 @@ def log(caplog):
 
 @each_target
 def test_one_line_says_what_was_done(log, to):
-    batchnormify(tangle(), to)
+    model = batchnormify(tangle(), "precise" if to == "running" else "running")
+    log.clear()
+    batchnormify(model, to)
     assert log.record_tuples == [("runningbn", logging.INFO, f"batchnormify: 3 layers converted to {to}")]
+
+
+@each_target
+def test_layers_that_are_what_was_asked_for_are_not_counted(log, to):
+    model = batchnormify(tangle(), to)
+    log.clear()
+    batchnormify(model, to)
+    assert log.record_tuples == [("runningbn", logging.INFO, f"batchnormify: 0 layers converted to {to}")]
+
+
+def test_layers_that_take_an_option_are_counted(log):
+    model = batchnormify(tangle())
+    log.clear()
+    batchnormify(model, momentum=0.5)
+    assert log.messages == ["batchnormify: 3 layers converted to running"]
 
 
 def test_one_layer_is_singular(log):

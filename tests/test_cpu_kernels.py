@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, functional, kernels
+from runningbn.buffers import SETTLED
 from runningbn.kernels import cpu, use_backend
 from runningbn.kernels.contract import GradientSums
 from runningbn.kernels.cpu_library import _TORCH_LIBRARY, library
@@ -93,7 +94,7 @@ def seeded_state(channels: int, dtype: torch.dtype) -> State:
     state = State(*(buffer.clone() for buffer in layer._state()))
     assert state.count.eq(1).all()
     assert state.count_sqrs.eq(0).all()
-    assert state.samples.eq(torch.finfo(torch.float32).max).all()
+    assert state.samples.eq(SETTLED).all()
     return state
 
 

@@ -10,11 +10,13 @@ TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_there_are_three_blocks():
-    assert len(BLOCKS) == 3
+def test_there_are_five_blocks():
+    assert len(BLOCKS) == 5
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["GradScaler", "averaged weights", "schedule-free"])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=["GradScaler", "averaged weights", "schedule-free", "classes", "state dicts"]
+)
 def test_blocks_run(block):
     if "schedulefree" in block:
         pytest.importorskip("schedulefree")

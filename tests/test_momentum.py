@@ -11,6 +11,7 @@ from cases import RULES, noise
 from reference import batch_weight
 
 from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, SquareRoot
+from runningbn.kernels import use_backend
 
 LAYERS = pytest.mark.parametrize(
     "layer",
@@ -209,3 +210,28 @@ def test_momentum_can_be_changed_on_a_live_layer():
     layer.momentum = 1.0
     layer(torch.ones(4, 1, dtype=torch.float64))
     assert layer.running_mean.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("layer", [RunningBatchNorm, PreciseBatchNorm2d])
+@pytest.mark.parametrize("backend", ["cpu", "aten"])
+def test_a_forward_with_momentum_zero_is_not_counted(layer, backend):
+    """As SAM has it for its second forward; `num_batches_tracked` counts on, as in torch."""
+    first, second = torch.randn((2, 4, 3, 5, 5), generator=torch.Generator().manual_seed(0))
+    plain, twice = layer(3), layer(3)
+    with use_backend(backend):
+        plain(first), twice(first)
+        rule, twice.momentum = twice.momentum, 0
+        twice(3 * second + 1).sum().backward()
+        twice.momentum = rule
+    assert twice.num_batches_tracked == 2
+    for name, buffer in plain.named_buffers():
+        if name not in ("num_batches_tracked", "last_keep", "last_gain"):
+            assert torch.equal(twice.get_buffer(name), buffer), name
+
+
+def test_a_horizon_twice_as_long_makes_up_for_two_forwards_a_step():
+    once, twice = Horizon(), Horizon(samples=256, start=16)
+    for images in (0.0, 50.0, 500.0, 5000.0):
+        one = once.weight(4, torch.tensor([images]), torch.zeros(1))
+        two = twice.weight(4, torch.tensor([2 * images]), torch.zeros(1))
+        torch.testing.assert_close(1 - one, (1 - two) ** 2)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 from versions import BATCH_NORM_TAKES_BIAS, needs_batch_norm_without_bias
 
-from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, SquareRoot
+from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, SquareRoot
 
 TORCH = {PreciseBatchNorm1d: nn.BatchNorm1d, PreciseBatchNorm2d: nn.BatchNorm2d, PreciseBatchNorm3d: nn.BatchNorm3d}
 PAIRS = pytest.mark.parametrize(("precise", "plain"), TORCH.items(), ids=lambda cls: cls.__name__)
@@ -640,3 +640,34 @@ def test_resuming_from_a_checkpoint_continues_bit_for_bit(name):
     train(layer, batches[3:])
     train(resumed, batches[3:])
     assert_identical(buffers_of(resumed), buffers_of(layer))
+
+
+# ---------------------------------------------------------------------------------------------- several faults at once
+
+
+POSITIVE, NEGATIVE = "eps must be positive during training", "eps must be non-negative"
+INTEGERS, WIDE = torch.zeros(2, 3, 2, 2, dtype=torch.int64), torch.zeros(2, 4, 2, 2, dtype=torch.float64)
+# What nn.BatchNorm2d of torch 2.13 complains of, in training and in evaluation.
+FAULTS = {
+    "eps and dtype": ({"eps": 0.0}, INTEGERS, POSITIVE, "expected a floating-point input"),
+    "eps and channels": ({"eps": -1.0}, torch.zeros(2, 4, 2, 2), POSITIVE, NEGATIVE),
+    "eps, channels and dtype": ({"eps": 0.0}, WIDE, POSITIVE, "expected 3 channels"),
+    "channels and dtype": ({}, WIDE, "expected 3 channels", "expected 3 channels"),
+    "dimensions and eps": ({"eps": 0.0}, torch.zeros(2), "expected", "expected"),
+    "eps": ({"eps": -1e-3}, torch.zeros(2, 3, 2, 2), POSITIVE, NEGATIVE),
+}
+
+
+@pytest.mark.parametrize(("options", "x", "training", "evaluation"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("cls", [PreciseBatchNorm2d, RunningBatchNorm])
+def test_of_several_faults_the_one_that_torch_names_is_named(cls, options, x, training, evaluation):
+    layer = cls(3, **options)
+    with pytest.raises((ValueError, RuntimeError), match=training):
+        layer(x)
+    with pytest.raises((ValueError, RuntimeError), match=evaluation):
+        layer.eval()(x)
+
+
+def test_without_statistics_evaluation_is_as_strict_as_training():
+    with pytest.raises(ValueError, match=POSITIVE):
+        PreciseBatchNorm2d(3, eps=0.0, track_running_stats=False).eval()(torch.zeros(2, 3, 2, 2))

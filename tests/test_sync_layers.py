@@ -231,10 +231,26 @@ def test_options_of_synchronisation_are_checked(to):
 
 
 class SyncBatchNormAct(nn.SyncBatchNorm):
-    """As timm's: a forward of its own around that of its base."""
+    """A forward of its own around that of its base, which it calls by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(nn.SyncBatchNorm.forward(self, x))
+
+
+class Wrapping(nn.SyncBatchNorm):
+    """The same by way of super()."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))
+
+
+def test_sync_batch_norm_that_is_wrapped_stays_synchronised_on_the_way_to_torch(caplog):
+    with caplog.at_level(logging.INFO, logger="runningbn"):
+        assert type(batchnormify(Wrapping(3), "torch")) is Wrapping
+    assert "Wrapping has a forward of its own" in caplog.text
+    layer = batchnormify(Wrapping(3))
+    assert layer(noise((4, *SHAPE), 0)).min() == 0
+    assert type(batchnormify(layer, "torch")) is Wrapping
 
 
 @pytest.mark.parametrize("to", ["running", "precise"])

@@ -180,5 +180,5 @@ def test_running_layers_with_centred_weights_train_on_single_images():
     model = batchnormify(small_net(), center_weights=images())
     for seed in range(3):
         sgd_step(model, images(seed, batch_size=1))
-    assert type(model[1]) is RunningBatchNorm
+    assert isinstance(model[1], RunningBatchNorm)
     assert all(parameter.isfinite().all() for parameter in model.parameters())

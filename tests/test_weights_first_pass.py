@@ -123,7 +123,7 @@ def test_batchnormify_with_where_centres_what_feeds_a_converted_layer():
     model = batchnormify(small_net(), where=lambda name, module: name == "1", center_weights=True)
     model(x())
     assert centred(model) == {"0"}
-    assert type(model[1]) is RunningBatchNorm
+    assert isinstance(model[1], RunningBatchNorm)
 
 
 # ---------------------------------------------------------------------------------------------------------- failures

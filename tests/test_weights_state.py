@@ -171,7 +171,7 @@ def test_other_targets_refuse_it_before_they_do_anything(to):
     model = batchnormify(small_net())
     with pytest.raises(TypeError, match="does not take center_weights"):
         batchnormify(model, to, center_weights=True)
-    assert type(model[1]) is RunningBatchNorm
+    assert isinstance(model[1], RunningBatchNorm)
 
 
 def test_pass_that_fails_leaves_the_layers_unconverted():

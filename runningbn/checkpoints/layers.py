@@ -74,8 +74,8 @@ class SavedLayer:
     @property
     def taken_over(self) -> bool:
         """Whether the state was seeded by statistics from elsewhere; how much data they saw is not known then."""
-        # No training reaches a millionth of that number; averaging weights may have made it less than it was.
-        return bool((self.state["samples"] > SETTLED / 1e6).any())
+        # No training reaches that many samples; averaging weights may have made the number less than it was.
+        return bool((self.state["samples"] <= SETTLED / 256).logical_not().any())
 
 
 @dataclass(frozen=True)

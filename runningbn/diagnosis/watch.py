@@ -60,12 +60,12 @@ class Watcher(Observer):
             self._samples[number].append(means)
         return y
 
-    def normalize_real(self, number: int, x: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def normalize_real(self, number: int, mask: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `Observer.normalize_real`."""
         self._gather(number, x, mask)
         self._noted_by_mask = True
         try:
-            return super().normalize_real(number, x, mask, *args, **kwargs)
+            return super().normalize_real(number, mask, x, *args, **kwargs)
         finally:
             self._noted_by_mask = False
 

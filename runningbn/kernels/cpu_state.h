@@ -129,8 +129,6 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                         AT(f->count) = (REAL)total;
                         AT(f->count_sqrs) = (REAL)(kept * kept * count_sqrs + gain * gain * n);
                         AT(f->debias) = (REAL)(weight + keep * (double)AT(f->debias));
-                    }
-                    if (finite) {
                         AT(f->samples) = (REAL)((double)AT(f->samples) + f->batch_samples);
                         AT(f->steps) = (REAL)((double)AT(f->steps) + 1);
                     }

@@ -589,7 +589,7 @@ def _enter(
     sums = _rounded(kept * moved - gain * n * e, dtype)
     count_sqrs = _rounded(kept * kept * count_sqrs + gain * gain * n, dtype)
     count = tl.where(enters, _rounded(total, dtype), count)
-    samples = tl.where(finite, _rounded(samples + batch_samples, dtype), samples)
+    samples = tl.where(enters, _rounded(samples + batch_samples, dtype), samples)
     steps = _float64(state.steps, c, exists) + 1
     gain = tl.where(enters, gain, 0)
 
@@ -615,8 +615,8 @@ def _enter(
     tl.store(state.debias + c, (a + keep * debias).to(dtype), mask=enters)
     tl.store(state.running_mean + c, mean.to(dtype), mask=enters)
     tl.store(state.running_var + c, var.to(dtype), mask=enters)
-    tl.store(state.samples + c, samples.to(dtype), mask=exists & finite)
-    tl.store(state.steps + c, steps.to(dtype), mask=exists & finite)
+    tl.store(state.samples + c, samples.to(dtype), mask=enters)
+    tl.store(state.steps + c, steps.to(dtype), mask=enters)
     tl.store(state.last_keep + c, keep.to(dtype), mask=exists)
     tl.store(state.last_gain + c, gain.to(dtype), mask=exists)
     return mean, var, _rounded(keep, dtype), _rounded(gain, dtype), count, samples
