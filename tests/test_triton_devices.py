@@ -101,7 +101,7 @@ def test_an_old_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_devices.too_old.cache_clear()
 
 
-# ------------------------------------------------------------------------------------------------ devices without float64
+# ------------------------------------------------------------------------------------------- devices without float64
 
 
 class NoFloat64(TorchDispatchMode):

@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found.dry_run:
         # Read when the kernels are imported, in the processes of the parts.
         os.environ["TRITON_INTERPRET"] = "1"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny
     reason = check_device(found.dry_run)
     if reason is not None:
         parser.error(reason)
