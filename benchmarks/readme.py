@@ -238,6 +238,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/recalibration.md": {"population": population_candidates, "error bars": error_bars}
     | {name: partial(example_table, name) for name in EXAMPLES},
+    "docs/gpus.md": {"host": gpu_report.host_table, "gpu": gpu_report.gpu_tables},
 }
 
 
