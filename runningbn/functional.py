@@ -59,11 +59,7 @@ def precise(
     state: State, momentum: Momentum, ranks: RankGroup | None, mask: Tensor | None, law: Law,
 ) -> Tensor:  # fmt: skip
     """Absorb a batch and normalise by its own statistics, as ``nn.BatchNorm`` does. See `update.absorb_precise`."""
-    if (
-        ranks is None
-        and mask is None
-        and (prepared := kernels.fused(x, weight, bias, state, momentum)) is not None
-    ):
+    if ranks is None and mask is None and (prepared := kernels.fused(x, weight, bias, state, momentum)) is not None:
         y: Tensor = Fused.apply(x, weight, bias, eps, *prepared, None, momentum, False, law)
         return y
     return normalize(x, weight, bias, _step(absorb_precise, x, state, momentum, ranks, mask, law), eps)

@@ -12,15 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.report_tables import markdown
 from benchmarks.results_file import FOLDER
 
 GPU = FOLDER / "gpu.json"
 NEVER = "No GPU was at hand yet, so there is nothing to show."
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table of GitHub's Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
 def host_table() -> str:
