@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.host            a minute on one core
     python -m benchmarks.gpu.host --write    also store the numbers in benchmarks/results
 
-Triton compiles the kernels for an H100 that is not there; see `no_device`. Tensors are on the CPU, so what is missing is
-what torch does for CUDA tensors in particular (its allocator, asking for the stream) and the launch itself, some
+Triton compiles the kernels for an H100 that is not there; see `no_device`. Tensors are on the CPU, so what is missing
+is what torch does for CUDA tensors in particular (its allocator, asking for the stream) and the launch itself, some
 microseconds each. Times are microseconds of an eager forward in training mode, and of the backward from it through
 autograd: the least of many medians, of everybody in turn. *Nothing* is an autograd function that saves its input and
 hands its gradient on: what torch takes for itself. *By Triton* is the same layer with every launch by Triton's own way,

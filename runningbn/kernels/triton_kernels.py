@@ -5,9 +5,9 @@ cut into tiles of BN × BC × BS, which are numbered within a block of BC channe
 of them one after the other, its `split`. n = N·S elements per channel.
 
 Sums over x are in the dtype of the statistics. What there is of one value per channel is computed in W: in float64, to
-be rounded where it is stored, so that the update is as exact as its buffers. On GPUs
-with few units for float64 that would take longer than many a layer, see docs/gpus.md. There W is the dtype of the
-statistics, as in plain torch, and only the mean of a batch, a few operations, is in float64.
+be rounded where it is stored, so that the update is as exact as its buffers. On GPUs with few units for float64 that
+would take longer than many a layer, see docs/gpus.md. There W is the dtype of the statistics, as in plain torch, and
+only the mean of a batch, a few operations, is in float64.
 """
 
 # mypy: ignore-errors
@@ -534,7 +534,7 @@ def _batch_weight(RULE: tl.constexpr, rule_a, rule_b, rule_c, batch, state, c, e
 def _expm1(u, W: tl.constexpr):
     """exp(u) − 1, u ≤ 0, to the last bits also near 0, where the difference has none."""
     e = tl.exp(u)
-    if W == tl.float64:
+    if W == tl.float64:  # noqa: SIM300
         # Kahan's (e − 1)·u / ln(e), which takes a logarithm that is right near 1.
         inside = (e != 1) & (e > 0)
         quotient = (e - 1) * (u / tl.log(tl.where(inside, e, 2)))
