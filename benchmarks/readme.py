@@ -24,6 +24,7 @@ from .accuracy.report_real import residual_net_table
 from .accuracy.report_results import REAL_RESULTS, load_real
 from .accuracy.report_tables import markdown
 from .cases import COPY, FASTAI, OURS, PEER
+from .gpu import report as gpu_report
 from .layers_report import Row, disturbed, figure, losses, losses_title, of_grid, page_faults, summary, worst_errors
 from .models import markdown_table
 
@@ -238,6 +239,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/recalibration.md": {"population": population_candidates, "error bars": error_bars}
     | {name: partial(example_table, name) for name in EXAMPLES},
+    "docs/gpus.md": {"host": gpu_report.host_table, "gpu": gpu_report.gpu_tables},
 }
 
 

@@ -31,12 +31,15 @@ class RunningBatchNorm3d(RunningBatchNorm, nn.BatchNorm3d):
     """What `batchnormify` makes of ``nn.BatchNorm3d``; not meant to be constructed."""
 
 
-class RunningSyncBatchNorm(RunningBatchNorm, nn.SyncBatchNorm):
-    """What `batchnormify` makes of ``nn.SyncBatchNorm``; not meant to be constructed."""
+class RunningSyncBatchNorm(RunningBatchNorm):
+    """What `batchnormify` makes of ``nn.SyncBatchNorm``; not meant to be constructed.
+
+    No instance of it: DistributedDataParallel refuses those on CPUs, where layers of this library can synchronise.
+    """
 
 
-class PreciseSyncBatchNorm(PreciseBatchNorm, nn.SyncBatchNorm):
-    """What `batchnormify` makes of ``nn.SyncBatchNorm``, for inputs (N, C, *); not meant to be constructed."""
+class PreciseSyncBatchNorm(PreciseBatchNorm):
+    """What `batchnormify` makes of ``nn.SyncBatchNorm``, for inputs (N, C, *); likewise no instance of it."""
 
     _check_input_dim = RunningBatchNorm._check_input_dim  # type: ignore[assignment]
 
@@ -120,12 +123,12 @@ BY_DIMENSIONS: dict[int, type[_BatchNorm]] = {
 
 
 def instance_of_both(ours: type[PooledStatistics], origin: type[nn.Module]) -> type[PooledStatistics]:
-    """`ours` itself where it is a subclass of `origin`, or a class derived from the two.
+    """`ours` itself where it is a subclass of `origin` or that is a ``nn.SyncBatchNorm``, or a class derived from both.
 
     An `origin` that `wraps_forward` comes first in it, so that its ``super().forward`` is that of `ours`. One that
     cannot be derived from gives `ours`.
     """
-    if issubclass(ours, origin):
+    if issubclass(ours, origin) or issubclass(origin, nn.SyncBatchNorm):
         return ours
     if (ours, origin) not in _made:
         _made[ours, origin] = _derived(ours, origin)

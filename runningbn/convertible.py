@@ -121,4 +121,7 @@ def is_already(layer: nn.Module, to: str, options: dict[str, Any]) -> bool:
         return not isinstance(layer, (PooledStatistics, nn.SyncBatchNorm))
     # Models that were pickled by version 0.1.0 have layers that are no instances of what they were made of.
     ours = RunningBatchNorm if to == "running" else PreciseBatchNorm
-    return isinstance(layer, ours) and not options and isinstance(layer, layer.converted_from or ours)
+    if not isinstance(layer, ours) or options:
+        return False
+    origin = layer.converted_from
+    return origin is None or issubclass(origin, nn.SyncBatchNorm) or isinstance(layer, origin)

@@ -96,7 +96,9 @@ class LoadableStatistics(PooledStatistics):
         for name, value in before.items():
             self._write(name, torch.where(sound, value, self._buffers[name]))  # type: ignore[arg-type]
         if self.training_buffers:
-            for part, weight in zip(self._training_state(), ("noise", "count_dy")):
+            training = self._layer_state(True)
+            for part, weight in ((training.noise, "noise"), (training.gradient, "count_dy")):
+                assert part is not None
                 sound = torch.stack([buffer.isfinite() for buffer in part]).all(0) & (getattr(part, weight) >= 0)
                 for buffer in part:
                     buffer.masked_fill_(~sound, 0)

@@ -636,6 +636,39 @@ def test_layers_train_as_the_reference(dtype: torch.dtype, masked: bool, scenari
 
 
 @runs_kernels
+@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+def test_layers_train_as_the_reference_without_float64(_slow_float64: None, scenario: Scenario) -> None:
+    assert_trains_as_the_reference(scenario, "triton", torch.float32, False, DEVICE)
+
+
+@runs_kernels
+@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_without_float64(_slow_float64: None, shape: str, mode: str) -> None:
+    test_a_step(shape, shape in IN_CHANNELS_LAST, "float32", mode)
+
+
+@runs_kernels
+@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_in_a_row_without_float64(_slow_float64: None, rule: str) -> None:
+    test_steps_in_a_row(rule)
+
+
+@runs_kernels
+@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
+@pytest.mark.parametrize("samples", [1, 3, 100, 128, 129, 5000])
+def test_the_weight_of_a_batch_without_float64(_slow_float64: None, samples: int) -> None:
+    """a = 1 − exp(−N/h) for N/h from 1/128 to 40, on either side of where the series ends."""
+    rule = Horizon(samples=128, start=128, fraction=1)
+    state = empty_state(1)
+    triton.training_forward(batch((samples, 1), 1), None, None, EPS, state, rule, True, True, LAW)
+    torch.testing.assert_close(state.debias.item(), -math.expm1(-samples / 128), rtol=4e-7, atol=0)
+
+
+@runs_kernels
 @pytest.mark.parametrize("masked", [False, True], ids=["whole steps", "masked"])
 @pytest.mark.parametrize("name", ["lagging", "shrinking, lagging", "not finite, near"])
 def test_a_layer_under_checkpointing_trains_as_the_plain_one(name: str, masked: bool) -> None:

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 TESTS = ("tests/gpu", "tests/test_triton.py")
 # Of the parameters of every test, those that a dry run takes.
 OF_A_DRY_RUN = "1"
-# Processes that compile kernels side by side: each holds a context on the GPU and needs a core.
-MOST_PROCESSES = 8
+# Processes that compile kernels side by side, which is most of the time: each holds a context on the GPU and a core.
+MOST_PROCESSES = 14
 
 
 def command(dry_run: bool) -> list[str]:
@@ -32,7 +32,7 @@ def command(dry_run: bool) -> list[str]:
     # Warnings are errors where versions are pinned; a GPU is met with those that it comes with.
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.outcomes", "-W", "default"]
     if importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(0 if dry_run else max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)))]
+        options += ["-n", str(0 if dry_run else max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2)))]
     return [sys.executable, "-m", "pytest", *options, "--tb=short", *tests]
 
 

@@ -2,7 +2,8 @@
 
 Run by ``python -m benchmarks.gpu``; see there. Cases, checks and clocks are those of ``python -m benchmarks.layers``:
 output and gradients of everybody are checked against float64 before anything is timed, and device times are with a cold
-L2 cache. nn.BatchNorm is measured as torch chooses its kernels, which each row names, and without cuDNN.
+L2 cache. nn.BatchNorm is measured as torch chooses its kernels, which each row names, and without cuDNN; switching that
+off and on is part of its host time.
 
 A training step reads x, writes y, reads x and dy for the sums, reads both again and writes dx: with x once more for the
 sums of forward, eight times the memory of x, which is four copies. So its share of a copy's bandwidth is 4 · (time of a

@@ -29,7 +29,7 @@ class Device(NamedTuple):
 
     Attributes:
         multiprocessors: how many it has.
-        slow_float64: whether float64 arithmetic is so slow that it must not grow with the partial sums of a channel.
+        slow_float64: whether float64 arithmetic is so slow that a few hundred operations per channel would be felt.
     """
 
     multiprocessors: int

@@ -4,11 +4,10 @@ Shapes: x is (N, C, S) in memory, with the sizes `outer`, `channels` and `inner`
 cut into tiles of BN × BC × BS, which are numbered within a block of BC channels, along S first. A program takes `tiles`
 of them one after the other, its `split`. n = N·S elements per channel.
 
-Sums over x are in the dtype of the statistics. What there is of one value per channel is computed in float64, to be
-rounded where it is stored: the update is then as exact as its buffers. That is some 400 operations for a channel in
-forward and 200 in backward, divisions and functions included as what they expand to, and no more than 32 channels of a
-program where float64 is slow. Beside the sweep it costs little. The partial sums, which are many, are merged in the
-dtype of the statistics there.
+Sums over x are in the dtype of the statistics. What there is of one value per channel is computed in W: in float64, to
+be rounded where it is stored, so that the update is as exact as its buffers. On GPUs with few units for float64 that
+would take longer than many a layer, see docs/gpus.md. There W is the dtype of the statistics, as in plain torch, and
+only the mean of a batch, a few operations, is in float64.
 """
 
 # mypy: ignore-errors
@@ -55,7 +54,7 @@ def batch_statistics(
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
         eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
             Triton passes numbers as float32.
-        WIDE: whether the partial sums are merged in float64, rather than in the dtype of the statistics.
+        WIDE: whether all that comes after the sweep is in float64, rather than in the dtype of the statistics.
     """
     dtype = scratch.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
@@ -90,33 +89,32 @@ def batch_statistics(
 
     if _is_last(counter + block, splits):
         mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP, WIDE)
-        n = (outer.to(tl.int64) * inner).to(tl.float64)
-        floor, few = _number(variance_floor), _number(warmup_samples)
+        W: tl.constexpr = tl.float64 if WIDE else dtype
+        n, batch_n, squares = (outer.to(tl.int64) * inner).to(W), batch_samples.to(W), squares.to(W)
+        floor, few = _number(variance_floor, W), _number(warmup_samples, W)
         if UPDATES:
-            a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_samples, state, c, exists)
-            of_state = _enter(
-                mean, squares, n, a, batch_samples.to(tl.float64), state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE
-            )
+            a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_n, state, c, exists, W)
+            of_state = _enter(mean, squares, n, a, batch_n, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE, W)
             if block == 0:
                 tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
         elif BY_STATE:
-            of_state = _recalled(state, c, exists)
+            of_state = _recalled(state, c, exists, W)
         if BY_STATE:
             if noise is None:
-                coefficients = _exact_coefficients(of_state, floor, few, dtype)
+                coefficients = _exact_coefficients(of_state, floor, few, dtype, W)
             else:
                 coefficients = _running_coefficients(
-                    of_state, mean, squares, n, batch_samples.to(tl.float64), noise, _number(max_lag),
-                    _number(lag_noise), _number(trust_noise), _number(window), c, exists, dtype, UPDATES,
+                    of_state, mean.to(W), squares, n, batch_n, noise, _number(max_lag, W),
+                    _number(lag_noise, W), _number(trust_noise, W), _number(window, W), c, exists, dtype, UPDATES, W,
                 )  # fmt: skip
             mean, var = coefficients[0], coefficients[1]
             _store_rows(fixed, 2, coefficients, channels, c, exists)
         else:
             var = squares / n
-        rstd = 1 / tl.sqrt(var + _number(eps))
+        rstd = 1 / tl.sqrt(var + _number(eps, W))
         tl.store(fixed + c, mean.to(dtype), mask=exists)
         tl.store(fixed + channels + c, rstd.to(dtype), mask=exists)
-        _store_affine(scratch + 3 * step, mean, rstd, weight, bias, channels, c, exists)
+        _store_affine(scratch + 3 * step, mean, rstd, weight, bias, channels, c, exists, W)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "splits_of_sums"])
@@ -179,27 +177,26 @@ def gradient_statistics(
     tl.store(partial + step, _per_channel(second), mask=exists)
 
     if _is_last(counter + block, splits):
-        of_merge: tl.constexpr = tl.float64 if WIDE else dtype
-        sum_dy = tl.zeros([BC], of_merge)
-        sum_dy_xhat = tl.zeros([BC], of_merge)
+        W: tl.constexpr = tl.float64 if WIDE else dtype
+        sum_dy = tl.zeros([BC], W)
+        sum_dy_xhat = tl.zeros([BC], W)
         for start in range(0, splits, BP):
             p = (start + tl.arange(0, BP))[:, None]
             known = (p < splits) & exists[None, :]
             row = scratch + p.to(tl.int64) * channels + c[None, :]
-            sum_dy += tl.sum(_shared(row, known, of_merge), 0)
-            sum_dy_xhat += tl.sum(_shared(row + step, known, of_merge), 0)
-        sum_dy, sum_dy_xhat = sum_dy.to(tl.float64), sum_dy_xhat.to(tl.float64)
-        rstd = _float64(fixed + channels, c, exists)
+            sum_dy += tl.sum(_shared(row, known, W), 0)
+            sum_dy_xhat += tl.sum(_shared(row + step, known, W), 0)
+        rstd = _wide(fixed + channels, c, exists, W)
         sum_dy_xhat *= rstd
         tl.store(sums + c, sum_dy.to(dtype), mask=exists)
         tl.store(sums + channels + c, sum_dy_xhat.to(dtype), mask=exists)
-        n = (outer.to(tl.int64) * inner).to(tl.float64)
+        n = (outer.to(tl.int64) * inner).to(W)
         if gradient is not None:
-            trust, offset = _float64(fixed + 2 * channels, c, exists), _float64(fixed + 3 * channels, c, exists)
-            std = _float64(fixed + 4 * channels, c, exists)
-            m0, m1 = _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists)
+            trust, offset = _wide(fixed + 2 * channels, c, exists, W), _wide(fixed + 3 * channels, c, exists, W)
+            std = _wide(fixed + 4 * channels, c, exists, W)
+            m0, m1 = _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists, W)
         elif BY_STATE:
-            kappa_mean, kappa_var = _float64(fixed + 2 * channels, c, exists), _float64(fixed + 3 * channels, c, exists)
+            kappa_mean, kappa_var = _wide(fixed + 2 * channels, c, exists, W), _wide(fixed + 3 * channels, c, exists, W)
             # A channel that was not finite has sums that are not either, and its κ is 0.
             m0 = tl.where(kappa_mean == 0, 0, kappa_mean * sum_dy)
             m1 = tl.where(kappa_var == 0, 0, kappa_var * sum_dy_xhat)
@@ -207,7 +204,7 @@ def gradient_statistics(
             m0, m1 = sum_dy / n, sum_dy_xhat / n
         scale = rstd
         if weight is not None:
-            scale *= _float64(weight, c, exists)
+            scale *= _wide(weight, c, exists, W)
         row = scratch + 2 * step + c
         tl.store(row, scale.to(dtype), mask=exists)
         tl.store(row + channels, (-scale * rstd * m1).to(dtype), mask=exists)
@@ -258,31 +255,32 @@ def update_by_sums(
         batch_samples: N, or a pointer to it.
         max_lag to warmup_samples: float64, as integers of the same bits.
     """
+    W: tl.constexpr = tl.float64
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     exists = c < channels
-    floor, few = _number(variance_floor), _number(warmup_samples)
+    floor, few = _number(variance_floor, W), _number(warmup_samples, W)
     samples = (tl.load(batch_samples) if batch_samples.dtype.is_ptr() else batch_samples).to(tl.float64)
-    n = _float64(batch.count, c, exists)
-    sums = _float64(batch.sums, c, exists)
+    n = _wide(batch.count, c, exists, W)
+    sums = _wide(batch.sums, c, exists, W)
     offset = sums / tl.where(n > 0, n, 1)
-    mean = _float64(batch.shift, c, exists) + offset
-    squares = _not_negative(_float64(batch.sqrs, c, exists) - sums * offset)
+    mean = _wide(batch.shift, c, exists, W) + offset
+    squares = _not_negative(_wide(batch.sqrs, c, exists, W) - sums * offset)
     if UPDATES:
-        a = _float64(given_weight, c, exists)
-        of_state = _enter(mean, squares, n, a, samples, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE)
+        a = _wide(given_weight, c, exists, W)
+        of_state = _enter(mean, squares, n, a, samples, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE, W)
         if tl.program_id(0) == 0:
             tracked = tl.load(state.num_batches_tracked)
             tl.store(state.num_batches_tracked, tracked + (samples > 0).to(tracked.dtype))
     elif BY_STATE:
-        of_state = _recalled(state, c, exists)
+        of_state = _recalled(state, c, exists, W)
     dtype = state.shift.dtype.element_ty
     if noise is not None:
         results = _running_coefficients(
-            of_state, mean, squares, n, samples, noise, _number(max_lag), _number(lag_noise), _number(trust_noise),
-            _number(window), c, exists, dtype, UPDATES,
+            of_state, mean, squares, n, samples, noise, _number(max_lag, W), _number(lag_noise, W),
+            _number(trust_noise, W), _number(window, W), c, exists, dtype, UPDATES, W,
         )  # fmt: skip
     elif BY_STATE:
-        results = _exact_coefficients(of_state, floor, few, dtype)
+        results = _exact_coefficients(of_state, floor, few, dtype, W)
     else:
         results = (mean, squares / tl.where(n > 0, n, 1))
     for i in tl.static_range(len(out)):
@@ -294,13 +292,14 @@ def update_gradient_by_sums(
     gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, count, m0, m1, channels, BC: tl.constexpr
 ):  # fmt: skip
     """Absorb the sums of a backward pass that came from elsewhere, all (C,); writes G0 and G1 to `m0` and `m1`."""
+    W: tl.constexpr = tl.float64
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     exists = c < channels
-    first, second = _float64(sum_dy, c, exists), _float64(sum_dy_xhat, c, exists)
-    rstd, trust = _float64(rstd, c, exists), _float64(trust, c, exists)
-    offset, std = _float64(offset, c, exists), _float64(batch_std, c, exists)
-    n = _float64(count, c, exists)
-    first, second = _update_gradient(gradient, first, second, rstd, trust, offset, std, n, c, exists)
+    first, second = _wide(sum_dy, c, exists, W), _wide(sum_dy_xhat, c, exists, W)
+    rstd, trust = _wide(rstd, c, exists, W), _wide(trust, c, exists, W)
+    offset, std = _wide(offset, c, exists, W), _wide(batch_std, c, exists, W)
+    n = _wide(count, c, exists, W)
+    first, second = _update_gradient(gradient, first, second, rstd, trust, offset, std, n, c, exists, W)
     tl.store(m0 + c, first.to(m0.dtype.element_ty), mask=exists)
     tl.store(m1 + c, second.to(m1.dtype.element_ty), mask=exists)
 
@@ -463,14 +462,14 @@ def _of_splits(
 
 
 @triton.jit
-def _number(bits):
-    """The float64 of these bits, which come as an integer."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+def _number(bits, W: tl.constexpr):
+    """The float64 of these bits, which come as an integer, in W."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(W)
 
 
 @triton.jit
-def _float64(vector, c, exists):
-    return tl.load(vector + c, mask=exists, other=0).to(tl.float64)
+def _wide(vector, c, exists, W: tl.constexpr):
+    return tl.load(vector + c, mask=exists, other=0).to(W)
 
 
 @triton.jit
@@ -486,9 +485,9 @@ def _not_negative(value):
 
 
 @triton.jit
-def _rounded(value, dtype: tl.constexpr):
+def _rounded(value, dtype: tl.constexpr, W: tl.constexpr):
     """As it will be read again from a buffer of that dtype."""
-    return value.to(dtype).to(tl.float64)
+    return value.to(dtype).to(W)
 
 
 @triton.jit
@@ -499,57 +498,67 @@ def _store_rows(matrix, begin: tl.constexpr, rows, channels, c, exists):
 
 
 @triton.jit
-def _store_affine(row, mean, rstd, weight, bias, channels, c, exists):
-    """(x − mean)·slope + base, with what rounding takes from the mean in the base."""
+def _store_affine(row, mean, rstd, weight, bias, channels, c, exists, W: tl.constexpr):
+    """(x − mean)·slope + base, with what rounding takes from the mean in the base: it may have more digits than W."""
     dtype = row.dtype.element_ty
     slope = rstd
     if weight is not None:
-        slope *= _float64(weight, c, exists)
-    base = (_rounded(mean, dtype) - mean) * slope
+        slope *= _wide(weight, c, exists, W)
+    base = (mean.to(dtype).to(mean.dtype) - mean).to(W) * slope
     if bias is not None:
-        base += _float64(bias, c, exists)
+        base += _wide(bias, c, exists, W)
     tl.store(row + c, mean.to(dtype), mask=exists)
     tl.store(row + channels + c, slope.to(dtype), mask=exists)
     tl.store(row + 2 * channels + c, base.to(dtype), mask=exists)
 
 
 @triton.jit
-def _batch_weight(RULE: tl.constexpr, rule_a, rule_b, rule_c, batch_samples, state, c, exists):
-    """a, (BC,), float64, see momentum.py; `rule_a` to `rule_c` are the arguments of the rule in bits."""
-    first, batch = _number(rule_a), batch_samples.to(tl.float64)
-    samples = _float64(state.samples, c, exists)
+def _batch_weight(RULE: tl.constexpr, rule_a, rule_b, rule_c, batch, state, c, exists, W: tl.constexpr):
+    """a, (BC,), in W, see momentum.py; `rule_a` to `rule_c` are the arguments of the rule in bits."""
+    first = _number(rule_a, W)
+    samples = _wide(state.samples, c, exists, W)
     if RULE == CUMULATIVE:
-        result = 1 / (_float64(state.steps, c, exists) + 1)
+        result = 1 / (_wide(state.steps, c, exists, W) + 1)
     elif RULE == SQUARE_ROOT:
         result = samples * 0 + (1 - (1 - first) / tl.sqrt(_at_least(batch - 1, 1)))
     elif RULE == HORIZON:
         # samples, start, fraction
-        horizon = _at_least(_number(rule_c) * samples, _number(rule_b))
-        result = -_expm1(-batch / tl.where(horizon > first, first, horizon))
+        horizon = _at_least(_number(rule_c, W) * samples, _number(rule_b, W))
+        result = -_expm1(-batch / tl.where(horizon > first, first, horizon), W)
     else:
         result = samples * 0 + first
     return result
 
 
 @triton.jit
-def _expm1(u):
-    """exp(u) − 1 to the last bits also near 0, where the difference has none: Kahan's (e − 1)·u / ln(e), e = exp(u)."""
+def _expm1(u, W: tl.constexpr):
+    """exp(u) − 1, u ≤ 0, to the last bits also near 0, where the difference has none."""
     e = tl.exp(u)
-    inside = (e != 1) & (e > 0)
-    quotient = (e - 1) * (u / tl.log(tl.where(inside, e, 2)))
-    return tl.where(inside, quotient, tl.where(e == 1, u, -1))
+    if W == tl.float64:  # noqa: SIM300
+        # Kahan's (e − 1)·u / ln(e), which takes a logarithm that is right near 1.
+        inside = (e != 1) & (e > 0)
+        quotient = (e - 1) * (u / tl.log(tl.where(inside, e, 2)))
+        result = tl.where(inside, quotient, tl.where(e == 1, u, -1))
+    else:
+        # The series to the tenth power: its rest is below 2⁻²⁶ of it where |u| ≤ 1.
+        series = 1 + u / 10
+        for i in tl.static_range(8):
+            series = 1 + u / (9 - i) * series
+        result = tl.where(u > -1, u * series, e - 1)
+    return result
 
 
 @triton.jit
 def _enter(
     mean, squares, n, a, batch_samples, state, floor, few, c, exists,
-    WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr,
+    WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """`update._enter` and what sets the running statistics, of a batch with weight a.
 
     Args:
-        mean, squares, n: the batch: mean, Σ(x − mean)² and number of elements, float64.
-        floor, few: the least variance that is believed below so many samples, float64.
+        mean: of the batch, float64.
+        squares, n: Σ(x − mean)² and number of elements, in W.
+        floor, few: the least variance that is believed below so many samples, in W.
 
     Returns:
         What `_recalled` would find in the buffers.
@@ -558,12 +567,12 @@ def _enter(
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     EPS: tl.constexpr = _EPS64 if dtype == tl.float64 else _EPS32
     MAX: tl.constexpr = _MAX64 if dtype == tl.float64 else _MAX32
-    shift, count = _float64(state.shift, c, exists), _float64(state.count, c, exists)
-    count_sqrs, debias = _float64(state.count_sqrs, c, exists), _float64(state.debias, c, exists)
-    samples = _float64(state.samples, c, exists)
+    shift, count = _wide(state.shift, c, exists, W), _wide(state.count, c, exists, W)
+    count_sqrs, debias = _wide(state.count_sqrs, c, exists, W), _wide(state.debias, c, exists, W)
+    samples = _wide(state.samples, c, exists, W)
 
     # Nothing may enter that is not finite, nor so far away that its square is not.
-    distance = mean - shift
+    distance = (mean - shift.to(mean.dtype)).to(W)
     finite = squares + n * distance * distance <= MAX
     a = tl.where(finite, a, 0)
     enters = exists & (a != 0)
@@ -579,18 +588,18 @@ def _enter(
 
     # Both about the mean of their pivots.
     total = kept * count + gain * n
-    pivot = _rounded(shift + distance * (gain * n / _at_least(total, TINY)), dtype)
+    pivot = _rounded(shift + distance * (gain * n / _at_least(total, TINY)), dtype, W)
     d = pivot - shift
     e = d - distance
-    sums = _float64(state.sums, c, exists)
+    sums = _wide(state.sums, c, exists, W)
     moved = sums - count * d
-    sqrs = kept * (_float64(state.sqrs, c, exists) - d * (sums + moved)) + gain * (squares + n * e * e)
-    sqrs = _rounded(sqrs, dtype)
-    sums = _rounded(kept * moved - gain * n * e, dtype)
-    count_sqrs = _rounded(kept * kept * count_sqrs + gain * gain * n, dtype)
-    count = tl.where(enters, _rounded(total, dtype), count)
-    samples = tl.where(enters, _rounded(samples + batch_samples, dtype), samples)
-    steps = _float64(state.steps, c, exists) + 1
+    sqrs = kept * (_wide(state.sqrs, c, exists, W) - d * (sums + moved)) + gain * (squares + n * e * e)
+    sqrs = _rounded(sqrs, dtype, W)
+    sums = _rounded(kept * moved - gain * n * e, dtype, W)
+    count_sqrs = _rounded(kept * kept * count_sqrs + gain * gain * n, dtype, W)
+    count = tl.where(enters, _rounded(total, dtype, W), count)
+    samples = tl.where(enters, _rounded(samples + batch_samples, dtype, W), samples)
+    steps = _wide(state.steps, c, exists, W) + 1
     gain = tl.where(enters, gain, 0)
 
     divisor = _at_least(count, TINY)
@@ -601,8 +610,8 @@ def _enter(
     else:
         # Bessel's correction for weighted elements, see statistics.unbiased.
         of_state /= _at_least(1 - count_sqrs / _at_least(divisor * divisor, TINY), EPS)
-    mean = tl.where(enters, _rounded(pivot + offset, dtype), _float64(state.running_mean, c, exists))
-    var = tl.where(enters, _rounded(of_state, dtype), _float64(state.running_var, c, exists))
+    mean = tl.where(enters, _rounded(pivot + offset, dtype, W), _wide(state.running_mean, c, exists, W))
+    var = tl.where(enters, _rounded(of_state, dtype, W), _wide(state.running_var, c, exists, W))
 
     # Several threads may hold the values of one channel, and one of them stores: not before all have loaded.
     tl.debug_barrier()
@@ -619,45 +628,45 @@ def _enter(
     tl.store(state.steps + c, steps.to(dtype), mask=enters)
     tl.store(state.last_keep + c, keep.to(dtype), mask=exists)
     tl.store(state.last_gain + c, gain.to(dtype), mask=exists)
-    return mean, var, _rounded(keep, dtype), _rounded(gain, dtype), count, samples
+    return mean, var, _rounded(keep, dtype, W), _rounded(gain, dtype, W), count, samples
 
 
 @triton.jit
-def _recalled(state, c, exists):
-    """running_mean, running_var, last_keep, last_gain, count and samples, (BC,), float64."""
-    mean, var = _float64(state.running_mean, c, exists), _float64(state.running_var, c, exists)
-    keep, gain = _float64(state.last_keep, c, exists), _float64(state.last_gain, c, exists)
-    return mean, var, keep, gain, _float64(state.count, c, exists), _float64(state.samples, c, exists)
+def _recalled(state, c, exists, W: tl.constexpr):
+    """running_mean, running_var, last_keep, last_gain, count and samples, (BC,), in W."""
+    mean, var = _wide(state.running_mean, c, exists, W), _wide(state.running_var, c, exists, W)
+    keep, gain = _wide(state.last_keep, c, exists, W), _wide(state.last_gain, c, exists, W)
+    return mean, var, keep, gain, _wide(state.count, c, exists, W), _wide(state.samples, c, exists, W)
 
 
 @triton.jit
-def _exact_coefficients(of_state, floor, few, dtype: tl.constexpr):
-    """mean, var, kappa_mean, kappa_var as in `update.Coefficients`, float64; `of_state` as `_recalled`."""
+def _exact_coefficients(of_state, floor, few, dtype: tl.constexpr, W: tl.constexpr):
+    """mean, var, kappa_mean, kappa_var as in `update.Coefficients`, in W; `of_state` as `_recalled`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     mean, var, _, gain, count, samples = of_state
     kappa = gain / _at_least(count, TINY)
-    floored = (var <= _rounded(floor, dtype)) & (samples < few)
+    floored = (var <= _rounded(floor, dtype, W)) & (samples < few)
     return mean, var, kappa, tl.where(floored, 0, kappa)
 
 
 @triton.jit
 def _running_coefficients(
     of_state, batch_mean, squares, n, batch_samples, noise, max_lag, lag_noise, trust_noise, window, c, exists,
-    dtype: tl.constexpr, UPDATES: tl.constexpr,
+    dtype: tl.constexpr, UPDATES: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """mean, var, trust, offset, batch_std as in `update.RunningCoefficients`, float64; see `law`."""
+    """mean, var, trust, offset, batch_std as in `update.RunningCoefficients`, in W; see `law`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     mean, var, keep, gain, _, _ = of_state
     ignored = gain == 0
     batch_var = squares / tl.where(n > 0, n, 1)
-    measured = _float64(noise.noise, c, exists)
+    measured = _wide(noise.noise, c, exists, W)
     if UPDATES:
-        steps = _float64(noise.noise_steps, c, exists)
-        difference = batch_mean - _float64(noise.last_mean, c, exists)
+        steps = _wide(noise.noise_steps, c, exists, W)
+        difference = batch_mean - _wide(noise.last_mean, c, exists, W)
         observed = 0.5 * difference * difference / _at_least(tl.where(batch_var > var, batch_var, var), TINY)
         observed = tl.where((steps == 0) | (observed > 1), 1, observed) * batch_samples
         new = measured + (observed - measured) / tl.where(steps + 1 > window, window, steps + 1)
-        measured = tl.where(ignored, measured, _rounded(new, dtype))
+        measured = tl.where(ignored, measured, _rounded(new, dtype, W))
         tl.debug_barrier()  # as in `_enter`
         tl.store(noise.noise + c, measured.to(dtype), mask=exists & ~ignored)
         tl.store(noise.noise_steps + c, (steps + 1).to(dtype), mask=exists & ~ignored)
@@ -676,25 +685,25 @@ def _running_coefficients(
     mean = tl.where(limited, nearest, mean)
     # What is not finite may not reach a backward that it has no part in.
     # The offset is from the mean as it is stored, which z is made with.
-    offset = tl.where(ignored, 0, batch_mean - _rounded(mean, dtype))
+    offset = tl.where(ignored, 0, batch_mean - _rounded(mean, dtype, W))
     std = tl.where(ignored, 0, tl.sqrt(batch_var))
     return mean, var, tl.where(ignored, 0, trust), offset, std
 
 
 @triton.jit
-def _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, n, c, exists):
-    """`update.update_gradient`: G0 and G1, (BC,), float64, times the factor of `law.bounded`."""
+def _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, n, c, exists, W: tl.constexpr):
+    """`update.update_gradient`: G0 and G1, (BC,), in W, times the factor of `law.bounded`."""
     dtype = gradient.sum_dy.dtype.element_ty
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     MAX: tl.constexpr = _MAX64 if dtype == tl.float64 else _MAX32
     EPS: tl.constexpr = _EPS64 if dtype == tl.float64 else _EPS32
     finite = (tl.abs(sum_dy) <= MAX) & (tl.abs(sum_dy_xhat) <= MAX)
     p0, p1 = sum_dy / n, sum_dy_xhat / n
-    first, second = _float64(gradient.sum_dy, c, exists), _float64(gradient.sum_dy_xhat, c, exists)
-    count, keep = _float64(gradient.count_dy, c, exists), 1 - trust
-    first = tl.where(finite, _rounded(keep * first + trust * p0, dtype), first)
-    second = tl.where(finite, _rounded(keep * second + trust * p1, dtype), second)
-    count = tl.where(finite, _rounded(keep * count + trust, dtype), count)
+    first, second = _wide(gradient.sum_dy, c, exists, W), _wide(gradient.sum_dy_xhat, c, exists, W)
+    count, keep = _wide(gradient.count_dy, c, exists, W), 1 - trust
+    first = tl.where(finite, _rounded(keep * first + trust * p0, dtype, W), first)
+    second = tl.where(finite, _rounded(keep * second + trust * p1, dtype, W), second)
+    count = tl.where(finite, _rounded(keep * count + trust, dtype, W), count)
     tl.debug_barrier()  # as in `_enter`
     tl.store(gradient.sum_dy + c, first.to(dtype), mask=exists & finite)
     tl.store(gradient.sum_dy_xhat + c, second.to(dtype), mask=exists & finite)

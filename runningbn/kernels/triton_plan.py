@@ -14,9 +14,8 @@ _THREADS, _PER_THREAD = 256, 16
 # Memory is read in vectors where sizes are multiples of this; otherwise each element needs an address of its own, and
 # half as many are held. So are float64.
 _ALIGNED = 4
-# Channels of a tile of rows: whole sectors of memory, and blocks enough for few partial sums of each. Where float64 is
-# slow, of a tile of planes, too: one program does all there is per channel for the channels of its tile.
-_CHANNELS = 32
+# Channels of a tile of rows: whole sectors of memory, and blocks enough for few partial sums of each.
+_CHANNELS_OF_ROWS = 32
 # Programs for each multiprocessor: as many as it holds at once where their sums have to be merged, some rounds of them
 # where there is nothing to merge.
 _SUMMING, _MAPPING = 4, 16
@@ -37,7 +36,7 @@ class Plan:
         summing, mapping: (splits, tiles of each) of the two launches.
         tile: what the shape of a tile is, and the number of threads.
         at_once: BP.
-        wide: WIDE: whether partial sums are merged in float64.
+        wide: WIDE.
         blocks: blocks of channels.
         launches: those of this plan that are prepared.
     """
@@ -57,15 +56,15 @@ def plan(rows: bool, outer: int, channels: int, inner: int, double: bool, device
     divisor = math.gcd(channels if rows else inner, 16)
     per_thread = _PER_THREAD // 2 if double or divisor < _ALIGNED else _PER_THREAD
     tile, wide = _THREADS * per_thread, _power_of_two(channels)
-    few = min(wide, _CHANNELS) if rows or device.slow_float64 else wide
     if rows:
-        of_channels, of_inner = few, 1
+        of_channels, of_inner = min(wide, _CHANNELS_OF_ROWS), 1
     else:
         # The length along a plane that leaves the least of the last tile empty; long ones first.
         lengths = [tile, tile // 2, tile // 4]
         of_inner = min(lengths, key=lambda length: ceil(inner, length) * length)
         of_inner = min(of_inner, _power_of_two(inner))
-        of_channels = min(few, tile // of_inner)
+        # What there is per channel is done by one program: no more than one channel for each of its threads.
+        of_channels = min(wide, tile // of_inner, _THREADS)
         if of_channels * inner > LARGEST_SIZE:
             of_channels = 1
     of_outer = tile // (of_channels * of_inner)
