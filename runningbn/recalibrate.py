@@ -19,8 +19,9 @@ from .batches import Forward, keeping, length, progress_bar, runner
 from .observe import head_skipped, looking_elsewhere, observed, random_state_kept
 from .ranks import is_sharded
 from .report import StatsReport
-from .selection import Layers, by_reason, left_alone, updatable
+from .selection import Layers, left_alone, updatable
 from .settle import Recalibration
+from .text import by_reason
 
 logger = logging.getLogger("runningbn")
 

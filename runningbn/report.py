@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .selection import by_reason
-from .summary import table
+from .text import by_reason, counted, table
 
 
 @dataclass(frozen=True)
@@ -261,9 +260,3 @@ def restore(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, in the plural unless it is 1."""
-    plural = noun + ("es" if noun.endswith("ch") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"

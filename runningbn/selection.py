@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Union
 
 import torch
@@ -57,14 +57,6 @@ def _reason(module: nn.Module, possible: Collection[nn.Module]) -> str:
     if type(module) is nn.Module or type(module).__name__ == "InterpreterModule":
         return "exported: recalibrate the model before exporting it"
     return f"{type(module).__name__} is no nn.BatchNorm"
-
-
-def by_reason(reasons: Mapping[str, str]) -> str:
-    """Names with the reason that they share, one reason a line."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name or "the model itself")
-    return "\n".join(f"{reason}: {', '.join(those)}" for reason, those in names.items())
 
 
 def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .nested import walk
+from .text import table
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -150,12 +151,3 @@ def batches_tracked(tracked: Any) -> int | None:
     if not isinstance(tracked, Tensor) or tracked.is_meta or tracked.numel() != 1 or not tracked.isfinite().all():
         return None
     return int(tracked)
-
-
-def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns side by side, the first to the left and the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in (header, *rows)
-    )

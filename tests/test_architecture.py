@@ -47,6 +47,7 @@ ORDER = [
     "kept",
     "selection",
     "nested",
+    "text",
     "summary",
     "merge",
     "report",

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..report import counted
+from ..text import counted
 from .comparison import Comparison, Movement
 from .criteria import CRITERIA, ERROR, Criterion, Finding, Judged, mean_over_std, spread
 from .layers import SavedLayer, StateDict

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..report import LayerReport, counted
-from ..selection import by_reason
-from ..summary import table
+from ..report import LayerReport
+from ..text import by_reason, counted, table
 from . import rules
 from .between import BetweenBatches
 from .outputs import OutputChange

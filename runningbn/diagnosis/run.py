@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from ..batches import Forward, call
-from ..selection import by_reason, chosen, left_alone
+from ..selection import chosen, left_alone
+from ..text import by_reason
 from .measure import Metric, Subject, measure, of_layer, score
 from .result import Diagnosis, MetricValues
 from .watch import unchanged
