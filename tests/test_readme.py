@@ -19,8 +19,12 @@ def test_examples_run(example):
     exec(compile(example, "README.md", "exec"), {})
 
 
-def test_there_are_five_examples():
-    assert len(EXAMPLES) == 5
+def test_there_is_an_example():
+    assert len(EXAMPLES) == 1
+
+
+def test_it_fits_on_two_screens():
+    assert len(TEXT.splitlines()) <= 120
 
 
 def test_tables_are_those_of_the_committed_results():

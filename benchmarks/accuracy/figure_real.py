@@ -26,10 +26,12 @@ MARKS = {
 SPREAD = 0.62  # of the height of a row
 
 
-def real_figure(results: RealResults) -> Figure:
-    """A panel for each task and optimizer of which there is anything, one below the other."""
+def real_figure(results: RealResults, cells: Sequence[Cell] | None = None) -> Figure:
+    """A panel for each task and optimizer of which there is anything, one below the other; of some cells, or of all."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in begun(results):
+        if cells is not None and cell not in cells:
+            continue
         groups.setdefault((cell.task, cell.optimizer), []).append(cell)
     heights = [len(cells) + 0.9 for cells in groups.values()] or [1]
     shown = Figure(figsize=(9, 1 + 0.42 * sum(heights)), dpi=120, layout="constrained")

@@ -240,10 +240,15 @@ def section(results: RealResults) -> str:
     return "\n\n".join(parts)
 
 
-def residual_net_table(results: RealResults) -> str:
-    """The README's: the residual net with AdamW, the main contenders, the cells in which all of them were run."""
+def residual_net_cells() -> list[Cell]:
+    """The README's: the residual net with AdamW."""
     kinds = ((1, SHUFFLED), (2, SHUFFLED), (4, ONE_CLASS), (32, SHUFFLED))
-    cells = [Cell(RESIDUAL, batch, batches, "AdamW", IMAGE_SAMPLES) for batch, batches in kinds]
+    return [Cell(RESIDUAL, batch, batches, "AdamW", IMAGE_SAMPLES) for batch, batches in kinds]
+
+
+def residual_net_table(results: RealResults) -> str:
+    """The README's: the main contenders, the cells in which all of them were run."""
+    cells = residual_net_cells()
     cells = [cell for cell in cells if all(results.best(cell, name) is not None for name in MAIN)]
     if not cells:
         return "No cell is measured with all of these contenders yet."
