@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import runningbn
-from runningbn.demo_experiment import CONTENDERS, SITUATIONS, build_model, build_optimizer, load_data, schedule, train
+from runningbn.demo.experiment import CONTENDERS, SITUATIONS, build_model, build_optimizer, load_data, schedule, train
 
 from .results_file import FOLDER, store
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from runningbn.demo import results_figure, scores, training_notes
-from runningbn.demo_experiment import TEST_IMAGES, Run, Situation
+from runningbn.demo.command import results_figure, scores, training_notes
+from runningbn.demo.experiment import TEST_IMAGES, Run, Situation
 
 from .accuracy.figure_real import real_figure
 from .accuracy.report_real import residual_net_cells, residual_net_table

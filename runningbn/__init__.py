@@ -1,15 +1,21 @@
 """Batch normalisation whose statistics are right: running, precise, put into existing models, recomputed from data."""
 
-from .convert import batchnormify
+import sys as _sys
+
+from .conversion import classes as _classes
+from .conversion.convert import batchnormify
 from .diagnosis.result import Diagnosis
 from .diagnosis.run import diagnose
-from .merge import merge_statistics
+from .inspection.merge import merge_statistics
+from .inspection.summary import bn_summary
+from .layers import precise as _precise
+from .layers import running as _running
+from .layers.precise import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
+from .layers.running import RunningBatchNorm
 from .momentum import Horizon, MomentumRule, SquareRoot
-from .precise import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
-from .recalibrate import get_bn_modules, precise_bn, update_bn_stats
-from .report import StatsReport
-from .running import RunningBatchNorm
-from .summary import bn_summary
+from .ops import pooling as _pooling
+from .recalibration.recalibrate import get_bn_modules, precise_bn, update_bn_stats
+from .recalibration.report import StatsReport
 from .weights.centering import bake_weights, center_weights
 
 __version__ = "0.1.0"
@@ -34,3 +40,9 @@ __all__ = [
     "precise_bn",
     "update_bn_stats",
 ]
+
+# Where the classes were that models pickled whole by version 0.1 name.
+for _name, _module in {
+    "converted": _classes, "distributed": _pooling, "precise": _precise, "running": _running,
+}.items():  # fmt: skip
+    _sys.modules[f"{__name__}.{_name}"] = _module

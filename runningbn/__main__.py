@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runningbn.checkpoints.criteria import CRITERIA
-from runningbn.checkpoints.reading import CheckpointError, Source
+from runningbn.inspection.criteria import CRITERIA
+from runningbn.inspection.reading import CheckpointError, Source
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)
 PIPE_CLOSED = 141  # and for one that wrote into a pipe that nobody reads (128 + SIGPIPE)
@@ -74,7 +74,7 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
-    from runningbn.demo import run_demo
+    from runningbn.demo.command import run_demo
 
     run_demo(quick=arguments.quick, output=arguments.output, seeds=arguments.seeds, json_output=arguments.json)
     return 0
@@ -160,7 +160,7 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    from runningbn.checkpoints.commands import run_inspect
+    from runningbn.inspection.commands import run_inspect
 
     return run_inspect(arguments.checkpoint, eps=arguments.eps, as_json=arguments.json)
 
@@ -173,7 +173,7 @@ def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_diff(arguments: argparse.Namespace) -> int:
-    from runningbn.checkpoints.commands import run_diff
+    from runningbn.inspection.commands import run_diff
 
     return run_diff(arguments.a, arguments.b, eps=arguments.eps, as_json=arguments.json)
 

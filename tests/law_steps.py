@@ -1,4 +1,4 @@
-"""Training steps in which each part of `runningbn.law` shows, and their check against the reference, for any backend.
+"""Training steps in which each part of `ops.law` shows, and their check against the reference, for any backend.
 
 All are (N, C, *) in float64, to be rounded to the dtype of a layer. n = elements per channel of a batch.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from runningbn import RunningBatchNorm
 from runningbn.kernels import use_backend
-from runningbn.statistics import GradientState, NoiseState
+from runningbn.ops.state import GradientState, NoiseState
 
 C = 4
 # What must be as in the reference after every step; sums depend on a pivot, which may be any near the mean.

@@ -7,7 +7,7 @@ from cases import noise, with_random_affine
 from torch import Tensor, nn
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
-from runningbn.converted import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
+from runningbn.conversion.classes import RunningBatchNorm1d, RunningBatchNorm2d, RunningBatchNorm3d
 
 OURS = ("running", "precise")
 TARGETS = (*OURS, "torch")

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm, batchnormify, update_bn_stats
-from runningbn.checkpoints.comparison import compare
-from runningbn.checkpoints.criteria import CRITERIA, ERROR, findings, mean_over_std
-from runningbn.checkpoints.layers import read_state_dict
-from runningbn.checkpoints.reading import CheckpointError, read_checkpoint
+from runningbn.inspection.comparison import compare
+from runningbn.inspection.criteria import CRITERIA, ERROR, findings, mean_over_std
+from runningbn.inspection.layers import read_state_dict
+from runningbn.inspection.reading import CheckpointError, read_checkpoint
 
 C = 8
 

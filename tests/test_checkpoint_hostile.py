@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from models import pretrained
 from torch import nn
 
-from runningbn.checkpoints.errors import Budget, UnreadableError
-from runningbn.checkpoints.reading import CheckpointError, StateDict, read_checkpoint
-from runningbn.checkpoints.unpickling import unpickle
+from runningbn.inspection.errors import Budget, UnreadableError
+from runningbn.inspection.reading import CheckpointError, StateDict, read_checkpoint
+from runningbn.inspection.unpickling import unpickle
 
 resource = pytest.importorskip("resource")  # tells how much memory was taken
 
@@ -488,7 +488,7 @@ def test_ordinary_files_are_far_from_the_bound(tmp_path):
     history = [{"epoch": i, "loss": i / 7, "note": f"step {i}"} for i in range(5_000)]
     path = tmp_path / "ordinary.pt"
     path.write_bytes(torch_file({"history": history, "state_dict": layers.state_dict()}))
-    from runningbn.checkpoints import formats
+    from runningbn.inspection import formats
 
     with formats.loaded(path) as (checkpoint, budget):
         for name, value in checkpoint.contents["state_dict"].entries.items():

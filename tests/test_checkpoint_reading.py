@@ -19,8 +19,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from runningbn import RunningBatchNorm
-from runningbn.checkpoints.layers import read_state_dict
-from runningbn.checkpoints.reading import CheckpointError, Source, read_checkpoint
+from runningbn.inspection.layers import read_state_dict
+from runningbn.inspection.reading import CheckpointError, Source, read_checkpoint
 
 C = 8
 ROOT = Path(__file__).parent.parent
@@ -139,7 +139,7 @@ def test_nothing_of_a_file_is_imported(tmp_path):
         sys.path.remove(str(tmp_path))
         sys.modules.pop("zoo_of_models", None)
     code = (
-        "import sys; from pathlib import Path; from runningbn.checkpoints.reading import read_checkpoint;"
+        "import sys; from pathlib import Path; from runningbn.inspection.reading import read_checkpoint;"
         "before = set(sys.modules); read_checkpoint(Path(sys.argv[1])); print(sorted(set(sys.modules) - before))"
     )
     done = subprocess.run(
@@ -239,8 +239,8 @@ def _read_anything(path):
     """Also what has nothing but layers that are left out."""
     with pytest.raises(CheckpointError) as raised:
         read_checkpoint(path)
-    from runningbn.checkpoints.formats import loaded
-    from runningbn.checkpoints.reading import _state_dicts
+    from runningbn.inspection.formats import loaded
+    from runningbn.inspection.reading import _state_dicts
 
     assert "no BatchNorm statistics" in str(raised.value)
     with loaded(path) as (checkpoint, budget):
@@ -248,7 +248,7 @@ def _read_anything(path):
 
 
 def test_two_dimensional_arrays_have_their_elements_in_place(tmp_path):
-    from runningbn.checkpoints.formats import loaded
+    from runningbn.inspection.formats import loaded
 
     rows = np.arange(6, dtype="i4").reshape(2, 3)
     contents = {"rows": rows, "columns": np.asfortranarray(rows), "transposed": rows.T, "view": rows[:, ::2]}
@@ -385,9 +385,9 @@ def test_a_folder_of_torch_distributed_checkpoint(distributed):
 
 
 def test_a_tensor_in_pieces_is_put_together():
-    from runningbn.checkpoints.errors import Budget, UnreadableError
-    from runningbn.checkpoints.shards import Piece, ShardedTensor
-    from runningbn.checkpoints.spans import span_of
+    from runningbn.inspection.errors import Budget, UnreadableError
+    from runningbn.inspection.shards import Piece, ShardedTensor
+    from runningbn.inspection.spans import span_of
 
     whole = torch.arange(12.0).view(4, 3)
     import io

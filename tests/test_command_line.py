@@ -72,7 +72,7 @@ def without(monkeypatch, *packages):
     for name in {*packages, *sys.modules}:
         if name.partition(".")[0] in packages:
             monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "runningbn.checkpoints.tables", raising=False)
+    monkeypatch.delitem(sys.modules, "runningbn.inspection.tables", raising=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- inspect
@@ -365,7 +365,7 @@ def test_safetensors_files_need_the_package(tmp_path, capsys, monkeypatch):
 
 
 def test_help_names_every_criterion_and_status(capsys):
-    from runningbn.checkpoints.criteria import CRITERIA
+    from runningbn.inspection.criteria import CRITERIA
 
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", "--help"])

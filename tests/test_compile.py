@@ -16,8 +16,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
-from runningbn.law import Law
-from runningbn.statistics import GradientState, NoiseState, State
+from runningbn.ops.law import Law
+from runningbn.ops.state import GradientState, NoiseState, State
 
 LAYERS = {
     "running": lambda: RunningBatchNorm(4),

@@ -9,7 +9,7 @@ from steps import assert_identical, buffers_of
 from torch import nn
 
 from runningbn import Horizon, RunningBatchNorm, SquareRoot, batchnormify
-from runningbn.converted import RunningBatchNorm2d
+from runningbn.conversion.classes import RunningBatchNorm2d
 
 # ------------------------------------------------------------------------------------------------------------ where
 

@@ -13,8 +13,8 @@ from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import Tensor, nn
 
 from runningbn import RunningBatchNorm, batchnormify, update_bn_stats
-from runningbn.converted import wraps_forward
-from runningbn.precise import PreciseBatchNorm
+from runningbn.conversion.classes import wraps_forward
+from runningbn.layers.precise import PreciseBatchNorm
 
 
 class Spiking(nn.BatchNorm2d):

@@ -14,8 +14,8 @@ from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import Tensor, nn
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm, batchnormify, center_weights, get_bn_modules
-from runningbn.converted import NormAct, RunningBatchNorm2d, RunningBatchNormAct
-from runningbn.precise import PreciseBatchNorm
+from runningbn.conversion.classes import NormAct, RunningBatchNorm2d, RunningBatchNormAct
+from runningbn.layers.precise import PreciseBatchNorm
 
 
 class Tagged(nn.BatchNorm2d):

@@ -21,16 +21,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, functional, kernels
-from runningbn.buffers import SETTLED
+from runningbn import Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, kernels
 from runningbn.kernels import cpu, use_backend
 from runningbn.kernels.contract import GradientSums
 from runningbn.kernels.cpu_library import _TORCH_LIBRARY, library
-from runningbn.law import Law
+from runningbn.layers.buffers import SETTLED
 from runningbn.momentum import Momentum, rule_of
-from runningbn.spec import Coefficients, Mode, StepSpec
-from runningbn.statistics import Batch, GradientState, LayerState, NoiseState, State, Sums, moments
-from runningbn.update import update, update_gradient
+from runningbn.ops import step as functional
+from runningbn.ops.law import Law
+from runningbn.ops.spec import Coefficients, Mode, StepSpec
+from runningbn.ops.state import Batch, GradientState, LayerState, NoiseState, State, Sums, moments
+from runningbn.ops.update import update, update_gradient
 
 if cpu.unavailable() is not None:
     pytest.skip(f"the C backend cannot serve here: {cpu.unavailable()}", allow_module_level=True)
@@ -890,7 +891,7 @@ def test_sanitizers_find_nothing(sanitizer, tmp_path):
     compiled = subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True)
     if compiled.returncode or subprocess.run([str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip(f"gcc has no sanitizer {sanitizer} that runs here")
-    sources = [Path(cpu.__file__).parent / "cpu.c", Path(__file__).parent / "cpu_harness.c"]
+    sources = [Path(cpu.__file__).parent / "csrc" / "cpu.c", Path(__file__).parent / "cpu_harness.c"]
     program = tmp_path / "harness"
     include = f"-I{sources[0].parent}"
     subprocess.run([compiler, *flags, include, *map(str, sources), "-lm", "-o", str(program)], check=True)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from runningbn import RunningBatchNorm, demo
+from runningbn import RunningBatchNorm
 from runningbn.__main__ import main
-from runningbn.demo import results_as_json, results_figure, results_table, scores, summary_sentence, verdict
-from runningbn.demo_experiment import (
+from runningbn.demo import command as demo
+from runningbn.demo.command import results_as_json, results_figure, results_table, scores, summary_sentence, verdict
+from runningbn.demo.experiment import (
     CONTENDERS,
     SITUATIONS,
     Run,
@@ -68,7 +69,7 @@ def test_missing_extra_is_one_line_that_says_what_to_install(missing, capsys, mo
     for name in {missing, *sys.modules}:
         if name.partition(".")[0] == missing:
             monkeypatch.setitem(sys.modules, name, None)
-    for name in ("runningbn.demo", "runningbn.demo_experiment"):
+    for name in ("runningbn.demo.command", "runningbn.demo.experiment"):
         monkeypatch.delitem(sys.modules, name)
     assert main(["demo"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -260,7 +261,7 @@ def test_settings_are_put_back_after_an_interruption(monkeypatch):
         assert torch.get_num_threads() == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("runningbn.demo_experiment.train", train)
+    monkeypatch.setattr("runningbn.demo.experiment.train", train)
     before = torch.get_num_threads(), torch.backends.mkldnn.enabled
     with pytest.raises(KeyboardInterrupt):
         run_one(SITUATIONS[0], CONTENDERS[0], seed=0)

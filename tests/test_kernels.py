@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runningbn import kernels
 from runningbn.kernels import aten, cpu, use_backend
-from runningbn.statistics import moments
+from runningbn.ops.state import moments
 
 EPS = 1e-5
 SHAPES = {

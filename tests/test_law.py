@@ -15,10 +15,10 @@ from steps import assert_identical, buffers_of, evaluate
 from torch import Tensor, nn
 
 from runningbn import Horizon, PreciseBatchNorm1d, RunningBatchNorm, batchnormify, kernels
-from runningbn.buffers import TRAINING
 from runningbn.kernels import BACKENDS, use_backend
-from runningbn.law import MAX_LAG, Law
-from runningbn.statistics import NoiseState
+from runningbn.layers.buffers import TRAINING
+from runningbn.ops.law import MAX_LAG, Law
+from runningbn.ops.state import NoiseState
 
 LAW = Law()
 NOISE = NoiseState._fields

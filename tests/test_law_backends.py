@@ -1,4 +1,4 @@
-"""The law of `runningbn.law` in every backend, by whole steps and by masked ones, whose updates are calls of their own.
+"""The law of `ops.law` in every backend, by whole steps and by masked ones, whose updates are calls of their own.
 
 What the law says is in test_law and test_law_bound; for Triton, the same as here is in test_triton.
 """
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from runningbn import RunningBatchNorm
 from runningbn.kernels import cpu, use_backend
-from runningbn.statistics import GradientState
+from runningbn.ops.state import GradientState
 
 SERVING = [name for name, module in (("cpu", cpu),) if module.unavailable() is None] + ["aten"]
 each_backend = pytest.mark.parametrize("backend", SERVING)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from runningbn import RunningBatchNorm
 from runningbn.kernels import BACKENDS, use_backend
-from runningbn.law import Law
-from runningbn.statistics import GradientState
+from runningbn.ops.law import Law
+from runningbn.ops.state import GradientState
 
 each_backend = pytest.mark.parametrize(
     "backend", [name for name in ("cpu", "aten") if BACKENDS[name].unavailable() is None]

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runningbn import RunningBatchNorm, batchnormify, update
+from runningbn import RunningBatchNorm, batchnormify
 from runningbn.kernels import use_backend
+from runningbn.ops import update
 
 BLOCKS, CHANNELS, STEPS = 26, 8, 200
 TRAINING = 1200  # images; the others test

@@ -12,8 +12,8 @@ from steps import assert_identical, buffers_of, train, training_step
 from torch import Tensor, nn
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm, batchnormify
-from runningbn.buffers import TRAINING
-from runningbn.statistics import GradientState, NoiseState
+from runningbn.layers.buffers import TRAINING
+from runningbn.ops.state import GradientState, NoiseState
 
 NOISE, GRADIENT = NoiseState._fields, GradientState._fields
 each_assign = pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])

@@ -10,7 +10,7 @@ from steps import assert_identical, buffers_of, evaluate
 from torch import Tensor, nn
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot, update_bn_stats
-from runningbn.buffers import TRAINING
+from runningbn.layers.buffers import TRAINING
 
 C, L = 3, 9
 KINDS = {

@@ -18,7 +18,7 @@ from runningbn import (
     merge_statistics,
     update_bn_stats,
 )
-from runningbn.buffers import CHECKPOINTED
+from runningbn.layers.buffers import CHECKPOINTED
 
 C = 3
 # Sums of some hundred float32 numbers of order 1 to 100, updated some dozen times.

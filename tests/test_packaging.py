@@ -113,7 +113,7 @@ def modules() -> set[str]:
 
 
 def test_sdist_has_all_that_a_build_needs(sdist):
-    needed = {f"runningbn/kernels/{name}" for name in SOURCES} | {"pyproject.toml", "README.md", "LICENSE"}
+    needed = {f"runningbn/kernels/csrc/{name}" for name in SOURCES} | {"pyproject.toml", "README.md", "LICENSE"}
     assert names(sdist) >= needed | modules()
 
 

@@ -10,8 +10,8 @@ from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import Tensor, nn
 
 from runningbn import Horizon, PreciseBatchNorm2d, RunningBatchNorm, batchnormify
-from runningbn.buffers import SETTLED
 from runningbn.kernels import use_backend
+from runningbn.layers.buffers import SETTLED
 
 each_kind = pytest.mark.parametrize("to", ["running", "precise"])
 State = dict[str, Tensor]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from runningbn.statistics import Sums, combine, common_pivot, moments, move_pivot, unbiased
+from runningbn.ops.state import Sums, combine, common_pivot, moments, move_pivot, unbiased
 
 # float64 sums of at most a few hundred elements of order 10: rounding stays some 1e-13 of the sum of squares.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

@@ -12,7 +12,7 @@ from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import Tensor, nn
 
 from runningbn import Horizon, PreciseBatchNorm2d, RunningBatchNorm
-from runningbn.buffers import TRAINING
+from runningbn.layers.buffers import TRAINING
 
 KINDS = {
     "running": functools.partial(RunningBatchNorm, gradient="running"),

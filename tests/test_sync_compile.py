@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm
-from runningbn.law import Law
+from runningbn.ops.law import Law
 
 each_backend = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 

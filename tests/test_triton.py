@@ -31,11 +31,11 @@ from runningbn.kernels import aten, triton, triton_devices, triton_launch
 from runningbn.kernels import use_backend as use
 from runningbn.kernels.contract import GradientSums
 from runningbn.kernels.triton_devices import Device
-from runningbn.law import Law
 from runningbn.momentum import Momentum, rule_of
-from runningbn.spec import Coefficients, Mode, StepSpec, unpack
-from runningbn.statistics import Batch, GradientState, LayerState, NoiseState, State, Sums, moments
-from runningbn.update import update, update_gradient
+from runningbn.ops.law import Law
+from runningbn.ops.spec import Coefficients, Mode, StepSpec, unpack
+from runningbn.ops.state import Batch, GradientState, LayerState, NoiseState, State, Sums, moments
+from runningbn.ops.update import update, update_gradient
 
 # The interpreter computes with numpy, which warns of what is meant to overflow.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]

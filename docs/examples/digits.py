@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runningbn.demo_experiment import Digits, load_data, residual_net
+from runningbn.demo.experiment import Digits, load_data, residual_net
 
 Results = dict[str, dict[str, list[float]]]  # row of the table -> column -> one share per seed
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runningbn import update_bn_stats
-from runningbn.demo_experiment import Digits
+from runningbn.demo.experiment import Digits
 
 SIZES = (8, 32, 128, None)
 PRIORS = (0, 16)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runningbn.demo_experiment import (
+from runningbn.demo.experiment import (
     CONTENDERS,
     SITUATIONS,
     Digits,

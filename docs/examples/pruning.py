@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from runningbn import update_bn_stats
-from runningbn.demo_experiment import Digits
+from runningbn.demo.experiment import Digits
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 

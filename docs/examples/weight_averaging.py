@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from runningbn import get_bn_modules, update_bn_stats
-from runningbn.demo_experiment import Digits
+from runningbn.demo.experiment import Digits
 
 
 def averaged(data: Digits, seed: int, epochs: int) -> tuple[nn.Module, nn.Module]:

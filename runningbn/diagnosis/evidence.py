@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..report import LayerReport
+    from ..recalibration.report import LayerReport
     from .result import LayerDiagnosis
 
 # In std, of the mean and of the std. With momentum 0.1, nn.BatchNorm knows a mean of independent values from

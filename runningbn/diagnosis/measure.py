@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..accumulate import Accumulator, Call, Population
-from ..batches import Forward, keeping, runner
-from ..buffers import PooledStatistics
-from ..kept import KeptState
-from ..observe import observed, random_state_kept
-from ..observer import Observer
-from ..recalibrate import get_bn_modules, update_bn_stats
-from ..report import LayerReport
-from ..running import RunningBatchNorm
-from ..subclasses import Convention, Moments
+from ..layers.buffers import PooledStatistics
+from ..layers.running import RunningBatchNorm
+from ..recalibration.batches import Forward, keeping, runner
+from ..recalibration.conventions import Convention, Moments
+from ..recalibration.hooks import observed, random_state_kept
+from ..recalibration.kept import KeptState
+from ..recalibration.moments import Accumulator, Call, Population
+from ..recalibration.observer import Observer
+from ..recalibration.recalibrate import get_bn_modules, update_bn_stats
+from ..recalibration.report import LayerReport
 from .between import Group, between_batches, group
 from .outputs import Comparison
 from .result import LayerDiagnosis

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..report import LayerReport
-from ..text import counted
+from ..recalibration.report import LayerReport
+from ..recalibration.text import counted
 from .evidence import FEW, OFF
 
 if TYPE_CHECKING:

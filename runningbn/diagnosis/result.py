@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..report import LayerReport
-from ..text import by_reason, counted, table
+from ..recalibration.report import LayerReport
+from ..recalibration.text import by_reason, counted, table
 from . import rules
 from .between import BetweenBatches
 from .outputs import OutputChange

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..text import counted
+from ..recalibration.text import counted
 from .evidence import ERRORS, FEW, GAIN, OFF, certain_batch, distances, gains, is_correlated, is_known, is_left, is_off
 
 if TYPE_CHECKING:

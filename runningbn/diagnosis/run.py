@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from ..batches import Forward, call
-from ..selection import chosen, left_alone
-from ..text import by_reason
+from ..recalibration.batches import Forward, call
+from ..recalibration.selection import chosen, left_alone
+from ..recalibration.text import by_reason
 from .measure import Metric, Subject, measure, of_layer, score
 from .result import Diagnosis, MetricValues
 from .watch import unchanged

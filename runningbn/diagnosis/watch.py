@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..buffers import VIEW
-from ..kept import state_kept
-from ..observe import random_state_kept
-from ..observer import Observer
-from ..subclasses import Moments
+from ..layers.buffers import VIEW
+from ..recalibration.conventions import Moments
+from ..recalibration.hooks import random_state_kept
+from ..recalibration.kept import state_kept
+from ..recalibration.observer import Observer
 
 
 class SampleMeans(NamedTuple):

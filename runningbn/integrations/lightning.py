@@ -6,10 +6,8 @@ installed.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
-from ..batches import Forward, call
-from ..recalibrate import update_bn_stats
-from ..report import StatsReport, restore
+from ..recalibration.batches import Forward, call
+from ..recalibration.recalibrate import update_bn_stats
+from ..recalibration.report import StatsReport, restore
+from .loaders import Combined, beside
 
 logger = logging.getLogger("runningbn")
 
@@ -207,7 +205,7 @@ class RecalibrateBatchNorm(Callback):
         # Validation runs in inference mode, whose tensors must not get into the model.
         with torch.inference_mode(False), torch.no_grad(), _as_in_training(trainer, pl_module, self._modes()):
             loader, limit = self._loader(trainer)
-            with _beside(loader) as copied:
+            with beside(loader) as copied:
                 limits = [n for n in (self.num_iters, limit) if n is not None]
                 self.report = update_bn_stats(
                     pl_module, copied, min(limits, default=None), forward=self._forward(trainer), **self.options
@@ -238,7 +236,9 @@ class RecalibrateBatchNorm(Callback):
         loaders, allowed = trainer.train_dataloader, trainer.num_training_batches
         # Several loaders are read side by side, as training does it.
         mode = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")
-        loader: Any = _Combined(loaders, mode) if isinstance(loaders, (list, tuple, dict)) else loaders
+        loader: Any = (
+            Combined(loaders, mode, _lightning().__name__) if isinstance(loaders, (list, tuple, dict)) else loaders
+        )
         return loader, None if allowed == float("inf") else int(allowed)
 
     def _forward(self, trainer: Trainer) -> Forward:
@@ -259,19 +259,6 @@ class RecalibrateBatchNorm(Callback):
         return run
 
 
-class _Combined:
-    """Several loaders in Lightning's collections, read side by side."""
-
-    def __init__(self, loaders: Any, mode: str) -> None:
-        self.loaders, self.mode = loaders, mode
-
-    def __iter__(self) -> Iterator[Any]:
-        utilities = import_module(f"{_lightning().__name__}.utilities.combined_loader")
-        # Batches come with their number and that of their loader.
-        for batch, _, _ in utilities.CombinedLoader(self.loaders, self.mode):
-            yield batch
-
-
 @contextmanager
 def _as_in_training(
     trainer: Trainer, pl_module: LightningModule, modes: dict[nn.Module, bool]
@@ -287,92 +274,6 @@ def _as_in_training(
         trainer.state.stage = stage
         for module, training in before.items():
             module.training = training
-
-
-@contextmanager
-def _beside(loader: Any) -> Iterator[Any]:
-    """A loader over the same data that can be iterated while the other one is; its generators are put back."""
-    copied = _mapped(loader, _second)
-    generators = {id(g): g for part in _parts(loader) for g in vars(part).values() if isinstance(g, _GENERATORS)}
-    states = [(generator, _state(generator)) for generator in generators.values()]
-    try:
-        yield copied
-    finally:
-        for generator, state in states:
-            _set_state(generator, state)
-
-
-def _mapped(loader: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(loader, _Combined):
-        return _Combined(_mapped_collection(loader.loaders, function), loader.mode)
-    return function(loader)
-
-
-def _mapped_collection(loaders: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(loaders, dict):
-        return {key: _mapped_collection(part, function) for key, part in loaders.items()}
-    if isinstance(loaders, (list, tuple)):
-        return [_mapped_collection(part, function) for part in loaders]
-    return function(loaders)
-
-
-def _second(loader: Any) -> Any:
-    """The loader again, with no iterator of its own: one with persistent workers has a single one, and training it."""
-    source = loader.dataset if isinstance(loader, DataLoader) else loader
-    if isinstance(source, Iterator):
-        raise ValueError(
-            f"{type(source).__name__} can be read only once, and training needs it; give RecalibrateBatchNorm a "
-            "dataloader of its own"
-        )
-    if not isinstance(loader, DataLoader):
-        return loader
-    second = copy.copy(loader)
-    vars(second).update(_iterator=None, persistent_workers=False)
-    return second
-
-
-def _parts(thing: Any) -> Iterator[Any]:
-    """A loader and what it is made of: everything that usually has a generator."""
-    if isinstance(thing, _Combined):
-        yield from _parts(thing.loaders)
-    elif isinstance(thing, (dict, list, tuple)):
-        for part in thing.values() if isinstance(thing, dict) else thing:
-            yield from _parts(part)
-    elif hasattr(thing, "__dict__"):
-        yield thing
-        for name in ("sampler", "batch_sampler", "dataset", "transform"):
-            if vars(thing).get(name) is not None:
-                yield from _parts(vars(thing)[name])
-
-
-def _generator_types() -> tuple[type, ...]:
-    try:
-        import numpy
-    except ImportError:
-        return torch.Generator, random.Random
-    return torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState
-
-
-_GENERATORS = _generator_types()
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if hasattr(generator, "bit_generator"):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
 
 
 def _batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:

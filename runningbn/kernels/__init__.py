@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..momentum import Momentum, rule_of
-from ..statistics import GradientState, LayerState
+from ..ops.state import GradientState, LayerState
 from . import aten, cpu, triton
 from .contract import Backend, Centred, FusedBackend, Gradients, GradientSums, Reduction
 

@@ -11,7 +11,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from ..statistics import Sums, moments
+from ..ops.state import Sums, moments
 from .contract import Centred, Gradients, GradientSums, Reduction
 from .layout import dense, empty_like, is_rows, spread
 

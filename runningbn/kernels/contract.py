@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..law import Law
-from ..spec import Coefficients, Mode, StepSpec
-from ..statistics import Batch, GradientState, LayerState, Sums
+from ..ops.law import Law
+from ..ops.spec import Coefficients, Mode, StepSpec
+from ..ops.state import Batch, GradientState, LayerState, Sums
 
 
 class Centred(NamedTuple):

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..law import Law
 from ..momentum import RULES
-from ..statistics import GradientState, NoiseState, State, Sums
+from ..ops.law import Law
+from ..ops.state import GradientState, NoiseState, State, Sums
 from .building import library_in, why_not_built
 
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..law import Law
 from ..momentum import RuleCode, rule_of
-from ..spec import Coefficients, Mode, StepSpec
-from ..statistics import Batch, GradientState, LayerState, NoiseState, State, Sums
+from ..ops.law import Law
+from ..ops.spec import Coefficients, Mode, StepSpec
+from ..ops.state import Batch, GradientState, LayerState, NoiseState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 from .contract import Gradients, GradientSums
 from .layout import addresses, laid_out, laid_out_like

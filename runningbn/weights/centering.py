@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..batches import Forward, call
-from .choice import Choice, Plan, Where, counted, layers_of, logger, names_of, report
+from ..recalibration.batches import Forward, call
+from ..recalibration.text import counted
+from .choice import Choice, Plan, Where, layers_of, logger, names_of, report
 from .layers import CENTERED, PLAIN, CenteredWeights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -142,7 +143,9 @@ def bake_weights(model: ModelT, *, where: Where | None = None) -> ModelT:
         else:
             _bake(layer)
             baked += 1
-    report(logging.WARNING if left_alone else logging.INFO, f"bake_weights: {counted(baked)} baked", left_alone)
+    report(
+        logging.WARNING if left_alone else logging.INFO, f"bake_weights: {counted(baked, 'layer')} baked", left_alone
+    )
     return model
 
 

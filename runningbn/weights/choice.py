@@ -15,7 +15,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..batches import Forward
+from ..recalibration.batches import Forward
+from ..recalibration.text import counted
 from .layers import CENTERED, CenteredWeights, filter_means
 from .uses import Uses, watched
 
@@ -47,7 +48,7 @@ class Plan:
             layer.__class__ = CENTERED[type(layer)]
             layer.register_buffer("weight_offset", offset)
         level = logging.WARNING if self.wanted or not self.offsets else logging.INFO
-        report(level, f"center_weights: {counted(len(self.offsets))} centred", self.left_alone)
+        report(level, f"center_weights: {counted(len(self.offsets), 'layer')} centred", self.left_alone)
 
 
 @dataclass
@@ -169,11 +170,6 @@ def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Where
 def names_of(model: nn.Module) -> dict[nn.Module, str]:
     """The first name of each module."""
     return {module: name or "the model itself" for name, module in model.named_modules()}
-
-
-def counted(layers: int) -> str:
-    """So many layers, in words."""
-    return f"{layers} layer{'' if layers == 1 else 's'}"
 
 
 def report(level: int, line: str, left_alone: Mapping[str, str]) -> None:

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..batches import Forward, runner
-from ..observe import observed, random_state_kept, replace_forward
-from ..observer import Observer
+from ..recalibration.batches import Forward, runner
+from ..recalibration.hooks import observed, random_state_kept, replace_forward
+from ..recalibration.observer import Observer
 
 
 class Output:

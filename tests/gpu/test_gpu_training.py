@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm, batchnormify, update_bn_stats
-from runningbn.distributed import RankGroup
 from runningbn.kernels import use_backend
+from runningbn.ops.pooling import RankGroup
 
 LAYERS = {
     "running": LayerCase("", RunningBatchNorm, (8, 6, 6)),

@@ -1,0 +1,1 @@
+"""``python -m runningbn demo``: training on handwritten digits with tiny batches."""

@@ -1,0 +1,247 @@
+"""What can be wrong with the statistics of a layer, told from its numbers alone.
+
+One criterion is one function from a layer to the channels that it concerns. Those of the severity "error" make
+evaluation wrong whatever the model is for; a "warning" is worth a look and may be meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.state import moments
+from .layers import SavedLayer, StateDict
+
+ERROR, WARNING = "error", "warning"
+
+# What a starting variance of 1 decays to in 262 batches of a constant at momentum 0.1.
+CONSTANT_VARIANCE = 1e-12
+# Times (x − mean)·rstd, which is of order 1: less than float32 can tell beside a bias of order 1.
+ZERO_WEIGHT = 1e-7
+# A standard deviation 100 times that of the layer's typical channel.
+HUGE_VARIANCE_RATIO = 1e4
+# In standard deviations. bfloat16 has 8 bits, and beyond 2⁸ none is left for x − mean.
+FAR_MEAN = 256.0
+# In standard deviations: how far a mean may be from what its state says. Their rounding is far below, unless the mean
+# is far, for which relative rounding of float32 comes on top, 100-fold.
+STATE_MEAN = 1e-3
+STATE_ROUNDING = 100 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """``find`` takes a layer to the channels concerned, (C,) bool; ``sentence`` says what that means."""
+
+    name: str
+    severity: str
+    sentence: str
+    find: Callable[[SavedLayer], Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A criterion that a layer meets, and the channels for which it does."""
+
+    criterion: Criterion
+    indices: tuple[int, ...]
+
+
+Judged = list[tuple[SavedLayer, list[Finding]]]
+
+
+def mean_over_std(layer: SavedLayer) -> Tensor:
+    """|mean|/std, (C,), with std = (var + eps)^½; NaN where that is the root of a negative number."""
+    return layer.mean.abs() / (layer.var + layer.eps).sqrt()
+
+
+def spread(values: Tensor) -> dict[str, float | None]:
+    """Minimum, median and maximum of the finite ones; None where there are none."""
+    finite = values[values.isfinite()]
+    if not len(finite):
+        return {"min": None, "median": None, "max": None}
+    return {"min": float(finite.min()), "median": float(finite.median()), "max": float(finite.max())}
+
+
+def judge(state_dict: StateDict) -> Judged:
+    """The findings of every layer."""
+    return [(layer, findings(layer)) for layer in state_dict.layers]
+
+
+def findings(layer: SavedLayer) -> list[Finding]:
+    """What is wrong with a layer, in the order of `CRITERIA`."""
+    found = [(criterion, criterion.find(layer).nonzero().flatten().tolist()) for criterion in CRITERIA]
+    return [Finding(criterion, tuple(indices)) for criterion, indices in found if indices]
+
+
+def _all_or_none(layer: SavedLayer, concerned: bool) -> Tensor:
+    return torch.full_like(layer.mean, concerned, dtype=torch.bool)
+
+
+def _not_finite(layer: SavedLayer) -> Tensor:
+    return ~(layer.mean.isfinite() & layer.var.isfinite())
+
+
+def _affine_not_finite(layer: SavedLayer) -> Tensor:
+    parts = [part for part in (layer.weight, layer.bias) if part is not None]
+    return torch.stack([~part.isfinite() for part in parts]).any(0) if parts else _all_or_none(layer, False)
+
+
+def _negative_variance(layer: SavedLayer) -> Tensor:
+    return layer.var < 0
+
+
+def _untouched(layer: SavedLayer) -> Tensor:
+    return _all_or_none(layer, bool((layer.mean == 0).all() and (layer.var == 1).all()))
+
+
+def _identical_variance(layer: SavedLayer) -> Tensor:
+    identical = layer.channels > 1 and bool((layer.var == layer.var[0]).all())
+    return _all_or_none(layer, identical) & ~_untouched(layer)
+
+
+def _no_variance(layer: SavedLayer) -> Tensor:
+    return (layer.var >= 0) & (layer.var < CONSTANT_VARIANCE)
+
+
+def _constant_input(layer: SavedLayer) -> Tensor:
+    return _no_variance(layer) & (layer.least_var <= CONSTANT_VARIANCE)
+
+
+def _variance_underflow(layer: SavedLayer) -> Tensor:
+    return _no_variance(layer) & (layer.least_var > CONSTANT_VARIANCE)
+
+
+def _variance_below_eps(layer: SavedLayer) -> Tensor:
+    return (layer.var >= CONSTANT_VARIANCE) & (layer.var < layer.eps)
+
+
+def _huge_variance(layer: SavedLayer) -> Tensor:
+    typical = layer.var[layer.var.isfinite() & (layer.var > 0)]
+    if not len(typical):
+        return _all_or_none(layer, False)
+    return layer.var.isfinite() & (layer.var > HUGE_VARIANCE_RATIO * typical.median())
+
+
+def _far_mean(layer: SavedLayer) -> Tensor:
+    far = mean_over_std(layer)
+    # Of a constant input the standard deviation says nothing.
+    return far.isfinite() & (far > FAR_MEAN) & ~_no_variance(layer)
+
+
+def _zero_weight(layer: SavedLayer) -> Tensor:
+    return _all_or_none(layer, False) if layer.weight is None else layer.weight.abs() < ZERO_WEIGHT
+
+
+def _behind(layer: SavedLayer) -> Tensor:
+    steps = layer.state.get("steps")
+    return _all_or_none(layer, False) if steps is None else steps < steps.max()
+
+
+def _state_not_finite(layer: SavedLayer) -> Tensor:
+    parts = [*layer.state.values(), *layer.training_state.values()]
+    return torch.stack([~part.isfinite() for part in parts]).any(0) if parts else _all_or_none(layer, False)
+
+
+def _state_disagrees(layer: SavedLayer) -> Tensor:
+    if not layer.state:
+        return _all_or_none(layer, False)
+    mean, _ = moments(layer.sums)
+    allowed = STATE_MEAN * (layer.var + layer.eps).sqrt() + STATE_ROUNDING * layer.mean.abs()
+    # An empty state has nothing to say.
+    return (layer.sums.count > 0) & ((mean - layer.mean).abs() > allowed)
+
+
+def _unusable_state(layer: SavedLayer) -> Tensor:
+    return _all_or_none(layer, layer.unusable_state)
+
+
+CRITERIA = (
+    Criterion(
+        "not_finite",
+        ERROR,
+        "running_mean or running_var is NaN or infinite: evaluation gives NaN there, or a constant.",
+        _not_finite,
+    ),
+    Criterion("affine_not_finite", ERROR, "weight or bias is NaN or infinite: so is the output.", _affine_not_finite),
+    Criterion(
+        "negative_variance",
+        ERROR,
+        "running_var is negative: evaluation divides by the root of a number that is negative, or far too small.",
+        _negative_variance,
+    ),
+    Criterion(
+        "untouched",
+        WARNING,
+        "mean 0 and variance 1 in every channel: no data has been seen, so evaluation does not normalise.",
+        _untouched,
+    ),
+    Criterion(
+        "identical_variance",
+        WARNING,
+        "running_var is one number for all channels: it comes from an initialisation, hardly from data.",
+        _identical_variance,
+    ),
+    Criterion(
+        "constant_input",
+        WARNING,
+        f"running_var is below {CONSTANT_VARIANCE:g}: the input was a constant, so the channel is dead.",
+        _constant_input,
+    ),
+    Criterion(
+        "variance_underflow",
+        WARNING,
+        "running_var is 0 in a dtype that has no numbers below 6e-8, as float16: the channel may be dead, or alive in "
+        "float32. This file cannot tell.",
+        _variance_underflow,
+    ),
+    Criterion(
+        "variance_below_eps",
+        WARNING,
+        "running_var is below eps: the output varies less than it should, and depends on eps.",
+        _variance_below_eps,
+    ),
+    Criterion(
+        "huge_variance",
+        WARNING,
+        f"running_var is over {HUGE_VARIANCE_RATIO:g} times the median of its layer: as "
+        "after a few batches that blew up.",
+        _huge_variance,
+    ),
+    Criterion(
+        "far_mean", WARNING, f"|mean|/std is over {FAR_MEAN:g}: in bfloat16 no digits are left of x - mean.", _far_mean
+    ),
+    Criterion(
+        "zero_weight",
+        WARNING,
+        f"|weight| is below {ZERO_WEIGHT:g}: the output is the bias whatever comes in, so the channel is dead.",
+        _zero_weight,
+    ),
+    Criterion(
+        "behind",
+        WARNING,
+        "fewer batches were absorbed than in the layer's other channels: the inputs of the rest were not finite.",
+        _behind,
+    ),
+    Criterion(
+        "state_not_finite",
+        WARNING,
+        "the sums behind the statistics are not finite: evaluation may work, training on will not.",
+        _state_not_finite,
+    ),
+    Criterion(
+        "state_disagrees",
+        WARNING,
+        "running_mean is not what the sums behind it say: the next training step goes back to those.",
+        _state_disagrees,
+    ),
+    Criterion(
+        "unusable_state",
+        WARNING,
+        "the sums behind the statistics are incomplete or in 16 bits: a load starts new "
+        "ones from running_mean and running_var.",
+        _unusable_state,
+    ),
+)

@@ -1,0 +1,261 @@
+"""merge_statistics: the pooled statistics of several models, from their state dicts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers.buffers import CHECKPOINTED, SETTLED, VIEW, is_narrow
+from ..ops.law import Law
+from ..ops.state import Sums, moments, move_pivot, unbiased
+from .summary import batches_tracked
+
+_TRACKED = "num_batches_tracked"
+_MOST_BATCHES = 2**62  # what int64 holds, with room to go on counting
+_Layer = dict[str, Tensor]  # the statistics of one layer in one state dict, by the names of its buffers
+
+
+def merge_statistics(
+    state_dicts: Iterable[Mapping[str, Any]], weights: Iterable[float] | None = None
+) -> dict[str, Tensor]:
+    """The statistics of all BatchNorm layers, as if one model had seen what several saw; for federated averaging.
+
+    With p_k the share of state k, Σ p_k = 1, the mean and the variance of the mixture of all data are, per channel::
+
+        mean = sum_k p_k * mean_k
+        var  = sum_k p_k * (var_k + (mean_k - mean)**2)
+
+    Averaging `running_var` leaves out the second term, the variance between the clients, and where each has data of its
+    own kind that is most of it.
+
+    The state of our own layers is sums over the data, so it is merged exactly: several that were trained with
+    ``momentum=None``, each on a part of the data, give the state of one that has seen all, and training goes on from
+    it. `running_var` is corrected as the layers themselves do it. Of torch's layers the formula above is taken with
+    `running_var` as it is, whose correction n/(n − 1) belongs to each part: by that much it is off.
+
+    What the states have in common, as the data of an earlier round that all went on from, counts once for each. Where
+    that matters, call ``reset_running_stats()`` on the layers when a round begins.
+
+    A state that has seen nothing contributes nothing: one of our layers that is empty, or mean 0, variance 1 and no
+    batches tracked.
+
+    Args:
+        state_dicts: what ``model.state_dict()`` gave, for each of several models of one architecture.
+        weights: of each state, ≥ 0: how many elements per channel or samples its statistics are of, or anything
+            proportional to that. None: our own layers know their effective number of elements, (Σw)²/Σw² per channel;
+            torch's layers, and ours where all of them went on from statistics of unknown weight, count alike.
+
+    Returns:
+        A dict of the statistics and nothing else, which are `running_mean`, `running_var`, `num_batches_tracked` (the
+        sum), and of our layers the state behind them, in the dtypes and on the devices of the first state. Parameters,
+        and what training remembers of gradients, are the caller's: ``model.load_state_dict({**averaged, **merged})``.
+
+    Raises:
+        TypeError: if a state is no mapping, as a model is none.
+        ValueError: if there is no state or no statistics in them; if layers or channels differ; if statistics are not
+            finite; if weights are not one finite number ≥ 0 for each state, or all zero, or missing where a layer went
+            on from statistics of unknown weight in some of the states.
+
+    Example:
+        Two clients, of one element 0 and three elements 4, whose own variance is 0:
+
+        >>> import torch
+        >>> from runningbn import merge_statistics
+        >>> states = [{"running_mean": torch.tensor([x]), "running_var": torch.zeros(1)} for x in (0.0, 4.0)]
+        >>> merge_statistics(states, weights=[1, 3])
+        {'running_mean': tensor([3.]), 'running_var': tensor([3.])}
+    """
+    states = _listed(state_dicts)
+    given = None if weights is None else _checked(weights, len(states))
+    layers = [_layers(number, state) for number, state in enumerate(states)]
+    _check_alike(layers)
+    used = [number for number in range(len(states)) if given is None or given[number]]
+    given = None if given is None else [given[number] for number in used]
+    merged: dict[str, Tensor] = {}
+    for prefix, first in layers[0].items():
+        _check_finite(prefix, {number: layers[number][prefix] for number in used})
+        parts = [layers[number][prefix] for number in used]
+        result = _merge_states(prefix, parts, given) if "sums" in first else _merge_views(parts, given)
+        merged.update({prefix + name: result[name].to(first[name]) for name in first})
+    return merged
+
+
+# -------------------------------------------------------------------------------------------------------- what is given
+
+
+def _listed(state_dicts: Any) -> list[Mapping[str, Any]]:
+    expected = "merge_statistics: expected a sequence of state dicts, as model.state_dict() gives them"
+    if isinstance(state_dicts, (Mapping, str)) or not isinstance(state_dicts, Iterable):
+        raise TypeError(f"{expected}, got {type(state_dicts).__name__}")
+    states = list(state_dicts)
+    for number, state in enumerate(states):
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{expected}, got {type(state).__name__} at {number}")
+    if not states:
+        raise ValueError(f"{expected}, got none")
+    return states
+
+
+def _checked(weights: Iterable[float], number: int) -> list[float]:
+    given = [float(weight) for weight in weights]
+    if len(given) != number:
+        raise ValueError(f"merge_statistics: expected a weight for each of {number} states, got {len(given)}")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in given) or not any(given):
+        raise ValueError(f"merge_statistics: weights have to be finite and ≥ 0, and not all 0, got {given}")
+    return given
+
+
+def _layers(number: int, state: Mapping[str, Any]) -> dict[str, _Layer]:
+    """The statistics of every layer of a state dict, by the prefix of its keys."""
+    found = {}
+    for key in state:
+        prefix = key.removesuffix("running_mean") if isinstance(key, str) else key
+        if prefix == key or prefix[-1:] not in ("", ".") or not isinstance(state.get(f"{prefix}running_var"), Tensor):
+            continue
+        tensors = {name: state.get(prefix + name) for name in (*CHECKPOINTED, *VIEW, _TRACKED)}
+        layer = {name: tensor.detach() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        shape = layer["running_mean"].shape
+        if len(shape) != 1 or layer["running_var"].shape != shape or layer["running_mean"].is_meta:
+            raise ValueError(
+                f"merge_statistics: state {number}, {prefix}running_mean: expected values of the shape (C,), and as "
+                f"many of running_var, got {tuple(shape)} and {tuple(layer['running_var'].shape)}"
+            )
+        own = [layer[name] for name in CHECKPOINTED if name in layer]
+        # Parts of a state, and counts in 16 bits, are what a load does not take over either.
+        if len(own) < len(CHECKPOINTED) or any(part.shape != shape or is_narrow(part) for part in own):
+            layer = {name: tensor for name, tensor in layer.items() if name not in CHECKPOINTED}
+        found[prefix] = layer
+    if not found:
+        raise ValueError(
+            f"merge_statistics: state {number} has no BatchNorm statistics, no running_mean beside a running_var"
+        )
+    return found
+
+
+def _check_alike(layers: Sequence[dict[str, _Layer]]) -> None:
+    first = {prefix + name: tensor.shape for prefix, layer in layers[0].items() for name, tensor in layer.items()}
+    for number, found in enumerate(layers[1:], start=1):
+        keys = {prefix + name: tensor.shape for prefix, layer in found.items() for name, tensor in layer.items()}
+        for one, other, a, b in ((first, keys, 0, number), (keys, first, number, 0)):
+            if missing := [key for key in one if key not in other]:
+                raise ValueError(f"merge_statistics: state {b} has no {missing[0]!r}, which state {a} has")
+        for key, shape in keys.items():
+            if shape != first[key]:
+                raise ValueError(
+                    f"merge_statistics: {key!r} has the shape {tuple(first[key])} in state 0 and {tuple(shape)} in "
+                    f"state {number}"
+                )
+
+
+def _check_finite(prefix: str, parts: Mapping[int, _Layer]) -> None:
+    for number, part in parts.items():
+        for name, tensor in part.items():
+            if name != _TRACKED and not tensor.isfinite().all():
+                raise ValueError(f"merge_statistics: state {number}, {prefix}{name}: expected finite numbers")
+
+
+# ------------------------------------------------------------------------------------------------------------ the merge
+
+
+def _wide(parts: Sequence[_Layer], name: str) -> Tensor:
+    """A buffer of all states, (K, C), float64. There is no float64 on every device, and these are small."""
+    return torch.stack([part[name].to("cpu", torch.float64) for part in parts])
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Weights (K, C) that add up to 1; 0 where there are none."""
+    return weights / weights.sum(0).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _batches(parts: Sequence[_Layer], contributes: Tensor) -> Tensor:
+    numbers = [batches_tracked(part.get(_TRACKED)) or 0 for part in parts]
+    total = sum(number for number, does in zip(numbers, contributes.any(1).tolist()) if does)
+    return torch.tensor(min(total, _MOST_BATCHES))
+
+
+def _merge_views(parts: Sequence[_Layer], given: Sequence[float] | None) -> _Layer:
+    """Of layers of which mean and variance are all that is known."""
+    means, variances = (_wide(parts, name) for name in VIEW)
+    weights = torch.ones_like(means) if given is None else torch.tensor(given, dtype=torch.float64)[:, None]
+    weights = weights * torch.tensor([[not _untouched(part)] for part in parts])
+    shares = _shares(weights.expand_as(means))
+    mean = (shares * means).sum(0)
+    var = (shares * (variances + (means - mean).square())).sum(0)
+    nothing = shares.sum(0) == 0
+    return {
+        "running_mean": torch.where(nothing, means[0], mean),
+        "running_var": torch.where(nothing, variances[0], var),
+        _TRACKED: _batches(parts, shares > 0),
+    }
+
+
+def _untouched(part: _Layer) -> bool:
+    seen = _TRACKED not in part or batches_tracked(part[_TRACKED]) != 0
+    return not seen and bool((part["running_mean"] == 0).all() and (part["running_var"] == 1).all())
+
+
+def _merge_states(prefix: str, parts: Sequence[_Layer], given: Sequence[float] | None) -> _Layer:
+    """Of our layers: the states are scaled so that each counts what it is to weigh, and added up."""
+    wide = {name: _wide(parts, name) for name in (*CHECKPOINTED, *VIEW)}
+    count, filled = wide["count"], wide["count"] > 0
+    weights = _weights(prefix, wide, given) * filled
+    # Times the number of elements that one weight stands for in a state: a share of batches, which are what states are
+    # averages of. Of cumulative averages, those over 1/t of t batches each, it is the share of t.
+    gains = _shares(torch.where(filled, weights / count, 0))
+    means = moments(Sums(*(wide[name] for name in Sums._fields)))[0]
+    # The pivot as it will be stored: sums about another one would be off by its rounding.
+    pivot = (_shares(weights) * means).sum(0).to(parts[0]["shift"].dtype).double()
+    moved = [move_pivot(Sums(*(wide[name][k] for name in Sums._fields)), pivot) for k in range(len(parts))]
+    sums = Sums(pivot, *((gains * torch.stack(terms)).sum(0) for terms in list(zip(*moved))[1:]))
+    contributes = gains > 0
+    merged = {
+        **sums._asdict(),
+        "count_sqrs": (gains.square() * wide["count_sqrs"]).sum(0),
+        "debias": (gains * wide["debias"]).sum(0),
+        "samples": (contributes * wide["samples"]).sum(0).clamp_max(SETTLED),
+        "steps": (contributes * wide["steps"]).sum(0).clamp_max(SETTLED),
+        _TRACKED: _batches(parts, contributes),
+    }
+    mean, var = moments(sums)
+    if _corrects(wide):
+        var = unbiased(var, sums.count, merged["count_sqrs"])
+    else:
+        law = Law()
+        var = torch.where(merged["samples"] < law.warmup_samples, var.clamp_min(law.variance_floor), var)
+    nothing = ~contributes.any(0)
+    merged["running_mean"] = torch.where(nothing, wide["running_mean"][0], mean)
+    merged["running_var"] = torch.where(nothing, wide["running_var"][0], var)
+    return merged
+
+
+def _weights(prefix: str, wide: dict[str, Tensor], given: Sequence[float] | None) -> Tensor:
+    """(K, C): those that are given, or the effective numbers of elements, or 1 where none of these are known."""
+    count, count_sqrs = wide["count"], wide["count_sqrs"]
+    if given is not None:
+        return torch.tensor(given, dtype=torch.float64)[:, None].expand_as(count)
+    # Statistics that were taken over from elsewhere count as more samples than anybody has; averaging made it fewer.
+    unknown = (wide["samples"] > SETTLED / 1e6) | ((count > 0) & (count_sqrs <= 0))
+    if not unknown.any():
+        return count.square() / count_sqrs.clamp_min(torch.finfo(count.dtype).tiny)
+    if (unknown | (count == 0)).all():
+        return torch.ones_like(count)
+    raise ValueError(
+        f"merge_statistics: weights: expected some, for {prefix.removesuffix('.') or 'the layer'} went on from "
+        "statistics of unknown weight in some of the states and not in others"
+    )
+
+
+def _corrects(wide: dict[str, Tensor]) -> bool:
+    """Whether `running_var` has Bessel's correction, as in PreciseBatchNorm, or none, as in RunningBatchNorm.
+
+    A state dict does not name its class. Where the numbers do not tell, the correction is below their rounding.
+    """
+    _, var = moments(Sums(*(wide[name] for name in Sums._fields)))
+    corrected = unbiased(var, wide["count"], wide["count_sqrs"])
+    nearer = (wide["running_var"] - corrected).abs() < (wide["running_var"] - var).abs()
+    farther = (wide["running_var"] - corrected).abs() > (wide["running_var"] - var).abs()
+    return bool((nearer & (wide["count"] > 0)).sum() > (farther & (wide["count"] > 0)).sum())

@@ -1,0 +1,130 @@
+"""The arguments of calls of the C library: how data and vectors are handed over, and what a layer's calls share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..momentum import GIVEN, RuleCode, rule_of
+from ..ops.law import Law
+from ..ops.spec import Mode, StepSpec
+from ..ops.state import NoiseState, State, Sums
+from .cpu_library import DTYPES, Backward, Forward
+
+SUMS, UPDATE, APPLY = 1, 2, 4
+CODES = {getattr(torch, name.lower()): code for code, name in enumerate(DTYPES)}
+# The dtype of the statistics beside data of a dtype.
+STATISTICS = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+BATCH = tuple(f"batch_{name}" for name in Sums._fields)
+FORWARD_BUFFERS = (*State._fields, *NoiseState._fields)
+
+
+class Data(NamedTuple):
+    """An input as dense rows or planes: which of them, and the sizes outside of the channels, of them and inside."""
+
+    x: Tensor
+    rows: bool
+    outer: int
+    channels: int
+    inner: int
+
+
+class LayerCall:
+    """A call with all that stays from step to step in a layer.
+
+    Attributes:
+        pointers: where its buffers lie.
+        call: the call.
+        spec: the step that it describes.
+    """
+
+    __slots__ = ("call", "pointers", "spec")
+
+    def __init__(self, pointers: tuple[int, ...]) -> None:
+        self.pointers, self.spec, self.call = pointers, None, Forward()
+        set_fields(self.call, FORWARD_BUFFERS, pointers)
+
+    spec: StepSpec | None
+
+    def forward(self, spec: StepSpec) -> Forward:
+        """A call that does this step; to be completed."""
+        call = Forward.from_buffer_copy(self.call)
+        if self.spec != spec:
+            rule = rule_of(spec.momentum)
+            describe_update(call, spec.mode, rule.whole_batches, rule.code() or GIVEN_WEIGHT, spec.law)
+            call.eps = spec.eps
+            self.call, self.spec = Forward.from_buffer_copy(call), spec
+        return call
+
+
+def set_data(call: Forward | Backward, data: Data, stages: int, *pointers: int) -> None:
+    """Set the fields up to `inner`, and those of the pointers that come next."""
+    x, rows, outer, channels, inner = data
+    call.set_first(CODES[x.dtype], stages, torch.get_num_threads(), rows, outer, channels, inner, *pointers)
+
+
+# A weight per channel, which the caller has computed.
+GIVEN_WEIGHT = RuleCode(GIVEN)
+
+
+def describe_update(call: Forward, mode: Mode, whole: bool, code: RuleCode, law: Law) -> None:
+    call.by_state, call.whole_batches = mode.by_state, whole
+    call.rule, call.rule_first, call.rule_second, call.rule_third = code
+    set_fields(call, Law._fields, law)
+
+
+def laid_out(x: Tensor) -> Data:
+    outer, channels, *inner = x.shape
+    size = math.prod(inner)
+    if x.is_contiguous():
+        if channels == 1:
+            return Data(x, False, 1, 1, outer * size)
+        return Data(x, False, outer, channels, size) if size > 1 else Data(x, True, outer, channels, 1)
+    if inner and x.movedim(1, -1).is_contiguous():
+        return Data(x, True, outer * size, channels, 1)
+    return laid_out(x.contiguous())
+
+
+def like_data(dy: Tensor, data: Tensor) -> Tensor:
+    """A gradient in the dtype and layout of dense data."""
+    if dy.dtype is not data.dtype:
+        dy = dy.to(data.dtype)
+    if data.is_contiguous():
+        return dy.contiguous()
+    return dy if dy.stride() == data.stride() else torch.empty_like(data).copy_(dy)
+
+
+def vector_for(vector: Tensor, like: Tensor) -> Tensor:
+    """A per-channel vector as the library takes it beside data like these."""
+    dtype = STATISTICS[like.dtype]
+    return vector if vector.dtype is dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
+
+
+def vector_or_none(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if vector is None else vector_for(vector, like)
+
+
+def set_fields(call: Forward | Backward, names: Iterable[str], values: Iterable[float]) -> None:
+    """Set the fields of these names; the values may be fewer."""
+    for name, value in zip(names, values):
+        setattr(call, name, value)
+
+
+def set_rows(call: Forward | Backward, names: tuple[str, ...], rows: Tensor) -> None:
+    """Set the fields of these names to the rows of a contiguous tensor."""
+    pointer, size = rows.data_ptr(), rows.shape[1] * rows.element_size()
+    for name in names:
+        setattr(call, name, pointer)
+        pointer += size
+
+
+def pointer_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pointers_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple([tensor.data_ptr() for tensor in tensors])

@@ -1,0 +1,97 @@
+/* The arguments of a call, and what the parts of cpu.c share. Shapes and equations are those of contract.py.
+
+   REAL is the dtype of the statistics: float for float and bfloat16 data, double for double data. All sums are double.
+
+   Codes and fields are listed by macros, from which the names come that cpu.py compares with its own when it loads the
+   library. Every field is 8 bytes: I an integer, P a pointer, R a double. */
+
+#ifndef RUNNINGBN_CPU_H
+#define RUNNINGBN_CPU_H
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* In the order of their codes. */
+#define DTYPES(X) X(FLOAT32) X(BFLOAT16) X(FLOAT64)
+#define RULES(X) X(CONSTANT) X(CUMULATIVE) X(HORIZON) X(SQUARE_ROOT) X(GIVEN)
+#define AS_ENUM(name) name,
+enum { DTYPES(AS_ENUM) };
+enum { RULES(AS_ENUM) };
+enum { SUMS = 1, UPDATE = 2, APPLY = 4 }; /* stages */
+
+/* - `rows`: whether x is (outer, channels) rather than (outer, channels, inner).
+   - `weight`, `bias`: REAL, or NULL.
+   - From `max_lag` on: the law.Law.
+   - From `batch_shift` on: the sums of the batch: results of SUMS, or arguments of UPDATE without it; NULL if nobody
+     asks. REAL.
+   - From `mean` on: what x is normalised by, and the spec.Coefficients: results of UPDATE or SUMS, or arguments of
+     APPLY alone; NULL if nobody asks.
+   - From `by_state` on: the update. Without UPDATE it is not looked at. `updates` is 0 in a recomputation.
+   - `batch_weight`: REAL, for GIVEN.
+   - From `shift` on: the statistics.State. `num_batches_tracked` is one int64, all others are REAL.
+   - From `noise` on: with running gradients the statistics.NoiseState, otherwise NULL. */
+#define FORWARD_FIELDS(I, P, R)                                                                                   \
+    I(dtype) I(stages) I(threads) I(rows) I(outer) I(channels) I(inner)                                           \
+    P(x) P(y) P(weight) P(bias) R(eps)                                                                            \
+    R(max_lag) R(lag_noise) R(trust_noise) R(window) R(variance_floor) R(warmup_samples)                          \
+    P(batch_shift) P(batch_sums) P(batch_sqrs) P(batch_count)                                                     \
+    P(mean) P(var) P(rstd) P(kappa_mean) P(kappa_var) P(trust) P(offset) P(batch_std)                             \
+    I(by_state) I(updates) I(whole_batches) I(rule) R(rule_first) R(rule_second) R(rule_third)                    \
+    P(batch_weight) R(batch_samples)                                                                              \
+    P(shift) P(sums) P(sqrs) P(count) P(count_sqrs) P(debias) P(samples) P(steps) P(running_mean) P(running_var)  \
+    P(num_batches_tracked) P(last_keep) P(last_gain)                                                              \
+    P(noise) P(noise_steps) P(last_mean)
+
+/* - `weight`, `mean`, `rstd`: REAL; `weight` may be NULL.
+   - `batch_sum_dy`, `batch_sum_dy_xhat`: results of SUMS, or arguments of UPDATE without it. REAL.
+   - `m0`, `m1`: dx = weight·rstd·(dy − m0 − z·m1). With running means they are results of UPDATE, unless NULL; without,
+     they are arguments, or where NULL kappa times the sums of the batch; kappa NULL is 1/n.
+   - From `sum_dy` on: the statistics.GradientState, or NULL.
+   - `pooled_count`: elements per channel over all ranks, or NULL: then as here. */
+#define BACKWARD_FIELDS(I, P, R)                                                                                  \
+    I(dtype) I(stages) I(threads) I(rows) I(outer) I(channels) I(inner)                                           \
+    P(dy) P(x) P(dx) P(weight) P(mean) P(rstd) P(batch_sum_dy) P(batch_sum_dy_xhat)                               \
+    P(m0) P(m1) P(kappa_mean) P(kappa_var) P(sum_dy) P(sum_dy_xhat) P(count_dy)                                   \
+    P(trust) P(offset) P(batch_std) P(pooled_count)
+
+#define INTEGER_FIELD(name) int64_t name;
+#define POINTER_FIELD(name) void *name;
+#define DOUBLE_FIELD(name) double name;
+typedef struct {
+    FORWARD_FIELDS(INTEGER_FIELD, POINTER_FIELD, DOUBLE_FIELD)
+} Forward;
+typedef struct {
+    BACKWARD_FIELDS(INTEGER_FIELD, POINTER_FIELD, DOUBLE_FIELD)
+} Backward;
+
+/* Scratch of one call: vectors over channels, or over `columns` of widened rows, see `widening` in cpu.c. */
+typedef struct {
+    double *pivot;         /* what the sums are about */
+    double *first, *second; /* the two sums, `parts` times `columns` */
+    double *weight;        /* a per channel */
+    void *centre, *scale, *slope, *base; /* REAL, for the map */
+    int64_t columns, repeats, parts;
+} Scratch;
+
+/* The loops over the data for one instruction set and dtype. Forward: `dy` and `dx` are NULL. */
+typedef struct {
+    void (*planes_sums)(const void *dy, const void *x, const double *pivot, int64_t channels, int64_t inner,
+                        int64_t outer_begin, int64_t outer_end, int64_t begin, int64_t end, int64_t inner_begin,
+                        int64_t inner_end, double *first, double *second);
+    void (*rows_sums)(const void *dy, const void *x, const double *pivot, int64_t columns, int64_t begin, int64_t end,
+                      double *first, double *second);
+    void (*planes_map)(const void *dy, const void *x, void *out, const Scratch *scratch, int64_t channels,
+                       int64_t inner, int64_t outer_begin, int64_t outer_end, int64_t begin, int64_t end,
+                       int64_t inner_begin, int64_t inner_end);
+    void (*rows_map)(const void *dy, const void *x, void *out, const Scratch *scratch, int64_t columns, int64_t begin,
+                     int64_t end);
+    void (*pivots)(const void *x, int64_t channels, int64_t stride, int64_t middle, int64_t last, double *pivot);
+    void (*finish_forward)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t end);
+    void (*finish_backward)(const Backward *b, const Scratch *scratch, int64_t begin, int64_t end);
+    int64_t element_size;
+} Loops;
+
+#endif

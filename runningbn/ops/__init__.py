@@ -1,0 +1,1 @@
+"""One training step: the linear state, the constants of the update, the update itself, autograd, masks and ranks."""

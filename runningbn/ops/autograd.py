@@ -1,0 +1,156 @@
+"""The autograd functions of a training step: what each forward saves, and which gradients its backward asks for.
+
+There are two. `FusedStep` is one call of a backend forward and one backward, the update of the state included, in eager
+mode. `Normalize` takes statistics that are done: compilers can trace it, and ranks can be asked for their sums before.
+
+Shapes: N batch, C channels, any trailing dimensions. Per-channel vectors are (C,) in the dtype of the statistics
+(float32 or float64).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from .. import kernels
+from ..kernels.contract import Centred, Gradients
+from .gradients import (
+    POOLED_TWICE,
+    RUNNING_TWICE,
+    differentiable_gradients,
+    exact_gradients,
+    refuse_second_derivative,
+    running_gradients,
+)
+from .pooling import RankGroup
+from .spec import Coefficients, StepSpec, unpack
+from .state import GradientState
+from .update import is_recomputation
+
+
+class FusedStep(Function):
+    """y and its gradients by a backend that updates the state meanwhile; see `functional` for what they are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: StepSpec, fused: kernels.Fused,
+        gradient: GradientState | None,
+    ) -> Tensor:  # fmt: skip
+        """y; the batch enters the state, unless this repeats a forward."""
+        y, rows = fused.backend.training_forward(x, weight, bias, fused.prepared, spec, not is_recomputation())
+        ctx.save_for_backward(x, weight, rows)
+        # Not saved for backward: these buffers are meant to change between forward and backward.
+        ctx.backend, ctx.mode, ctx.gradient = fused.backend, spec.mode, gradient
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradients of x, weight and bias; None for the rest."""
+        x, weight, rows = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            found = _fused_gradients(ctx, dy, x, weight, rows)
+        elif torch.compiler.is_compiling():
+            with torch.no_grad():
+                found = _fused_gradients(ctx, dy, x, weight, rows)
+        elif ctx.gradient is None:
+            coefficients = unpack(ctx.mode, rows)
+            found = differentiable_gradients(dy, x, weight, coefficients, ctx.needs_input_grad, ctx.bias_dtype)
+        else:
+            with torch.no_grad():
+                found = _fused_gradients(ctx, dy, x, weight, rows)
+            found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
+        return (*found, None, None, None)
+
+
+def _fused_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor) -> tuple[Tensor | None, ...]:
+    needs_dx, state = ctx.needs_input_grad[0], ctx.gradient
+    supported, prepared = kernels.fused_backward(ctx.backend, dy, x, rows, state)
+    if supported:
+        gradients = ctx.backend.training_backward(dy, x, weight, rows, ctx.mode, prepared, needs_dx)
+    # What the backend cannot take, as in a compiled backward of an eager forward.
+    elif state is None:
+        gradients = exact_gradients(dy, x, weight, unpack(ctx.mode, rows), needs_dx)
+    else:
+        gradients = running_gradients(dy, x, weight, unpack(ctx.mode, rows), state, needs_dx)
+    return _affine_gradients(ctx, weight, gradients)
+
+
+class Pooling(NamedTuple):
+    """What a forward outside of a fused step knows beside its coefficients.
+
+    Attributes:
+        ranks: the ranks that the batch was pooled over, and its gradients have to be; None where it was not.
+        centred: x minus a pivot as the statistics have left it, for the output to be made in; None where there is none.
+    """
+
+    ranks: RankGroup | None = None
+    centred: Centred | None = None
+
+
+class Normalize(Function):
+    """y = (x − mean)·rstd·weight + bias by statistics that are done, and the gradients that go with the coefficients.
+
+    Compilers follow tensors only where they are arguments by themselves, hence the flat lists of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pooling: Pooling,
+        n: Tensor | None, var: Tensor, *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """y.
+
+        Args:
+            ctx: of autograd.
+            x, weight, bias, eps: as in the layer.
+            pooling: see there.
+            n: elements per channel of a batch that was pooled or masked.
+            var: what `rstd` among the coefficients was made of.
+            tensors: the `Coefficients`, then the `GradientState` for a backward by running means.
+        """
+        coefficients = Coefficients(*tensors[: len(Coefficients._fields)])  # type: ignore[arg-type]
+        gradient = tensors[len(Coefficients._fields) :]
+        ctx.save_for_backward(x, weight, n, *coefficients)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # Not saved for backward: these buffers are meant to change between forward and backward.
+        ctx.ranks, ctx.gradient = pooling.ranks, GradientState(*gradient) if gradient else None  # type: ignore[arg-type]
+        if x.numel() == 0:  # of a rank among others
+            return torch.empty_like(x)
+        return kernels.normalize(x, coefficients.mean, var, weight, bias, eps, pooling.centred)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradients of x, weight and bias; None for the rest."""
+        x, weight, n, *vectors = ctx.saved_tensors
+        coefficients, ranks, state = Coefficients(*vectors), ctx.ranks, ctx.gradient
+        others = [None] * (4 + len(vectors) + (0 if state is None else len(state)))
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if twice and ranks is None and state is None:
+            found = differentiable_gradients(dy, x, weight, coefficients, ctx.needs_input_grad, ctx.bias_dtype)
+            return (*found, *others)
+        needs_dx = ctx.needs_input_grad[0]
+        with torch.no_grad():
+            if state is None:
+                gradients = exact_gradients(dy, x, weight, coefficients, needs_dx, ranks)
+            else:
+                gradients = running_gradients(dy, x, weight, coefficients, state, needs_dx, ranks, n)
+            found = _affine_gradients(ctx, weight, gradients)
+        if twice:
+            found = refuse_second_derivative(POOLED_TWICE if state is None else RUNNING_TWICE, dy, x, found)
+        return (*found, *others)
+
+
+def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias, in the dtypes of these."""
+    dx, sum_dy, sum_dy_xhat = gradients
+    dweight = None if weight is None else _cast(sum_dy_xhat, weight.dtype)
+    return dx, dweight, None if ctx.bias_dtype is None else _cast(sum_dy, ctx.bias_dtype)
+
+
+def _cast(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """``vector.to(dtype)``, which is a call into torch where there is nothing to do, too."""
+    return vector if vector.dtype is dtype else vector.to(dtype)

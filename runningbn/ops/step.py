@@ -1,0 +1,158 @@
+"""One training step: reduce the batch to sums, update the state by them, normalise by the outcome.
+
+With dy = dL/dy, z = (x − mean)·rstd and rstd = (var + eps)^−½, per channel::
+
+    y = z·weight + bias        dbias = Σdy        dweight = Σdy·z
+
+    dx = weight·rstd·[dy − κ·(Σdy + z·Σdy·z)]        exact; κ = gain/count, and κ = 1/n is BatchNorm
+    dx = weight·rstd·[dy − s·(G0 + z·G1)]            by running means of dy and dy·z, see `update.update_gradient`
+
+The z term of the exact gradient drops where the variance is held at its floor. It is differentiable twice, unless the
+batch was pooled over ranks. Running means are not the derivative of a function: a second derivative raises
+RuntimeError. Kept for backward are x and vectors over channels. The sums in dx of a pooled batch run over all ranks: it
+is the gradient of the ranks' total loss. dweight and dbias are those of the rank.
+
+Where a backend does all that at once, a step is one call of it forward and one backward. Otherwise, as in compiled code
+and where ranks have to be asked in between, it is put together here.
+
+The nearest published relative of the running means is MABN: Yan et al., "Towards Stabilizing Batch Statistics in
+Backward Propagation of Batch Normalization", ICLR 2020.
+
+Shapes: N batch, C channels, any trailing dimensions; n = elements per channel. Per-channel vectors are (C,) in the
+dtype of the statistics (float32 or float64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import kernels
+from ..kernels.contract import Reduction
+from ..momentum import rule_of
+from .autograd import FusedStep, Normalize, Pooling
+from .masks import blank, fill, real_sums
+from .pooling import RankGroup, pool
+from .spec import Coefficients, Mode, StepSpec
+from .state import Batch, GradientState, LayerState, Sums, moments, without_empty
+from .update import update
+
+# Whether torch.func is at work; it has no public name. Dynamo knows it, too.
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def training_step(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: StepSpec, state: LayerState,
+    ranks: RankGroup | None = None, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Let a batch enter the state, and normalise it as `spec` says.
+
+    Args:
+        x: (N, C, *).
+        weight, bias: (C,), or None.
+        spec: what to do.
+        state: the buffers of the layer, updated in place; `state.gradient` in backward.
+        ranks: the processes to pool the batch over.
+        mask: (N, *), True for the elements that count, see `masks`; None for all.
+    """
+    _refuse_transforms(x, weight, bias)
+    fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
+    if fused is not None:
+        y: Tensor = FusedStep.apply(x, weight, bias, spec, fused, state.gradient)
+        return y
+    if len(state.statistics.shift) != x.shape[1]:
+        mean, var, shift = state.statistics.running_mean, state.statistics.running_var, state.statistics.shift
+        raise RuntimeError(
+            f"running_mean and running_var of {len(mean)} and {len(var)} channels, and a state of {len(shift)}: assign "
+            "both as attributes of the layer, not their .data, to resize it"
+        )
+    with torch.no_grad():
+        reduction, samples = _reduce(x, state.statistics.shift.dtype, ranks, mask)
+        rule = rule_of(spec.momentum)
+        of_batch = rule.weight(samples, state.statistics.samples, state.statistics.steps)
+        var, coefficients = update(state, Batch(reduction.sums, samples, of_batch, rule.whole_batches), spec)
+        n = None
+        if ranks is not None or mask is not None:
+            n = reduction.sums.count
+            if spec.mode is Mode.BATCH:
+                coefficients = _with_kappa(coefficients, n)
+    pooling = Pooling(ranks, reduction.centred)
+    return _normalize(x, weight, bias, spec.eps, pooling, n, var, coefficients, state.gradient, mask)
+
+
+def _refuse_transforms(*inputs: Tensor | None) -> None:
+    """Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
+
+    Raises:
+        RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
+            differentiation.
+    """
+    transformed = _transforms_active()
+    # Private, but torch has no other sign that is cheap.
+    if not transformed and forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        transformed = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+    if transformed:
+        raise RuntimeError(
+            "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
+            "...) or forward-mode differentiation. Call eval() on the layer, or "
+            "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
+        )
+
+
+def normalize_by_batch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype,
+    ranks: RankGroup | None, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Normalise by the statistics of the batch over all ranks, taken in `dtype`, and keep none."""
+    with torch.no_grad():
+        reduction, _ = _reduce(x, dtype, ranks, mask)
+        mean, var = moments(reduction.sums)
+        n = reduction.sums.count
+        coefficients = _with_kappa(Coefficients(mean, (var + eps).rsqrt()), n)
+    return _normalize(x, weight, bias, eps, Pooling(ranks, reduction.centred), n, var, coefficients, None, mask)
+
+
+def normalize_by_itself(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, var: Tensor
+) -> Tensor:
+    """Normalise by the mean and the variance of x, which are known, with the gradient that this has."""
+    coefficients = Coefficients(mean, (var + eps).rsqrt())
+    return _normalize(x, weight, bias, eps, Pooling(), None, var, coefficients, None, None)
+
+
+def _normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pooling: Pooling, n: Tensor | None,
+    var: Tensor, coefficients: Coefficients, gradient: GradientState | None, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if mask is not None:
+        x = fill(x, mask, coefficients.mean)
+    y: Tensor = Normalize.apply(x, weight, bias, eps, pooling, n, var, *coefficients, *(gradient or ()))
+    return y if mask is None else blank(y, mask)
+
+
+def _reduce(
+    x: Tensor, dtype: torch.dtype, ranks: RankGroup | None, mask: Tensor | None
+) -> tuple[Reduction, int | Tensor]:
+    """The sums of the batch, pooled over the ranks where there are any, and its samples."""
+    samples: int | Tensor = len(x) if x.numel() > 0 else 0
+    if mask is not None:
+        sums, samples = real_sums(x, mask, dtype)
+        reduction = Reduction(sums)
+    elif x.numel() == 0:  # of a rank among others
+        reduction = Reduction(Sums(*torch.zeros((4, x.shape[1]), dtype=dtype, device=x.device).unbind()))
+    else:
+        reduction = kernels.batch_sums(x, dtype)
+    if ranks is not None:
+        sums, samples = pool(reduction.sums, samples, ranks)
+        reduction = reduction._replace(sums=sums)
+    elif mask is not None:
+        reduction = reduction._replace(sums=without_empty(reduction.sums))
+    return reduction, samples
+
+
+def _with_kappa(coefficients: Coefficients, n: Tensor) -> Coefficients:
+    """κ = 1/n of a pooled or masked batch that is normalised by its own statistics: x does not tell n."""
+    kappa = n.reciprocal()
+    # A copy, as torch.compile takes no tensor twice.
+    return coefficients._replace(kappa_mean=kappa, kappa_var=kappa.clone())

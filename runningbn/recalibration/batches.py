@@ -1,0 +1,140 @@
+"""How the batches of a loader reach a model: in what form, on what device, with what bar of progress."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .hooks import PARALLEL_WRAPPERS
+
+Forward = Callable[[nn.Module, Any], object]
+Progress = Callable[[Iterable[Any], "int | None"], Iterable[Any]]
+
+
+def runner(
+    model: nn.Module, forward: Forward | None = None, device: torch.device | str | None = None
+) -> Callable[[Any], None]:
+    """What runs a batch through the model: moved to the device, then by `forward` or `call`.
+
+    Without a device, tensors go where a wrapper for parallel training would have sent them, or stay where they are.
+    """
+    forward = forward or call
+    if device is None and isinstance(model, PARALLEL_WRAPPERS):
+        there = torch.device(model.device_ids[0]) if model.device_ids else None
+    else:
+        there = None if device is None else torch.device(device)
+
+    def run(batch: Any) -> None:
+        forward(model, batch if there is None else moved(batch, there))
+
+    return run
+
+
+def call(model: nn.Module, batch: Any) -> object:
+    """Call the model with a tensor, the first element of a list or tuple, or a mapping as keyword arguments.
+
+    Raises:
+        ValueError: for an empty list or tuple.
+        TypeError: for a mapping that does not fit the model's forward.
+    """
+    if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence):
+        if not batch:
+            raise ValueError("expected a batch, got an empty list or tuple")
+        batch = batch[0]
+    if not isinstance(batch, Mapping):
+        return model(batch)
+    _check_keywords(model, batch)
+    return model(**batch)
+
+
+def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
+    while isinstance(model, PARALLEL_WRAPPERS):
+        model = model.module
+    try:
+        inspect.signature(type(model).forward).bind(model, **batch)
+    except TypeError as error:
+        keys = ", ".join(map(str, batch))
+        raise TypeError(
+            f"{type(model).__name__}: a batch that is a mapping is passed as keyword arguments, here {keys}, and "
+            f"{error}; give forward=lambda model, batch: ... to call the model in another way"
+        ) from None
+    except ValueError:  # there is no signature to see
+        return
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with all tensors on the device: in mappings, lists and tuples, and whatever has a ``to``.
+
+    Containers keep their class. A ``to`` that returns None has moved its object in place.
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):
+        there = batch.to(device)
+        return batch if there is None else there
+    if isinstance(batch, (list, tuple)):
+        return _refilled(batch, [moved(part, device) for part in batch])
+    if isinstance(batch, Mapping):
+        parts = {key: moved(part, device) for key, part in batch.items()}
+        return _refilled(batch, parts)
+    return batch
+
+
+def _refilled(container: Any, parts: Any) -> Any:
+    """A container of the same class with other contents; whatever else it has is kept."""
+    if type(container) in (list, tuple, dict):
+        return type(container)(parts)
+    new: Any
+    if isinstance(container, tuple):
+        # Not by its constructor, whose arguments may be others.
+        new = tuple.__new__(type(container), parts)
+        if hasattr(container, "__dict__"):
+            vars(new).update(vars(container))
+        return new
+    if not isinstance(container, (list, MutableMapping)):
+        return parts
+    new = copy.copy(container)
+    if isinstance(container, list):
+        new[:] = parts
+    else:
+        new.update(parts)
+    return new
+
+
+def keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
+    """The batches, each also appended to `kept`."""
+    for batch in batches:
+        kept.append(batch)
+        yield batch
+
+
+def length(data_loader: Iterable[Any]) -> int | None:
+    """How many batches there are, if that is known."""
+    try:
+        return len(data_loader) if isinstance(data_loader, Sized) else None
+    except TypeError:  # of a DataLoader over an IterableDataset
+        return None
+
+
+def progress_bar(kind: str | None) -> Progress:
+    """What shows the progress of a loop over an iterable: nothing, or tqdm.
+
+    Raises:
+        ValueError: for another kind.
+        ImportError: without tqdm.
+    """
+    if kind is None:
+        return lambda iterable, total: iterable
+    if kind != "tqdm":
+        raise ValueError(f"progress: expected None or 'tqdm', got {kind!r}")
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress='tqdm' needs tqdm: pip install 'runningbn[progress]'") from error
+    return lambda iterable, total: tqdm(iterable, total=total)

@@ -1,0 +1,277 @@
+"""What collects the moments of the inputs of BatchNorm layers, and normalises by what it is told to.
+
+A layer is reached through what it calls: in evaluation, ``nn.BatchNorm``, ``nn.SyncBatchNorm``, the layers of this
+library and most subclasses come down to one call of ``torch.nn.functional.batch_norm`` with their own buffers, and that
+call is taken over. So what a subclass does around it (permuting, casting, an activation) is respected. For one that
+computes by itself, see `subclasses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import kernels
+from ..layers.buffers import PooledStatistics
+from ..ops import step as functional
+from ..ops.derived_tensors import is_derived, through_class
+from ..ops.state import moments
+from .conventions import Arguments, Convention, InputMoments, Moments, batch_moments, candidates, learned, replaced
+from .flags import set_training
+from .interception import TakeOver
+from .moments import Call
+
+# The forwards that are one call of batch_norm with the layer's own weight, bias and eps.
+_PLAIN = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+
+
+class EnoughSeen(BaseException):
+    """Ends a forward pass of which nothing more is needed. Not an Exception, so that models do not swallow it."""
+
+
+class Observer:
+    """Collects the moments of the inputs of some layers and normalises by what it is told to.
+
+    Where grad mode is on, as inside a model that differentiates in its forward, the layers are differentiable.
+
+    Attributes:
+        layers: by number.
+        so_far: mean and variance of a layer by its number, for batches that have no variance of their own.
+        names: of the layers, for what is said about them.
+        calls: what was seen since `take_calls`, in order.
+        fixed: mean and variance by layer number, for layers that normalise by these and not by their batch.
+        watched: the numbers of the layers to collect from.
+        last: (layer, calls): after so many calls of that layer, `EnoughSeen` is raised.
+        conventions: of the layers that have a forward of their own, once that is known.
+        elsewhere: the numbers of layers whose statistics something else was seen to normalise by, see `Elsewhere`.
+    """
+
+    def __init__(
+        self, layers: list[_BatchNorm], so_far: Callable[[int], Moments], names: Sequence[str] = ()
+    ) -> None:  # fmt: skip
+        self.layers, self.so_far, self.names = layers, so_far, names
+        self.calls: list[Call] = []
+        self.fixed: dict[int, Moments] = {}
+        self.watched: set[int] = set(range(len(layers)))
+        self.last: tuple[int, int] | None = None
+        self.conventions: dict[int, Convention] = {}
+        self.elsewhere: set[int] = set()
+        self._compute_by_themselves: set[int] = set()
+
+    def take_calls(self) -> list[Call]:
+        """The calls since the last time."""
+        calls, self.calls = self.calls, []
+        return calls
+
+    def forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the layer's forward gives, normalised by what the observer says."""
+        layer = self.layers[number]
+        if getattr(forward, "__func__", None) in _PLAIN:
+            # Nothing else happens in there, and so the detour by torch's function modes is spared.
+            x = _input_of_forward(*args, **kwargs)
+            layer._check_input_dim(x)
+            if type(x) is not Tensor and is_derived(x):
+                compute = partial(self.normalize, number, weight=layer.weight, bias=layer.bias, eps=layer.eps)
+                return through_class(compute, layer, x)
+            return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
+        training = layer.training
+        # Whoever runs the model may have called train().
+        set_training(layer, False)
+        try:
+            if number not in self._compute_by_themselves:
+                unknown = number not in self.conventions and self._has_own_class(layer)
+                arguments, seen = Arguments(args, kwargs) if unknown else None, len(self.calls)
+                mask = args[1] if len(args) > 1 else kwargs.get("mask")
+                if mask is None or not isinstance(layer, PooledStatistics):
+                    normalize = partial(self.normalize, number)
+                else:
+                    normalize = partial(self.normalize_real, number, mask)
+                with TakeOver(layer.running_mean, normalize) as taken:
+                    y = forward(*args, **kwargs)
+                if taken.by_a_part:
+                    raise RuntimeError(
+                        f"{self._called(number)} normalises by a part of running_mean and running_var, as in a network "
+                        "that has others inside; leave it out with layers=..., or recalibrate a network taken out of it"
+                    )
+                if taken.reached:
+                    if arguments is not None and not _in_company():
+                        self._learn_correction(number, forward, arguments, self.calls[seen:])
+                    return y
+                self._compute_by_themselves.add(number)
+                if arguments is not None and not torch.is_grad_enabled():
+                    args, kwargs = arguments.copies()
+            return self._evaluate(number, forward, *args, **kwargs)
+        finally:
+            set_training(layer, training)
+
+    def normalize_real(
+        self, number: int, mask: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """`normalize` for the elements that a mask says are real, and 0 elsewhere."""
+        y = torch.zeros_like(x)
+        samples = int(mask.flatten(1).any(1).sum()) if mask.dim() > 1 else None
+        y.movedim(1, -1)[mask] = self.normalize(number, x.movedim(1, -1)[mask], weight, bias, eps, samples)
+        return y
+
+    def normalize(
+        self, number: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, samples: int | None = None
+    ) -> Tensor:
+        """y = (x − mean)·(var + eps)^−½·weight + bias by the batch or by what is fixed; the moments of x are noted.
+
+        `samples` is N where the first dimension of x does not say it.
+        """
+        layer, samples = self.layers[number], len(x) if samples is None else samples
+        if x.dim() < 2 or x.shape[1] != layer.num_features or not x.is_floating_point():
+            raise RuntimeError(
+                f"{type(layer).__name__}: expected a floating-point input of shape (N, {layer.num_features}, *), "
+                f"got {tuple(x.shape)} of {x.dtype}"
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        n, by = x.numel() // x.shape[1], self.fixed.get(number)
+        transformed = _inside_torch_func()
+        differentiates = transformed or torch.is_grad_enabled()
+        if differentiates:
+            weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+        if n > 1 and (by is None or number in self.watched):
+            if differentiates:
+                with temporarily_clear_interpreter_stack() if transformed else nullcontext():
+                    mean, var = moments(kernels.batch_sums(_plain(x.detach()), dtype).sums)
+                if by is None and transformed:
+                    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+                elif by is None:
+                    y = functional.normalize_by_itself(x, weight, bias, eps, mean, var)
+            else:
+                affine = (weight, bias, eps) if by is None else (None, None, 1.0)
+                y, mean, var = kernels.batch_norm(x, *affine, dtype)
+            self._note(Call(number, mean, var, n, samples))
+            if by is None:
+                return y
+        elif n == 1:
+            self._note(_single(number, _plain(x.detach()), dtype))
+        # One element normalised by itself would be 0 whatever it is.
+        mean, var = (moment.to(x.device, dtype) for moment in by or self.so_far(number))
+        if differentiates:
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        # By the operation of evaluation, rounding for rounding: deep layers are to see what they will see there.
+        return kernels.aten.normalize(x, mean, var, weight, bias, eps) if n else torch.empty_like(x)
+
+    def _evaluate(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """For a layer that computes by itself: let it evaluate by the moments of its input, or by what is fixed."""
+        layer, by = self.layers[number], self.fixed.get(number)
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if x is None:
+            raise RuntimeError(f"{type(layer).__name__}: expected a tensor as input")
+        n = x.numel() // layer.num_features
+        if n > 1 and (by is None or number in self.watched):
+            found = self._moments(number, forward, args, kwargs, x)
+            self._note(Call(number, found.mean, found.var, n, len(x)))
+            if by is None:
+                mean, var = batch_moments(x, found) if torch.is_grad_enabled() else (found.mean, found.var)
+                with replaced(layer, mean, var):
+                    return forward(*args, **kwargs)
+        elif n == 1:
+            self._note(_single(number, x, torch.promote_types(x.dtype, torch.float32)))
+        with replaced(layer, *(by or self.so_far(number))):
+            return forward(*args, **kwargs)
+
+    def _moments(
+        self, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> InputMoments:
+        """The moments of x that the layer keeps."""
+        layer, known = self.layers[number], self.conventions.get(number)
+        found = candidates(layer, x)
+        if known is not None:
+            found = [one for one in found if one.dim == known.dim]
+        elif all(bool((one.mean + one.var).isfinite().all()) for one in found):
+            cause = None
+            try:
+                convention = learned(layer, forward, Arguments(args, kwargs), found)
+            except Exception as error:  # whatever its training does with buffers that are not its own
+                convention, cause = None, error
+            if convention is None:
+                raise RuntimeError(
+                    f"{self._called(number)} has a forward of its own that does not call torch's batch_norm, and what "
+                    "it makes of running_mean and running_var in training is not a moving average of the mean and "
+                    f"variance of its input, {tuple(x.shape)} of {x.dtype}; leave it out with layers=..."
+                ) from cause
+            self.conventions[number] = convention
+            found = [one for one in found if one.dim == convention.dim]
+        if not found:
+            raise RuntimeError(
+                f"{self._called(number)}: expected a floating-point input with {layer.num_features} channels in its "
+                f"second or last dimension, got {tuple(x.shape)} of {x.dtype}"
+            )
+        return found[0]
+
+    def _has_own_class(self, layer: _BatchNorm) -> bool:
+        """Whether the class may update its statistics in another way than torch does."""
+        return type(layer).forward not in _PLAIN and not isinstance(layer, PooledStatistics)
+
+    def _learn_correction(
+        self, number: int, forward: Callable[..., Any], arguments: Arguments, calls: list[Call]
+    ) -> None:
+        """Whether a layer that evaluates by torch's batch_norm trains as torch does: else its correction is another."""
+        if len(calls) != 1 or calls[0].n < 2 or not bool((calls[0].mean + calls[0].var).isfinite().all()):
+            return
+        seen = InputMoments(calls[0].mean, calls[0].var, calls[0].n, narrow=True)
+        try:
+            convention = learned(self.layers[number], forward, arguments, [seen])
+        except Exception:  # what it does in training is of no other interest here
+            convention = None
+        self.conventions[number] = convention or Convention()
+
+    def _called(self, number: int) -> str:
+        name, kind = self.names[number] if self.names else "", type(self.layers[number]).__name__
+        return f"{name} ({kind})" if name else kind
+
+    def _note(self, call: Call) -> None:
+        if call.layer not in self.watched:
+            return
+        self.calls.append(call)
+        if self.last == (call.layer, sum(other.layer == call.layer for other in self.calls)):
+            raise EnoughSeen
+
+
+def _in_company() -> bool:
+    """Whether there are other processes, which a layer may wait for in training though they have no batch now."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _input_of_forward(input: Tensor) -> Tensor:
+    """What a plain forward takes, and nothing else."""
+    return input
+
+
+def _inside_torch_func() -> bool:
+    """Whether this runs inside of ``torch.func.grad`` and the like, which take only torch's own functions."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The tensor under what ``torch.func`` wraps it in for derivatives.
+
+    Raises:
+        RuntimeError: under ``torch.func.vmap``, where a batch has no moments of its own.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                "under torch.func.vmap a BatchNorm layer cannot be updated; leave it out with layers=..."
+            )
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:
+    """One element per channel: its own mean, without variance."""
+    mean = x.detach().reshape(-1).to(dtype)
+    return Call(number, mean, torch.zeros_like(mean), 1, 1)

@@ -1,0 +1,275 @@
+"""Passes over the data: what the layers see, added up over batches and processes, and the statistics that it gives."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.buffers import PooledStatistics
+from .conventions import Convention, Moments
+from .kept import state_kept
+from .moments import Accumulator, Estimator, MeanOfBatches, Population
+from .observer import Observer
+from .ranks import Ranks, interrupts_deferred
+from .report import LayerReport
+from .selection import Layers, chosen
+
+logger = logging.getLogger("runningbn")
+
+_ESTIMATORS: dict[str, type[Estimator]] = {"population": Population, "batch": MeanOfBatches}
+# With fewer batches, the scatter between them says too little about their error to stop on it.
+_FEWEST_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """The statistics of one layer; tensors are (C,), float64.
+
+    Attributes:
+        mean, var: of its input; var in the convention of the layer's `running_var`.
+        stored: what the buffers will hold: with the prior mixed in, in their dtype.
+        mean_error, var_error: standard errors.
+        batches, samples, elements: the data they are from.
+        residual: see `LayerReport`.
+    """
+
+    mean: Tensor
+    var: Tensor
+    stored: Moments
+    mean_error: Tensor
+    var_error: Tensor
+    batches: int
+    samples: int
+    elements: int
+    residual: float = float("nan")
+
+
+class Passes:
+    """What the layers see, batch by batch, and the statistics of it.
+
+    Attributes:
+        names, layers: what is recalibrated.
+        batches: batches seen by this process.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, variance: str, layers: Layers, prior: float, process_group: Any
+    ) -> None:  # fmt: skip
+        if variance not in _ESTIMATORS:
+            raise ValueError(f"variance: expected one of {', '.join(map(repr, _ESTIMATORS))}, got {variance!r}")
+        if not 0 <= prior < float("inf"):
+            raise ValueError(f"prior: expected a finite number of pseudo-samples of at least 0, got {prior!r}")
+        targets = chosen(model, layers)
+        self.names, self.layers = list(targets), list(targets.values())
+        self.prior = prior
+        self.batches = 0
+        self.available: int | None = None  # batches that this process has, where it is known
+        self.observer = Observer(self.layers, self._so_far, self.names)
+        self._model = model
+        self._estimator = _ESTIMATORS[variance]()
+        self._sums = self._accumulator(range(len(self.layers)))
+        self._found: dict[int, Found] = {}
+        self._calls: list[list[int]] = []  # the layers in the order of their calls, batch by batch
+        self._finite: list[Tensor] = []  # (), whether a batch was, batch by batch
+        self._repeated: set[int] = set()  # layers called more than once in some batch
+        self._passes = 1
+        self._seen = self._dropped = 0  # batches of all processes
+        self._available: int | None = None  # of all processes
+        self._biased: set[int] = set()  # layers whose running_var is biased
+        self._sharded = False
+        self._old = self._flat("running_mean"), self._flat("running_var")
+        count = len(self.layers)
+        self.ranks = Ranks(process_group, max(len(self._message(self._sums, done=True)), count * count))
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """On leaving, the model is as before. If this process fails inside, so do the others."""
+        try:
+            with state_kept(self._model) as self._kept:
+                yield
+        except BaseException as error:
+            self.ranks.fail(error)
+            raise
+
+    def end_batch(self) -> None:
+        """Add what the layers saw since the last time as one batch."""
+        calls = self.observer.take_calls()
+        self._calls.append([call.layer for call in calls])
+        self._repeated.update(number for number, times in Counter(self._calls[-1]).items() if times > 1)
+        self.batches += 1
+        self._finite.append(self._sums.add(calls) if calls else torch.tensor(True))
+
+    def in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, as long as every process has one: for models whose forward communicates.
+
+        Raises:
+            ValueError: with ``process_group=False``.
+        """
+        if self.ranks.leaves_out:
+            raise ValueError("process_group=False: expected a model on one process; this one is sharded over several")
+        self._sharded = self.ranks.size > 1
+        if self._sharded:
+            logger.warning("the model is sharded: all processes stop with the first that runs out of batches")
+        return self.ranks.in_step(batches)
+
+    def collect(
+        self, batches: Iterable[Any], run: Callable[[Any], None], tolerance: float | None = None, settles: bool = False
+    ) -> None:
+        """Run batches until they end or the statistics are known to `tolerance`; then add up over the processes.
+
+        Args:
+            settles: whether `settle` follows.
+        """
+        own = self._sums
+        next_check = _FEWEST_BATCHES
+
+        def check(done: bool) -> bool:
+            with interrupts_deferred():
+                merged, everyone_done = self._exchange(own, done)
+                # While others go on, all look at the same sums and come to the same end.
+                enough = everyone_done or (tolerance is not None and self._known_to(tolerance, merged))
+                if enough:
+                    self._sums = merged
+                    self.ranks.open &= settles
+            return enough
+
+        enough = False
+        for batch in batches:
+            run(batch)
+            self.end_batch()
+            if tolerance is not None and self.batches == next_check:
+                # In proportion to what was seen, for checking waits for the device and for the other processes.
+                next_check += (next_check + 3) // 4
+                enough = check(done=False)
+                if enough:
+                    break
+        while not enough:
+            enough = check(done=True)
+        self._check_sums()
+        self._found = self._statistics(self._sums, range(len(self.layers)))
+
+    def _exchange(self, sums: Accumulator, done: bool) -> tuple[Accumulator, bool]:
+        """The sums of all processes, and whether all are done."""
+        count, width, packed = len(self.layers), len(self._old[0]), len(sums.pack())
+        messages = self.ranks.exchange(self._message(sums, done))
+        status, means, variances, packs = messages.split([3 + 2 * count, width, width, packed], dim=1)
+        # In one transfer.
+        everyone_done, batches, available, repeated, corrections = status.cpu().split([1, 1, 1, count, count], dim=1)
+        self._seen = int(batches.sum())
+        self._available = None if available.isnan().any() else int(available.sum())
+        self._repeated = {number for number in range(count) if repeated[:, number].any()}
+        # Of a layer that computes by itself, only a process that had a batch for it knows how.
+        self._biased = {number for number in range(count) if (corrections[:, number] == 0).any()}
+        if self.ranks.size == 1:
+            return sums, done
+        # Old statistics may differ between processes, as they do during training with DistributedDataParallel.
+        self._old = means[0], variances[0]
+        return sums.merged(packs), bool(everyone_done.all())
+
+    def _message(self, sums: Accumulator, done: bool) -> Tensor:
+        numbers = range(len(self.layers))
+        available = float("nan") if self.available is None else float(self.available)
+        repeated = [float(number in self._repeated) for number in numbers]
+        status = [float(done), float(self.batches), available, *repeated, *map(self._correction, numbers)]
+        return torch.cat([torch.tensor(status, dtype=torch.float64, device=sums.device), *self._old, sums.pack()])
+
+    def _correction(self, number: int) -> float:
+        """1 if the layer's `running_var` has Bessel's correction, as far as this process knows; 0 if not."""
+        layer = self.layers[number]
+        if isinstance(layer, PooledStatistics):
+            return float(layer.corrects_variance)
+        return float(self.observer.conventions.get(number, Convention()).correction)
+
+    def _known_to(self, tolerance: float, sums: Accumulator) -> bool:
+        found = self._statistics(sums, range(len(self.layers)))
+        reports = [self._report(number, one) for number, one in found.items()]
+        # NaN, from a single batch, is not below anything.
+        return bool(reports) and all(
+            one.batches >= _FEWEST_BATCHES and one.standard_error <= tolerance for one in reports
+        )
+
+    def _check_sums(self) -> None:
+        if self._seen == 0:
+            raise ValueError("the data loader gave no batch")
+        self._dropped = int(self._sums.dropped)
+        if self._dropped and not self._sums.counts[1].any():
+            raise RuntimeError(f"all {self._dropped} batches were not finite, first in {self._first_not_finite()}")
+        if not self._sums.counts[1].any():
+            read = ", which something else than their own forward normalises by" if self.observer.elsewhere else ""
+            raise ValueError(f"no batch reached any of the layers {', '.join(self.names)}{read}")
+        for name, elements in zip(self.names, self._sums.split(self._sums.counts[1])):
+            if elements[0] == 1 and not self.prior:
+                raise ValueError(f"{name} saw a single element per channel in all, which has no variance")
+
+    def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, Found]:
+        """What the sums of these layers come to, for those that were used."""
+        estimate = sums.estimate()
+        parts = zip(*(sums.split(vector) for vector in (*estimate, sums.totals[0])))
+        found = {}
+        for number, (mean, var, mean_error, var_error, batches, elements, samples, total) in zip(numbers, parts):
+            if not total[0]:
+                continue
+            n = elements[0]
+            if number not in self._biased and isinstance(self._estimator, Population):
+                var = var * n / (n - 1).clamp_min(1)
+            stored = self._with_prior(number, mean, var, float(samples[0]))
+            counts = int(batches[0]), int(samples[0]), int(n)
+            found[number] = Found(mean, var, stored, mean_error, var_error, *counts)
+        return found
+
+    def _with_prior(self, number: int, mean: Tensor, var: Tensor, samples: float) -> Moments:
+        """What to store: the moments, mixed with the old ones of `prior` samples, in the dtype of the buffers."""
+        layer = self.layers[number]
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        m0, v0 = (self._sums.split(old)[number].to(mean.device) for old in self._old)
+        w = self.prior / (self.prior + samples)
+        mixed = w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
+        mean, var = mixed if self.prior else (mean, var)
+        return mean.to(layer.running_mean), var.to(layer.running_var)
+
+    def _so_far(self, number: int) -> Moments:
+        """The statistics of a layer as collected until now; before the first batch, those that it has."""
+        layer = self.layers[number]
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        totals, pivot = self._sums.split(self._sums.totals)[number], self._sums.split(self._sums.pivot)[number]
+        mean, var = self._estimator.moments(totals)
+        empty = totals[0] == 0
+        old_mean, old_var = (t.to(mean.device, torch.float64) for t in (layer.running_mean, layer.running_var))
+        return torch.where(empty, old_mean, pivot + mean), torch.where(empty, old_var, var)
+
+    def _report(self, number: int, found: Found) -> LayerReport:
+        layer = self.layers[number]
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        tensors = (*found.stored, layer.running_mean, layer.running_var, found.mean_error, found.var_error)
+        mean, var, old_mean, old_var, *errors = (t.detach().to("cpu", torch.float64, copy=True) for t in tensors)
+        return LayerReport(
+            self.names[number], mean, var, old_mean, old_var, layer.eps, errors[0], errors[1],
+            found.batches, found.samples, found.elements, found.residual, number in self._repeated,
+            correction=int(number not in self._biased), computes_itself=number in self.observer.conventions,
+        )  # fmt: skip
+
+    def _first_not_finite(self) -> str:
+        not_finite = [number for number, part in enumerate(self._sums.split(self._sums.not_finite)) if bool(part.any())]
+        calls = list(dict.fromkeys(number for way in self._calls for number in way))
+        return self.names[min(not_finite, key=lambda n: (calls.index(n) if n in calls else len(calls), n))]
+
+    def _flat(self, name: str) -> Tensor:
+        """A buffer of all layers, side by side, float64."""
+        parts = [layer._buffers[name].to(self._sums.device, torch.float64) for layer in self.layers]  # type: ignore[union-attr]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def _accumulator(self, numbers: Sequence[int]) -> Accumulator:
+        layers = [self.layers[number] for number in numbers]
+        first = layers[0].running_mean if layers else None
+        device = torch.device("cpu") if first is None else first.device
+        return Accumulator([layer.num_features for layer in layers], self._estimator, device)

@@ -1,0 +1,246 @@
+"""update_bn_stats: recompute the statistics of the BatchNorm layers of any model, exactly.
+
+The steps: choose the layers, run batches through the model while an `Observer` collects the moments of their inputs,
+add these up over batches and processes, and write what came out. Only the last step changes the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .batches import Forward, keeping, length, progress_bar, runner
+from .hooks import head_skipped, looking_elsewhere, observed, random_state_kept
+from .procedures import Recalibration
+from .ranks import is_sharded
+from .report import StatsReport
+from .selection import Layers, left_alone, updatable
+from .text import by_reason
+
+logger = logging.getLogger("runningbn")
+
+
+def update_bn_stats(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    num_iters: int | None = 200,
+    progress: str | None = None,
+    *,
+    forward: Forward | None = None,
+    device: torch.device | str | None = None,
+    normalize: Literal["batch", "population"] = "batch",
+    variance: Literal["population", "batch"] = "population",
+    layers: Layers = None,
+    tolerance: float | None = None,
+    prior: float = 0.0,
+    process_group: Any = None,
+) -> StatsReport:
+    r"""Recompute the statistics of the BatchNorm layers of a model from data, exactly.
+
+    For every layer that `get_bn_modules` lists: of ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, their subclasses, and of
+    this library. Over all n elements x of a channel that reach the layer while a batch runs,
+
+    .. math::
+        m = \frac{1}{n} \sum x, \qquad v = \frac{1}{n - 1} \sum (x - m)^2
+
+    (1/n in RunningBatchNorm, which normalises by it, and in subclasses whose own update leaves the correction out),
+    added up in float64 from the moments of the batches. m and v become `running_mean` and `running_var`, written in
+    place. Nothing else of the model changes: other buffers, training flags and tensors kept as attributes are put back.
+    If anything fails, Ctrl-C included, nothing changes at all. The random state of torch, Python and NumPy is
+    afterwards as before.
+
+    While a batch runs, the model evaluates, without gradients unless its forward turns them on: dropout and the like
+    are off, and only the layers concerned normalise by their batches. Layers in evaluation mode inside a model in
+    training mode, and those with ``track_running_stats=False``, are frozen and stay so: the report lists them. A
+    layer called several times in a forward pools its calls; an unused one keeps its statistics; a batch with infinities
+    or NaNs in some layer is left out of all of them, with a warning. A batch of one element per channel is normalised
+    by the statistics collected before it.
+
+    With ``torch.distributed`` initialised, every process brings its own part of the data, of whatever length, and all
+    end with the statistics of the whole. They communicate once, at the end (and once for each check of `tolerance`, or
+    each pass of ``normalize="population"``); if one fails, all raise. Wrappers for parallel training are stepped
+    around. Models whose forward communicates (FSDP) go on as long as every process has a batch.
+
+    Args:
+        model: any module. It may be in training or in evaluation mode.
+        data_loader: batches: a tensor is what the model is called with; of a list or tuple, the first element is; a
+            mapping is passed as keyword arguments; anything else is passed as it is. At most `num_iters` are drawn.
+        num_iters: batches to use, of each process; None for all there are. A loader may have fewer.
+        progress: None, or ``"tqdm"`` for a progress bar.
+        forward: ``forward(model, batch)`` to call the model in another way.
+        device: where to move the tensors in a batch, nested ones too; by default they stay where they are.
+        normalize: what the layers normalise by while their statistics are collected:
+
+            - ``"batch"``: each by its batch, as in training; one pass. The deeper a layer, and the smaller or the less
+              alike the batches, the more its input differs from that in evaluation.
+            - ``"population"``: each by the final statistics of those before it. The statistics are then exactly the
+              moments of what evaluation shows to each layer, to 1e-4, whatever the batch size; what is left is measured
+              with the new statistics in place, and reported. Every pass starts from the same state of the model, for
+              modules that remember. The batches are kept in
+              memory and about half as many passes are made as there are layers. (If all data fit into one batch,
+              ``"batch"`` gives the same in one pass, up to Bessel's correction.)
+        variance: ``"population"``, all data as one sample as above; ``"batch"``, the simple means of the batches' means
+            and of their Bessel-corrected variances, which leaves out the variance between batches.
+        layers: which of ``get_bn_modules(model)`` to update: ``layers(name, module)`` or a collection of names or
+            modules. The others evaluate.
+        tolerance: stop when, in every layer, the standard errors of mean and std are below this fraction of the std
+            (root mean square over channels, std = √(var + eps)). They are estimated from the scatter between batches,
+            so batches must be independent, and are not believed before 8 of them.
+        prior: N pseudo-samples of the old statistics to mix in: with w = N/(N + samples),
+            m = w·m₀ + (1 − w)·m₁ and v = w·v₀ + (1 − w)·v₁ + w·(1 − w)·(m₀ − m₁)².
+        process_group: of the processes that share the data; None for all; False for this process alone, on its own
+            data and without a word to the others.
+
+    Returns:
+        A `StatsReport`: prints as a table of how far each layer moved, and can ``undo()``.
+
+    Raises:
+        ValueError: for a loader without a batch, an argument out of its range, a layer that cannot be updated, or,
+            without `prior`, a layer that saw a single element per channel in all.
+        TypeError: for something that is not a module, or a mapping that does not fit the model's forward.
+        ImportError: for ``progress="tqdm"`` without tqdm.
+        RuntimeError: if every batch was not finite, another process failed, or a layer computes by itself and what it
+            makes of its statistics in training is no moving average of the moments of its input.
+
+    Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; the first four arguments are those of
+    fvcore's function. `prior`: Schneider et al., "Improving robustness against common corruptions by covariate shift
+    adaptation", NeurIPS 2020.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from runningbn import update_bn_stats
+        >>> model, data = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(100, 3)
+        >>> report = update_bn_stats(model, data.split(32))
+        >>> report.batches, report["1"].elements
+        (4, 100)
+        >>> torch.allclose(model[1].running_var, model[0](data).var(0))
+        True
+    """
+    recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
+    if not recalibration.names:
+        _warn_of_nothing("update_bn_stats", model)
+        return StatsReport([], skipped=left_alone(model, ()))
+    with recalibration.transaction(), random_state_kept(model):
+        _check(normalize, variance, num_iters, tolerance)
+        show, run_plain = progress_bar(progress), runner(model, forward, device)
+
+        def run(batch: Any) -> None:
+            # Between batches the model is its own, for a loader may use it.
+            short = nullcontext() if forward else head_skipped(model, recalibration.layers)
+            # What is used elsewhere shows in the first batch; to look at every operation takes time.
+            looking = nullcontext() if recalibration.batches else looking_elsewhere(recalibration.observer)
+            with observed(model, recalibration.observer), short, looking:
+                run_plain(batch)
+
+        recalibration.available = length(data_loader)
+        batches = show(itertools.islice(data_loader, num_iters), _smaller(recalibration.available, num_iters))
+        if is_sharded(model):
+            batches = recalibration.in_step(batches)
+        kept: list[Any] = []
+        settles = normalize == "population"
+        recalibration.collect(keeping(batches, kept) if settles else batches, run, tolerance, settles)
+        if settles:
+            recalibration.settle(kept, run, show)
+    return recalibration.finish()
+
+
+@contextmanager
+def precise_bn(
+    model: nn.Module,
+    *,
+    variance: Literal["population", "batch"] = "population",
+    layers: Layers = None,
+    prior: float = 0.0,
+    process_group: Any = None,
+) -> Iterator[Recalibration]:
+    """Recompute statistics from all forward passes made inside the ``with``; for a loop of one's own.
+
+    As `update_bn_stats` with ``normalize="batch"``, which has the arguments. Inside, the model evaluates without
+    gradients and must be called at least once; each call of it is a batch. On leaving, the statistics are written and
+    ``report`` is there; after an exception, the model is as it was.
+
+    Yields:
+        A `Recalibration`.
+
+    Raises:
+        As `update_bn_stats`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from runningbn import precise_bn
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        >>> with precise_bn(model) as recalibration:
+        ...     for _ in range(3):
+        ...         _ = model(torch.randn(16, 3))
+        >>> recalibration.report.batches
+        3
+    """
+    recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
+    if not recalibration.names:
+        _warn_of_nothing("precise_bn", model)
+        recalibration.report = StatsReport([], skipped=left_alone(model, ()))
+        yield recalibration
+        return
+    with recalibration.transaction(), observed(model, recalibration.observer):
+        hook = model.register_forward_hook(lambda *_: recalibration.end_batch())
+        try:
+            yield recalibration
+        finally:
+            hook.remove()
+        if recalibration.observer.calls:
+            recalibration.end_batch()
+        recalibration.collect((), lambda batch: None, None)
+    recalibration.finish()
+
+
+def get_bn_modules(model: nn.Module) -> list[nn.Module]:
+    """The layers that `update_bn_stats` updates, each once, in the order of the model.
+
+    These are the ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, subclasses of them and layers of this library that have
+    running statistics and ``track_running_stats=True``. If the model itself or one of them is in training mode, those
+    in evaluation mode are frozen and not among them; otherwise all are.
+
+    Raises:
+        TypeError: for something that is not a module.
+
+    Source: fvcore's function of this name, which leaves out everything in evaluation mode.
+
+    Example:
+        >>> from torch import nn
+        >>> from runningbn import get_bn_modules
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.InstanceNorm2d(8))
+        >>> get_bn_modules(model) == [model[1]]
+        True
+    """
+    return list(updatable(model).values())
+
+
+def _warn_of_nothing(function: str, model: nn.Module) -> None:
+    reasons = by_reason(left_alone(model, ()))
+    found = f"no layer is updated in {type(model).__name__}:\n{reasons}" if reasons else (
+        f"there is no BatchNorm layer to update in {type(model).__name__}"
+    )  # fmt: skip
+    logger.warning("%s: %s", function, found)
+
+
+def _smaller(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
+
+
+def _check(normalize: str, variance: str, num_iters: int | None, tolerance: float | None) -> None:
+    if normalize not in ("batch", "population"):
+        raise ValueError(f"normalize: expected 'batch' or 'population', got {normalize!r}")
+    if normalize == "population" and variance == "batch":
+        raise ValueError("normalize='population' settles on moments of all data: it needs variance='population'")
+    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
+        raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance: expected None or a positive number, got {tolerance!r}")

@@ -1,0 +1,89 @@
+"""Which layers of a model a recalibration is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, is_lazy
+
+from ..layers.buffers import VIEW
+
+Layers = Union[Callable[[str, nn.Module], bool], Iterable[Union[str, nn.Module]], None]
+
+
+def updatable(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers that can be recalibrated, by their first name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_tracking(m)}
+    # Other modules do not count: dropout left on in an evaluating model does not freeze its layers.
+    in_training = model.training or any(layer.training for layer in layers.values())
+    return {name: layer for name, layer in layers.items() if layer.training or not in_training}
+
+
+def _is_tracking(layer: _BatchNorm) -> bool:
+    """Whether it has running statistics, and training would update them."""
+    buffers = layer.running_mean, layer.running_var
+    usable = all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
+    return usable and layer.track_running_stats
+
+
+def left_alone(model: nn.Module, updated: Iterable[nn.Module]) -> dict[str, str]:
+    """Why whatever else has running statistics is not updated, by its first name."""
+    known, possible = set(updated), set(updatable(model).values())
+    return {
+        name: _reason(module, possible)
+        for name, module in model.named_modules()
+        if module not in known and all(isinstance(getattr(module, view, None), Tensor) for view in VIEW)
+    }
+
+
+def _reason(module: nn.Module, possible: Collection[nn.Module]) -> str:
+    if module in possible:
+        return "not among the layers asked for"
+    if isinstance(module, _BatchNorm):
+        if not module.track_running_stats:
+            return "frozen (track_running_stats=False)"
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            return "on the meta device: load its weights first; offloaded layers cannot be updated"
+        return "frozen (in evaluation mode while the model is in training mode)"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted: recalibrate the model before scripting it"
+    # What torch.export leaves of a module has only its buffers.
+    if type(module) is nn.Module or type(module).__name__ == "InterpreterModule":
+        return "exported: recalibrate the model before exporting it"
+    return f"{type(module).__name__} is no nn.BatchNorm"
+
+
+def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:
+    """The layers to recalibrate: all that can be, or those asked for.
+
+    Raises:
+        ValueError: for a layer that was asked for and cannot be, or a model that has lazy modules.
+    """
+    found = updatable(model)
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} is not initialised yet; run a batch through the model first")
+    if layers is None:
+        return found
+    if isinstance(layers, (str, nn.Module)):
+        raise ValueError(f"layers: expected a function or a collection of names or modules, got {layers!r}")
+    if callable(layers):
+        return {name: layer for name, layer in found.items() if layers(name, layer)}
+    names = {module: name for name, module in found.items()}
+    aliases = {name: names[m] for name, m in model.named_modules(remove_duplicate=False) if m in names}
+    picked = set()
+    for wanted in layers:
+        name = names.get(wanted) if isinstance(wanted, nn.Module) else aliases.get(wanted)  # type: ignore[call-overload]
+        if name is None:
+            raise ValueError(
+                f"layers: {wanted!r} is none of get_bn_modules(model): not in the model, no BatchNorm, without running "
+                f"statistics, or frozen (in evaluation mode while the model is in training mode); those are {[*found]}"
+            )
+        picked.add(name)
+    return {name: layer for name, layer in found.items() if name in picked}
