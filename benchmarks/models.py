@@ -50,11 +50,12 @@ from runningbn import batchnormify
 from .results_file import ALLOCATOR, FOLDER, machine, store
 
 PLAIN = "nn.BatchNorm2d"
-VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    PLAIN: lambda model: model,
-    "precise": lambda model: batchnormify(model, "precise"),
-    "running": lambda model: batchnormify(model, "running"),
-    "running exact": lambda model: batchnormify(model, "running", gradient="exact"),
+VARIANTS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    PLAIN: lambda model, images: model,
+    "precise": lambda model, images: batchnormify(model, "precise"),
+    "running": lambda model, images: batchnormify(model, "running"),
+    "running exact": lambda model, images: batchnormify(model, "running", gradient="exact"),
+    "running, centred": lambda model, images: batchnormify(model, "running", center_weights=images),
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 CLASSES = 1000
@@ -165,7 +166,7 @@ def measure(
     model = MODELS[name]().to(device, memory_format=LAYOUTS[layout])
     images = torch.randn(batch, 3, size, size).to(device, memory_format=LAYOUTS[layout])
     labels = torch.randint(model.config.num_labels, (batch,)).to(device)
-    copies = {variant: convert(copy.deepcopy(model)) for variant, convert in VARIANTS.items()}
+    copies = {variant: convert(copy.deepcopy(model), images) for variant, convert in VARIANTS.items()}
     trainings = {variant: Training(converted, images, labels, dtype) for variant, converted in copies.items()}
     saved = first_steps(trainings)
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}

@@ -51,14 +51,14 @@ static void set(void *data, int64_t dtype, int64_t i, double value) {
     const float narrow = (float)value;
     uint32_t bits;
     memcpy(&bits, &narrow, sizeof bits);
-    if (dtype == FLOAT) ((float *)data)[i] = narrow;
+    if (dtype == FLOAT32) ((float *)data)[i] = narrow;
     if (dtype == BFLOAT16) ((uint16_t *)data)[i] = (uint16_t)(bits >> 16);
-    if (dtype == DOUBLE) ((double *)data)[i] = value;
+    if (dtype == FLOAT64) ((double *)data)[i] = value;
 }
 
 static double get(const void *data, int64_t dtype, int64_t i) {
-    if (dtype == FLOAT) return (double)((const float *)data)[i];
-    if (dtype == DOUBLE) return ((const double *)data)[i];
+    if (dtype == FLOAT32) return (double)((const float *)data)[i];
+    if (dtype == FLOAT64) return ((const double *)data)[i];
     const uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -93,7 +93,7 @@ enum { VECTORS = 36 };
 /* A forward and its backward. running: 0 for statistics of the batch, 1 for running ones, 2 for running sums, too. */
 static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, int64_t inner, int64_t threads,
                 int64_t running, int64_t rule, int affine, int64_t gap) {
-    const int64_t real = dtype == DOUBLE ? DOUBLE : FLOAT, count = outer * channels * inner;
+    const int64_t real = dtype == FLOAT64 ? FLOAT64 : FLOAT32, count = outer * channels * inner;
     Numbers x = numbers(count, dtype, gap, 1, 0), dy = numbers(count, dtype, gap, 1, 0);
     Numbers y = numbers(count, dtype, gap, 0, NAN), dx = numbers(count, dtype, gap, 0, NAN);
     Numbers v[VECTORS];
@@ -108,7 +108,7 @@ static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, in
     if (!tracked) abort();
     *tracked = 0;
     const Forward forward = {
-        .dtype = dtype, .stages = SUMS | ABSORB | APPLY, .threads = threads, .rows = rows, .outer = outer,
+        .dtype = dtype, .stages = SUMS | UPDATE | APPLY, .threads = threads, .rows = rows, .outer = outer,
         .channels = channels, .inner = inner, .x = x.data, .y = y.data, .weight = affine ? v[30].data : NULL,
         .bias = affine ? v[31].data : NULL, .eps = 1e-5, .batch_shift = v[0].data, .batch_sums = v[1].data,
         .batch_sqrs = v[2].data, .batch_count = v[3].data, .mean = v[4].data, .var = v[5].data, .rstd = v[6].data,
@@ -118,24 +118,24 @@ static int step(int64_t dtype, int64_t rows, int64_t outer, int64_t channels, in
         .trust = limited ? v[9].data : NULL, .offset = limited ? v[10].data : NULL,
         .batch_std = limited ? v[13].data : NULL, .noise = limited ? v[32].data : NULL,
         .noise_steps = limited ? v[33].data : NULL, .last_mean = limited ? v[34].data : NULL,
-        .running = running != 0, .absorbs = 1, .whole_batches = rule == HORIZON, .rule = rule,
-        .rule_arguments = {rule == HORIZON ? 128 : 0.1, 8, 0.05}, .batch_weight = v[30].data,
-        .samples_of_batch = (double)outer, .shift = v[16].data, .sums = v[17].data, .sqrs = v[18].data,
+        .by_state = running != 0, .updates = 1, .whole_batches = rule == HORIZON, .rule = rule,
+        .rule_first = rule == HORIZON ? 128 : 0.1, .rule_second = 8, .rule_third = 0.05, .batch_weight = v[30].data,
+        .batch_samples = (double)outer, .shift = v[16].data, .sums = v[17].data, .sqrs = v[18].data,
         .count = v[19].data, .count_sqrs = v[20].data, .debias = v[21].data, .samples = v[22].data,
         .steps = v[23].data, .running_mean = v[24].data, .running_var = v[25].data, .num_batches_tracked = tracked,
         .last_keep = v[26].data, .last_gain = v[14].data};
     const Backward backward = {
-        .dtype = dtype, .stages = SUMS | APPLY | (running == 2 ? ABSORB : 0), .threads = threads, .rows = rows,
+        .dtype = dtype, .stages = SUMS | APPLY | (running == 2 ? UPDATE : 0), .threads = threads, .rows = rows,
         .outer = outer, .channels = channels, .inner = inner, .dy = dy.data, .x = x.data, .dx = dx.data,
         .weight = forward.weight, .mean = v[4].data, .rstd = v[6].data, .batch_sum_dy = v[11].data,
         .batch_sum_dy_xhat = v[12].data, .kappa_mean = running == 1 ? v[7].data : NULL,
         .kappa_var = running == 1 ? v[8].data : NULL, .sum_dy = running == 2 ? v[27].data : NULL,
         .sum_dy_xhat = running == 2 ? v[28].data : NULL, .count_dy = running == 2 ? v[29].data : NULL,
         .trust = forward.trust, .offset = forward.offset, .batch_std = forward.batch_std};
-    /* The same once more without absorbing, as in a recomputation, and the sums alone. */
+    /* The same once more without an update, as in a recomputation, and the sums alone. */
     Forward again = forward;
     Backward sums_alone = backward;
-    again.absorbs = 0, sums_alone.stages &= ~APPLY, sums_alone.dx = NULL;
+    again.updates = 0, sums_alone.stages &= ~APPLY, sums_alone.dx = NULL;
     int failed = runningbn_forward(&forward) || runningbn_forward(&again) || runningbn_backward(&backward) ||
                  runningbn_backward(&sums_alone);
     failed |= written("y", y, count, dtype) | written("dx", dx, count, dtype);
@@ -165,7 +165,7 @@ int main(void) {
     for (int s = 0; s < 3; s++) {
         if (strcmp(runningbn_initialize(parallel_for, sets[s]), sets[s])) continue;
         for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++)
-            for (int64_t dtype = FLOAT; dtype <= DOUBLE; dtype++)
+            for (int64_t dtype = FLOAT32; dtype <= FLOAT64; dtype++)
                 for (int64_t threads = 1; threads <= 3; threads++) {
                     const int64_t *shape = shapes[k], rows = shape[2] == 0, running = steps % 3;
                     failures += step(dtype, rows, shape[0], shape[1], rows ? 1 : shape[2], threads, running,

@@ -117,7 +117,7 @@ def test_an_unknown_name_is_refused_with_the_choices():
 
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", lambda: "it rains")
-    with pytest.raises(RuntimeError, match="use_backend: 'cpu' cannot serve here: it rains"), use_backend("cpu"):
+    with pytest.raises(RuntimeError, match="use_backend: 'cpu' cannot be used here: it rains"), use_backend("cpu"):
         pass
     assert kernels._forced is None
 
@@ -179,7 +179,7 @@ class TestReasons:
         monkeypatch.setattr(cpu_library, "EXTENSION_SUFFIXES", [".missing"])
         assert "C compiler" in cpu.unavailable()
         assert cpu.version() == ""
-        with pytest.raises(RuntimeError, match=r"'cpu' cannot serve here: .* C compiler"), use_backend("cpu"):
+        with pytest.raises(RuntimeError, match=r"'cpu' cannot be used here: .* C compiler"), use_backend("cpu"):
             pass
 
     def test_a_clone_beside_an_installed_copy(self, monkeypatch, tmp_path):

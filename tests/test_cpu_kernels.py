@@ -34,7 +34,7 @@ from runningbn.ops.state import Batch, GradientState, LayerState, NoiseState, St
 from runningbn.ops.update import update, update_gradient
 
 if cpu.unavailable() is not None:
-    pytest.skip(f"the C backend cannot serve here: {cpu.unavailable()}", allow_module_level=True)
+    pytest.skip(f"the C backend cannot be used here: {cpu.unavailable()}", allow_module_level=True)
 
 EPS, LAW = 1e-5, Law(max_lag=0.05)
 MODES = {"running gradient": Mode.RUNNING, "exact gradient": Mode.EXACT, "precise": Mode.BATCH}
@@ -301,7 +301,7 @@ def test_the_weight_of_a_batch_is_that_of_the_rule(momentum, dtype):
         weights.append(expected[0].item())
         if not rule.whole_batches:
             assert_near(state.last_gain, expected, 1, scale=1)
-    assert state.steps.eq(len(weights)).all()
+    assert state.steps.eq(len([weight for weight in weights if weight > 0])).all()
 
 
 # --------------------------------------------------------------------------------------------------------- whole steps

@@ -13,8 +13,9 @@ import runningbn
 from runningbn import update_bn_stats
 
 PACKAGE = Path(runningbn.__file__).parent
-# Where the model is changed and put back. What puts back at last, `kept`, defers signals, which this does not send.
-FILES = {str(PACKAGE / name) for name in ("recalibrate.py", "passes.py", "settle.py", "observe.py", "observer.py")}
+# Where the model is changed and put back. What puts back at last, `kept.py`, defers signals, which this does not send.
+NAMES = ("recalibrate.py", "passes.py", "procedures.py", "hooks.py", "observer.py")
+FILES = {str(PACKAGE / "recalibration" / name) for name in NAMES}
 
 
 def interrupted(model: nn.Module, at: int, normalize: str) -> int:

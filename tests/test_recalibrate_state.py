@@ -182,7 +182,9 @@ class Stateful(nn.Module):
             if way == "add":
                 self.buffer.add_(1), self.number.add_(1)
             elif way == "data":
-                self.buffer.data.mul_(2), self.flag.data.logical_not_()
+                self.buffer.data.mul_(2)
+                if self.flag is not None:
+                    self.flag.data.logical_not_()
             elif way == "rebind":
                 self.number, self.attribute = self.number + 1, self.attribute + 1
             elif way == "resize":

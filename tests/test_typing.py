@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from runningbn import (
-    Diagnosis, Horizon, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm, SquareRoot,
-    StatsReport, batchnormify, bn_summary, diagnose, get_bn_modules, merge_statistics, precise_bn, update_bn_stats,
+    Diagnosis, Horizon, MomentumRule, PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d, RunningBatchNorm,
+    SquareRoot, StatsReport, batchnormify, bn_summary, diagnose, get_bn_modules, merge_statistics, precise_bn,
+    update_bn_stats,
 )
 
 
@@ -46,7 +47,7 @@ layers: list[nn.Module] = [
 ]
 layer = RunningBatchNorm(8)
 assert_type(layer.forward(torch.ones(2, 8, 5), mask=torch.ones(2, 5, dtype=torch.bool)), Tensor)
-assert_type(layer.momentum, float | Horizon | SquareRoot | None)
+assert_type(layer.momentum, float | MomentumRule | None)
 assert_type(layer.running_mean, Tensor | None)
 layer.momentum = 0.1
 

@@ -123,12 +123,13 @@ BY_DIMENSIONS: dict[int, type[_BatchNorm]] = {
 
 
 def instance_of_both(ours: type[PooledStatistics], origin: type[nn.Module]) -> type[PooledStatistics]:
-    """`ours` itself where it is a subclass of `origin` or that is a ``nn.SyncBatchNorm``, or a class derived from both.
+    """`ours` itself, or a class derived from both where it is no subclass of `origin`.
 
-    An `origin` that `wraps_forward` comes first in it, so that its ``super().forward`` is that of `ours`. One that
-    cannot be derived from gives `ours`.
+    What is made of a ``nn.SyncBatchNorm`` is no instance of it, see `RunningSyncBatchNorm`. An `origin` that
+    `wraps_forward` comes first in the new class, so that its ``super().forward`` is that of `ours`. One that cannot be
+    derived from gives `ours`.
     """
-    if issubclass(ours, origin) or issubclass(origin, nn.SyncBatchNorm):
+    if issubclass(ours, origin) or (issubclass(origin, nn.SyncBatchNorm) and not wraps_forward(origin)):
         return ours
     if (ours, origin) not in _made:
         _made[ours, origin] = _derived(ours, origin)
@@ -147,6 +148,8 @@ def _derived(ours: type[PooledStatistics], origin: type[nn.Module]) -> type[Pool
         "_made_of": (ours, origin),
     }
     if wraps_forward(origin):
+        if issubclass(origin, nn.SyncBatchNorm):  # whose forward would otherwise come before that of `ours`
+            ours = type(ours.__name__, (ours, nn.SyncBatchNorm), {"__module__": __name__})
         return type(f"{kind}{origin.__name__}", (origin, ours), members)
     try:
         return type(f"{kind}{origin.__name__}", (ours, origin), members)

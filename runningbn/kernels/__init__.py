@@ -42,7 +42,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: for a name that is none of these.
-        RuntimeError: if the backend cannot serve on this machine; within the block, if it cannot take an input.
+        RuntimeError: if the backend cannot be used on this machine; within the block, if it cannot take an input.
 
     Example:
         >>> import torch
@@ -180,7 +180,7 @@ def _checked(name: str, source: str) -> str:
         raise ValueError(f"{source}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     reason = BACKENDS[name].unavailable()
     if reason is not None:
-        raise RuntimeError(f"{source}: {name!r} cannot serve here: {reason}")
+        raise RuntimeError(f"{source}: {name!r} cannot be used here: {reason}")
     return name
 
 

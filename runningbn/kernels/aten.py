@@ -1,4 +1,4 @@
-"""The sweeps in plain torch: any device, any strides, traceable. See the package for the contract.
+"""The kernels in plain torch: any device, any strides, traceable. See `contract`.
 
 Under torch.compile the equations are written out for the compiler to fuse. Otherwise they are arranged around what
 torch's own kernels do well: on the CPU its batch-norm statistics and `var_mean` are scalar while plain sums are
@@ -19,7 +19,7 @@ from .layout import dense, empty_like, is_rows, spread
 # float32: some 1e-6 of rounding. For larger planes, and for rows, torch's plain sums take over, which add pairwise.
 _LARGEST_PLANE = 2**16
 
-# From this number of elements on, two sweeps by torch's vectorised kernels beat its own scalar batch norm.
+# From this number of elements on, two passes by torch's vectorised kernels beat its own scalar batch norm.
 _LARGE = 2**20
 # Where torch's batch norm adds up in float32, one by one, this is how far its mean may be off, in std, to be taken.
 _TOLERATED_ERROR = 1e-4
@@ -143,7 +143,7 @@ def input_gradient(
     if torch.compiler.is_compiling():
         z = (x - spread(mean, x)) * spread(rstd, x)
         return (spread(scale, x) * (dy - spread(m0, x) - z * spread(m1, x))).to(x.dtype)
-    # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more sweep is left for dy.
+    # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more pass is left for dy.
     wide = x.to(mean.dtype)
     one = torch.ones_like(mean)
     dx = _affine_map(wide, mean, one, -scale * rstd * m1, -scale * m0, 0.0, out=empty_like(wide))
@@ -191,7 +191,7 @@ def _sums_and_sqrs(data: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel sums and sums of squares of rows (m, C) or planes (n, C, s)."""
     if data.dim() == 2 or data.shape[2] > _LARGEST_PLANE:
         return _total(data), _total(data.square())
-    # Σdy and Σdy·(x − mean) with dy = x and mean = 0, in one sweep.
+    # Σdy and Σdy·(x − mean) with dy = x and mean = 0, in one pass.
     zero, one = data.new_zeros(data.shape[1]), data.new_ones(data.shape[1])
     _, sqrs, sums = torch.ops.aten.native_batch_norm_backward(
         data, data, one, None, None, zero, one, True, 0.0, [False, True, True]

@@ -27,8 +27,8 @@ from .cpu_calls import (
     UPDATE,
     Data,
     LayerCall,
+    data_of,
     describe_update,
-    laid_out,
     like_data,
     pointer_of,
     pointers_of,
@@ -98,7 +98,7 @@ def prepare(buffers: tuple[Tensor, ...]) -> Prepared | None:
 def batch_sums(x: Tensor, dtype: torch.dtype) -> Reduction:
     """Sums per channel about the mean as it is in `dtype`; they are taken in float64, and rounded once."""
     batch = [torch.empty(x.shape[1], dtype=dtype) for _ in BATCH]
-    call, data = Forward(), laid_out(x)
+    call, data = Forward(), data_of(x)
     set_data(call, data, SUMS, data.x.data_ptr())
     set_fields(call, BATCH, pointers_of(batch))
     library().forward(call)
@@ -110,7 +110,7 @@ def normalize(
     centred: Centred | None = None,
 ) -> Tensor:  # fmt: skip
     """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x."""
-    data = laid_out(x)
+    data = data_of(x)
     y, mean, var = torch.empty_like(data.x), vector_for(mean, x), vector_for(var, x)
     weight, bias = vector_or_none(weight, x), vector_or_none(bias, x)
     call = _mapping(data, APPLY, y, weight, bias, eps)
@@ -123,7 +123,7 @@ def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the dtype of x, mean and biased variance, (C,) in `dtype`, of a batch; without gradients."""
-    data = laid_out(x)
+    data = data_of(x)
     y, mean, var = torch.empty_like(data.x), *(torch.empty(x.shape[1], dtype=dtype) for _ in range(2))
     weight, bias = vector_or_none(weight, x), vector_or_none(bias, x)
     call = _mapping(data, SUMS | APPLY, y, weight, bias, eps)
@@ -156,7 +156,7 @@ def training_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, prepared: Prepared, spec: StepSpec, updates: bool
 ) -> tuple[Tensor, Tensor]:
     """y, and the coefficients as the rows of one tensor. Without `updates`, the state is taken as it is."""
-    data, mode = laid_out(x), spec.mode
+    data, mode = data_of(x), spec.mode
     y = torch.empty_like(data.x)
     rows = torch.empty((len(mode.coefficients), data.channels), dtype=STATISTICS[x.dtype])
     stages = APPLY
@@ -179,7 +179,7 @@ def training_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor, mode: Mode, prepared: Prepared | None, needs_dx: bool
 ) -> Gradients:
     """The gradients: by running means of the two sums where these are given, which are updated first."""
-    data = laid_out(x)
+    data = data_of(x)
     result = _Result.of(dy, data, SUMS | APPLY if needs_dx else SUMS, rows.dtype)
     weight = vector_or_none(weight, x)
     call = result.call(data, weight)
@@ -269,7 +269,7 @@ class _Result(NamedTuple):
 
 
 def _gradients(dy: Tensor, x: Tensor, stages: int, weight: Tensor | None, vectors: _Vectors) -> Gradients:
-    data = laid_out(x)
+    data = data_of(x)
     vectors = _Vectors(*(vector_or_none(vector, x) for vector in vectors))  # type: ignore[arg-type]
     weight = vector_or_none(weight, x)
     result = _Result.of(dy, data, stages, STATISTICS[x.dtype])
@@ -280,7 +280,7 @@ def _gradients(dy: Tensor, x: Tensor, stages: int, weight: Tensor | None, vector
 
 
 def _note_change(buffers: tuple[Tensor, ...]) -> None:
-    """Tell autograd that they are written, for whoever has saved one for a backward pass."""
-    # Tensors of inference mode have no such count, and there nobody asks.
+    """Tell autograd that the buffers are written, in case one was saved for a backward pass."""
+    # Tensors of inference mode have no version counter.
     if not (torch.is_inference_mode_enabled() and buffers[0].is_inference()):
         torch.autograd.graph.increment_version(buffers)

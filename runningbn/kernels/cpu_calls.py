@@ -72,12 +72,14 @@ GIVEN_WEIGHT = RuleCode(GIVEN)
 
 
 def describe_update(call: Forward, mode: Mode, whole: bool, code: RuleCode, law: Law) -> None:
+    """Set what an update does."""
     call.by_state, call.whole_batches = mode.by_state, whole
     call.rule, call.rule_first, call.rule_second, call.rule_third = code
     set_fields(call, Law._fields, law)
 
 
-def laid_out(x: Tensor) -> Data:
+def data_of(x: Tensor) -> Data:
+    """x, or a copy of it, as dense rows or planes."""
     outer, channels, *inner = x.shape
     size = math.prod(inner)
     if x.is_contiguous():
@@ -86,7 +88,7 @@ def laid_out(x: Tensor) -> Data:
         return Data(x, False, outer, channels, size) if size > 1 else Data(x, True, outer, channels, 1)
     if inner and x.movedim(1, -1).is_contiguous():
         return Data(x, True, outer * size, channels, 1)
-    return laid_out(x.contiguous())
+    return data_of(x.contiguous())
 
 
 def like_data(dy: Tensor, data: Tensor) -> Tensor:
@@ -105,6 +107,7 @@ def vector_for(vector: Tensor, like: Tensor) -> Tensor:
 
 
 def vector_or_none(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    """`vector_for`, or None."""
     return None if vector is None else vector_for(vector, like)
 
 
@@ -123,8 +126,10 @@ def set_rows(call: Forward | Backward, names: tuple[str, ...], rows: Tensor) -> 
 
 
 def pointer_of(tensor: Tensor | None) -> int:
+    """The address of the data; NULL for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def pointers_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """The addresses of the data."""
     return tuple([tensor.data_ptr() for tensor in tensors])

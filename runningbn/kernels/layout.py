@@ -1,7 +1,7 @@
 """How the elements of an input, and the buffers of a layer, lie in memory, as the kernels see it.
 
-Two layouts are swept at full speed: planes, (N, C, S) contiguous, and rows, (M, C) contiguous with M = N·S, which is
-what (N, C) and channels_last inputs are. Anything else is copied into one of them.
+Two layouts are processed at full speed: planes, (N, C, S) contiguous, and rows, (M, C) contiguous with M = N·S,
+which is what (N, C) and channels_last inputs are. Anything else is copied into one of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor in the layout of x that is nobody's view: autograd refuses work in place on views."""
+    """An empty tensor in the layout of x that is not a view: autograd refuses in-place operations on views."""
     if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
         return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
     return x.new_empty(x.shape, dtype=dtype or x.dtype)

@@ -54,7 +54,7 @@ def batch_statistics(
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
         eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
             Triton passes numbers as float32.
-        WIDE: whether all that comes after the sweep is in float64, rather than in the dtype of the statistics.
+        WIDE: whether all that comes after the sums is in float64, rather than in the dtype of the statistics.
     """
     dtype = scratch.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
@@ -291,7 +291,7 @@ def update_by_sums(
 def update_gradient_by_sums(
     gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, count, m0, m1, channels, BC: tl.constexpr
 ):  # fmt: skip
-    """Absorb the sums of a backward pass that came from elsewhere, all (C,); writes G0 and G1 to `m0` and `m1`."""
+    """Let the sums of a backward pass enter the state, all (C,); write G0 and G1 to `m0` and `m1`."""
     W: tl.constexpr = tl.float64
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     exists = c < channels
@@ -558,7 +558,7 @@ def _enter(
     Args:
         mean: of the batch, float64.
         squares, n: Σ(x − mean)² and number of elements, in W.
-        floor, few: the least variance that is believed below so many samples, in W.
+        floor, few: the least variance that is used below so many samples, in W.
 
     Returns:
         What `_recalled` would find in the buffers.

@@ -24,14 +24,14 @@ def is_derived(x: Tensor) -> bool:
 
     Not so of a class that only has a ``__torch_dispatch__``: it may have no memory of its own and sees every operation.
     """
-    if torch._C._is_torch_function_enabled() and has_torch_function_unary(x):
+    if torch._C._is_torch_function_enabled() and _is_asked(x):
         return True
     return _only_adds(x) and not torch.compiler.is_compiling()
 
 
 def through_class(compute: Callable[[Tensor], Tensor], layer: _BatchNorm, x: Tensor) -> Tensor:
     """``compute(x)`` for an x that `is_derived`: of a plain tensor, as what ``F.batch_norm`` does for that class."""
-    if not has_torch_function_unary(x):
+    if not _is_asked(x):
         return compute(plain(x))
     if torch.compiler.is_compiling() and _has_default_function(type(x)):
         converted: Tensor = handle_torch_function(compute, (x,), x)
@@ -53,6 +53,11 @@ def _taken_over(compute: Callable[[Tensor], Tensor], layer: _BatchNorm, x: Tenso
 def plain(x: Any) -> Any:
     """x as a Tensor, where its class only adds to it; also what is no tensor, as it is."""
     return x.as_subclass(Tensor) if isinstance(x, Tensor) and _only_adds(x) else x
+
+
+def _is_asked(x: Tensor) -> bool:
+    """Whether the class of x has a ``__torch_function__`` of its own. With function modes, torch says yes for all."""
+    return type(x).__torch_function__ is not torch._C._disabled_torch_function_impl and has_torch_function_unary(x)
 
 
 def _has_default_function(cls: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The law of training with ``gradient="running"``: how far to believe a batch, and how far its memory.
+"""The constants of an update with ``gradient="running"``: how much a batch counts, and how far statistics may lag.
 
 Shapes: C channels; every tensor is (C,) in the dtype of the statistics (float32 or float64). n is the number of
 elements per channel of the batch, v the running variance, b and v_b the mean and the variance of the batch.
@@ -39,7 +39,7 @@ class Law(NamedTuple):
         lag_noise: d = max_lag·(1 + lag_noise·R).
         trust_noise: ρ = 1/(1 + trust_noise·R), or the weight a of the batch in the forward if that is more.
         window: R is the mean over so many batches, then an exponential average as long.
-        variance_floor: the least variance that is believed while fewer samples than the next have been seen.
+        variance_floor: the least variance used while fewer samples than the next have been seen.
         warmup_samples: see `variance_floor`; both are fastai's.
     """
 

@@ -40,7 +40,7 @@ class Sums(NamedTuple):
     shift: Tensor
     sums: Tensor
     sqrs: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of sums
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is of no use here
 
 
 class State(NamedTuple):
@@ -60,7 +60,7 @@ class State(NamedTuple):
     shift: Tensor
     sums: Tensor
     sqrs: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of sums
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is of no use here
     count_sqrs: Tensor
     debias: Tensor
     samples: Tensor

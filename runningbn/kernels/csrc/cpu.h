@@ -25,10 +25,10 @@ enum { SUMS = 1, UPDATE = 2, APPLY = 4 }; /* stages */
 /* - `rows`: whether x is (outer, channels) rather than (outer, channels, inner).
    - `weight`, `bias`: REAL, or NULL.
    - From `max_lag` on: the law.Law.
-   - From `batch_shift` on: the sums of the batch: results of SUMS, or arguments of UPDATE without it; NULL if nobody
-     asks. REAL.
+   - From `batch_shift` on: the sums of the batch: results of SUMS, or arguments of UPDATE without it; NULL if they
+     are not needed. REAL.
    - From `mean` on: what x is normalised by, and the spec.Coefficients: results of UPDATE or SUMS, or arguments of
-     APPLY alone; NULL if nobody asks.
+     APPLY alone; NULL if they are not needed.
    - From `by_state` on: the update. Without UPDATE it is not looked at. `updates` is 0 in a recomputation.
    - `batch_weight`: REAL, for GIVEN.
    - From `shift` on: the statistics.State. `num_batches_tracked` is one int64, all others are REAL.

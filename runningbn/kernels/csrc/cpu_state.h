@@ -15,7 +15,7 @@ static double largest(double a, double b) { return a > b ? a : b; }
 static double smallest(double a, double b) { return a < b ? a : b; }
 #endif
 
-/* a per channel, see momentum.py. Channels mostly agree, and so one value serves many. */
+/* a per channel, see momentum.py. Channels mostly agree, so that one value is computed for many. */
 TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, int64_t begin, int64_t end) {
     const double n = f->batch_samples;
     double samples = -1, steps = -1, a = 0;
