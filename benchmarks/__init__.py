@@ -1,1 +1,1 @@
-"""Measurements, each runnable with ``python -m benchmarks.NAME``; their committed results are in ``results/``."""
+"""Measurements. Run one with ``python -m benchmarks.NAME``; the committed results are in ``results/``."""

@@ -1,7 +1,7 @@
-"""What the layers are measured on: shapes of real networks and awkward ones, and the grids of cases made of them.
+"""The cases that the layers are measured on: shapes from real networks, unusual shapes, and the grids made of them.
 
-A full product of shapes, layouts, dtypes, threads, allocators and modes would take hours. So one grid, "training step",
-has all shapes, and each other axis a grid of its own over a few shapes that stand for the rest.
+All combinations of shapes, layouts, dtypes, threads, allocators and modes would take hours. So one grid, "training
+step", has all shapes, and each other dimension has its own grid over a few representative shapes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time calls side by side, on a CPU or a GPU, and see what disturbs it: page faults and other processes."""
+"""Time several calls in turn, on a CPU or a GPU, and record page faults and the load by other processes."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Are the standard errors of update_bn_stats honest? How often the truth is within two of them.
+"""How often the true value is within two standard errors of the result of update_bn_stats.
 
     python -m benchmarks.error_bars [--quick] [--write]
 
 A residual net with batch norm is trained on handwritten digits. Its statistics are recomputed many times, each time
-from some batches of 16 images drawn at random, and compared with those from very many such batches, which stand for the
-truth. Where the errors are normal, 95.4 % of the channels are within two standard errors; an estimate from few batches
-is within two of its estimated errors a little less often (94.0 % for 20 batches and 91.4 % for 8, by Student's t).
+from a few batches of 16 images drawn at random, and compared with those from very many such batches, which serve as the
+true values. With normal errors, 95.4 % of the channels are within two standard errors. With standard errors estimated
+from few batches, the share is a little smaller (94.0 % for 20 batches and 91.4 % for 8, by Student's t).
 """
 
 from __future__ import annotations

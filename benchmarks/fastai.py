@@ -1,4 +1,4 @@
-"""The RunningBatchNorm of the fastai course, as published: the class that the layers here are to outrun."""
+"""The RunningBatchNorm of the fastai course, as published. The benchmarks compare the layers with it."""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
-"""How fast the layers are beside nn.BatchNorm, case by case: check, then time.
+"""The speed of the layers relative to nn.BatchNorm, case by case. Every case is checked before it is timed.
 
     python -m benchmarks.layers            every case, under twenty minutes on two cores
     python -m benchmarks.layers --quick    two shapes, under a minute
     python -m benchmarks.layers --write    also store the numbers in benchmarks/results
 
-Before anything is timed, output and gradients of every contender are checked against float64. Then all take turns in
-one process, in a new order in each round, so that whatever else the machine does hits all of them alike. Reported are
-medians, and the median over rounds of the ratio to nn.BatchNorm within the round. benchmarks/cases.py has the cases.
+Before anything is timed, output and gradients of every contender are checked against float64. Then all contenders run
+in turn in one process, in a new order in each round, so that other load on the machine affects all of them equally.
+Reported are medians, and the median over rounds of the ratio to nn.BatchNorm within the round. benchmarks/cases.py has
+the cases.
 
-With glibc's defaults, outputs of tens of MB come from fresh pages of the operating system in every step, and page
-faults outweigh the arithmetic. So there are two processes: one keeps its pages (MALLOC_MMAP_MAX_=0 and a large
-MALLOC_TRIM_THRESHOLD_), one has the default allocator, for a grid of its own. Minor page faults per call are beside
-each number, and so are the cores that other processes kept busy meanwhile.
+With glibc's defaults, outputs of tens of MB are allocated from fresh pages of the operating system in every step, and
+page faults take longer than the arithmetic. So there are two processes: one keeps its pages (MALLOC_MMAP_MAX_=0 and a
+large MALLOC_TRIM_THRESHOLD_), and one uses the default allocator, for a separate grid. The minor page faults per call
+and the number of cores used by other processes are reported with each number.
 
-On CUDA, times are those of the device, with a cold L2 cache; those of the host are reported beside them.
+On CUDA, times are device times with a cold L2 cache; host times are reported, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `benchmarks.layers` measured, put together: means, losses, tables and the figure. Measures nothing itself."""
+"""Means, losses, tables and the figure, from what `benchmarks.layers` measured. Measures nothing itself."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
-"""A whole training step of real networks before and after `batchnormify`: check, then time.
+"""A whole training step of real networks before and after `batchnormify`. Every case is checked before it is timed.
 
     python -m benchmarks.models            all cases, about eight minutes on two cores
     python -m benchmarks.models --quick    ResNet-18 and MobileNetV2 on small images, less than a minute
     python -m benchmarks.models --write    also store the numbers in benchmarks/results
     python -m benchmarks.models --device cuda
 
-A step is forward, cross-entropy, backward and SGD with momentum, of networks of transformers built from a config. All
-variants start as copies of one network and take their steps in turn, round after round in one process, every other
-round in the opposite order, so that whatever else the machine does hits all of them alike. Reported are medians, and
-the median of the ratios to the plain network within a round. Before timing, the loss with ``PreciseBatchNorm2d`` is
+A step is forward, cross-entropy, backward and SGD with momentum. The networks are those of transformers, built from a
+config. All variants start as copies of one network and run their steps in turn, round after round in one process, every
+other round in the opposite order, so that other load on the machine affects all of them equally. Reported are medians,
+and the median of the ratios to the plain network within a round. Before timing, the loss with ``PreciseBatchNorm2d`` is
 compared with that of the plain network.
 
-"norm layers" is the part of the plain step that torch's profiler sees in batch_norm and its backward: a ratio below
-1 − norm layers is beyond what replacing these layers alone can give. "saved" counts each storage once that any
-operation of the step keeps for backward, parameters and buffers apart.
+"norm layers" is the share of the plain step that torch's profiler attributes to batch_norm and its backward. Replacing
+these layers cannot give a ratio below 1 − norm layers; lower ratios are noise. "saved" counts each storage once that
+any operation of the step keeps for backward, without parameters and buffers.
 
-On the CPU everything is measured in two processes, with glibc's default setting and with one in which it keeps its
-pages; page faults per step are stored with the numbers. training_step.py says why that matters.
+On the CPU everything is measured in two processes, one with glibc's default setting and one in which it keeps its
+pages; page faults per step are stored with the numbers. layers.py says why that matters.
 """
 
 from __future__ import annotations

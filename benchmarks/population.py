@@ -1,22 +1,22 @@
-"""How to find statistics that are exact for evaluation: the candidates, measured.
+"""Methods of finding statistics that are exact for evaluation, measured.
 
     python -m benchmarks.population [--quick] [--write]
 
-A net of 20 layers, untrained, so that differences between batch and population statistics grow from layer to layer,
-and recalibration batches of 32. What a layer sees in evaluation depends on the statistics of all layers before it, so
-one pass of batches that normalise themselves is not exact. The candidates:
+The model is an untrained net of 20 layers, so that differences between batch and population statistics grow from layer
+to layer; the recalibration batches have 32 images. The input of a layer in evaluation depends on the statistics of all
+layers before it, so one pass in which every batch normalises itself is not exact. The methods:
 
     by batches          one pass in which every batch normalises itself: what normalize="batch" does; not exact
-    sweep until still   all layers evaluate by the statistics of the last sweep, until those stop moving
-    sliding sums        the same, but each batch replaces its own part of the sums at once
-    layer by layer      a sweep fixes the first layer that is not fixed yet: whole sweeps
-    up to each layer    the same, each sweep ended at the layer that it is for: what normalize="population" does
-    lock-step           one thread per batch; at each layer all wait for all, and go on by the pooled statistics
+    sweep until still   all layers evaluate by the statistics of the previous pass, until these stop changing
+    sliding sums        the same, but each batch replaces its own part of the sums immediately
+    layer by layer      each pass determines the first layer that is not determined yet; whole passes
+    up to each layer    the same, but each pass ends at the layer that it determines: what normalize="population" does
+    lock-step           one thread per batch; at each layer all wait for all, and continue by the pooled statistics
     one batch           everything in a single batch
 
-Each runs in a process of its own, on one thread. Reported: passes over the data (parts of a pass as the part of the
-layers that they run), seconds, the memory that the process needed beyond what it had before, and the largest distance
-of a stored statistic from the moments that evaluation shows (mean in std, variance relative).
+Each runs in a separate process, on one thread. Reported: passes over the data (a partial pass counts as the share of
+the layers that it runs), seconds, the additional memory that the process needed, and the largest distance of a stored
+statistic from the moments in evaluation (mean in std, variance relative).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.readme
 
-A table stands between ``<!-- NAME table: ... -->`` and ``<!-- end -->``. Each file in benchmarks/results names the
-command that made it.
+A table is between ``<!-- NAME table: ... -->`` and ``<!-- end -->``. Each file in benchmarks/results names the command
+that produced it.
 """
 
 from __future__ import annotations
@@ -132,33 +132,35 @@ def case_markdown(rows: list[Row]) -> str:
     return markdown(header, table)
 
 
-SPEED_INTRO = f"""# The layers beside nn.BatchNorm, case by case
+SPEED_INTRO = f"""# Speed
 
 ![Time of a training step relative to nn.BatchNorm](speed.png)
 
-Times are relative to {PEER}1d, 2d or 3d in the same rounds of one process; above 1 is slower, and bold. Before timing,
-the output and the gradients of everybody were checked against float64. Made by `python -m benchmarks.readme` from what
-`python -m benchmarks.layers --write` measured.
+This page gives the time of every measured case. Times are relative to {PEER}1d, 2d or 3d, measured in the same
+rounds of one process. Values above 1 are slower, and bold. Before timing, the output and the gradients of all
+contenders were checked against float64. `python -m benchmarks.layers --write` measures, and
+`python -m benchmarks.readme` writes this page.
 
-- *training step*: forward and backward, in eager mode. *forward*: in training, with gradients wanted. *evaluation*:
-  without. *compiled*: everybody through `torch.compile`, and relative to the compiled {PEER}.
-- *NCHW* stands for contiguous in any number of dimensions. *half the channels*: x is one chunk of a larger tensor;
-  *cropped*: its border is cut off; *dy channels_last*: the gradient comes in another memory format than x.
-- The allocator keeps its pages (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000`), but in *default allocator*.
+- *training step*: forward and backward in eager mode. *forward*: in training mode, with gradients enabled.
+  *evaluation*: in evaluation mode, without gradients. *compiled*: all contenders with `torch.compile`, relative to the
+  compiled {PEER}.
+- *NCHW* stands for contiguous, in any number of dimensions. *half the channels*: x is one chunk of a larger tensor;
+  *cropped*: its border is cut off; *dy channels_last*: the gradient has another memory format than x.
+- The allocator keeps its pages (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000`), except in *default allocator*.
   Page faults are per call, of {PEER} and of {", ".join(OURS)}.
-- *{FASTAI}* is the class of the fastai course; where it says "wrong result", it did not pass the check.
-- *{COPY}* is `y.copy_(x)`, a read and a write of memory. Where nothing stays in the cache, a training step reads or
+- *{FASTAI}* is the class of the fastai course. "wrong result" means that it did not pass the check.
+- *{COPY}* is `y.copy_(x)`, one read and one write of memory. If nothing stays in the cache, a training step reads or
   writes eight times, which is four copies.
-- *kept for backward* is what {PEER} keeps, the input included.
+- *kept for backward* is the memory that {PEER} keeps, including the input.
 """
 
 
-MODELS_INTRO = """Forward, loss, backward and SGD, relative to the same model before `batchnormify`, from
-`python -m benchmarks.models --write`. *norm layers* is the part of the plain step that is spent in them: a ratio below
-1 minus that is beyond what replacing them can give, and so scatter of the machine."""
-RECALIBRATION_INTRO = """Relative to the forward passes in training mode that it needs anyway, in the same process, from
-`python -m benchmarks.recalibration --write`. Each call has two batches only, so that its fixed cost shows; it weighs
-most where the batches are small."""
+MODELS_INTRO = """Forward, loss, backward and SGD, relative to the same model before `batchnormify`, measured by
+`python -m benchmarks.models --write`. *norm layers* is their share of the plain step. Replacing them cannot give a
+ratio below 1 minus that share; lower ratios are noise."""
+RECALIBRATION_INTRO = """Relative to the forward passes in training mode that are needed anyway, in the same process,
+measured by `python -m benchmarks.recalibration --write`. Each call has two batches only, so the fixed cost is visible.
+It matters most for small batches."""
 
 
 def speed_page() -> str:

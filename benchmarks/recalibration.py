@@ -1,11 +1,11 @@
-"""How long update_bn_stats takes on real networks, beside fvcore's, torch's, and the forward passes alone.
+"""The time of update_bn_stats on real networks, compared with fvcore's, torch's, and the forward passes alone.
 
     python -m benchmarks.recalibration            all cases, about five minutes on two cores
     python -m benchmarks.recalibration --quick    ResNet-18 on small images
     python -m benchmarks.recalibration --write    also store the numbers in benchmarks/results
 
-Everybody gets the same weights and the same batches, in the same process, one after the other in every round. Before
-timing, the statistics of the first layer are checked against float64.
+All contenders get the same weights and the same batches, in the same process, one after the other in every round.
+Before timing, the statistics of the first layer are checked against float64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where measurements are kept: one file per benchmark, with the command, the machine and the versions."""
+"""Where measurements are stored: one file per benchmark, with the command, the machine and the versions."""
 
 from __future__ import annotations
 

@@ -6,6 +6,9 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from docutils.nodes import Element, SkipNode
+from latex2mathml.converter import convert
+
 import runningbn
 
 # Of Lightning one base class is needed, and to import it all takes as long as to build the site.
@@ -21,6 +24,7 @@ exclude_patterns = ["_build"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]  # the formulas, which GitHub shows, too
 myst_heading_anchors = 2  # links to sections, as on GitHub
+html_math_renderer = "mathml"  # shown by browsers without a network, which MathJax would be loaded from
 
 autodoc_typehints = "none"  # what the docstrings say about an argument tells more
 autodoc_member_order = "bysource"
@@ -44,6 +48,19 @@ def escape_stars(app: Any, what: str, name: str, documented: Any, options: Any, 
     lines[:] = [line.replace(", *)", r", \*)") for line in lines]
 
 
+def inline_formula(translator: Any, formula: Element) -> None:
+    """Write a formula within a line as MathML."""
+    translator.body.append(convert(formula.astext()))
+    raise SkipNode
+
+
+def displayed_formula(translator: Any, formula: Element) -> None:
+    """Write a formula in a paragraph of its own as MathML; a wide one can be scrolled."""
+    translator.body.append(f'<div style="overflow-x: auto">{convert(formula.astext(), display="block")}</div>')
+    raise SkipNode
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.connect("autodoc-process-docstring", escape_stars)

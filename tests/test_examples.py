@@ -22,7 +22,7 @@ COMMITTED = json.loads((readme.RESULTS / "examples.json").read_text(encoding="ut
 LOSS = 0.02  # how much worse a single seed may do where nothing was wrong
 
 
-def test_all_blocks_are_found():
+def test_there_are_ten_blocks():
     assert len(BLOCKS) == 10
 
 

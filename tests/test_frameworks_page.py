@@ -10,13 +10,11 @@ TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_there_are_five_blocks():
-    assert len(BLOCKS) == 5
+def test_there_are_four_blocks():
+    assert len(BLOCKS) == 4
 
 
-@pytest.mark.parametrize(
-    "block", BLOCKS, ids=["GradScaler", "averaged weights", "schedule-free", "classes", "state dicts"]
-)
+@pytest.mark.parametrize("block", BLOCKS, ids=["GradScaler", "schedule-free", "classes", "state dicts"])
 def test_blocks_run(block):
     if "schedulefree" in block:
         pytest.importorskip("schedulefree")

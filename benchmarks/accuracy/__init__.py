@@ -1,30 +1,30 @@
-"""The accuracy benchmark: everybody trained on the same tasks, at several learning rates, with several seeds.
+"""The accuracy benchmark: all contenders trained on the same tasks, at several learning rates and with several seeds.
 
-    python -m benchmarks.accuracy                         go on where the last run stopped
-    python -m benchmarks.accuracy --budget-minutes 30     ... and start nothing after half an hour
+    python -m benchmarks.accuracy                         continue where the last run stopped
+    python -m benchmarks.accuracy --budget-minutes 30     the same, but start nothing after half an hour
     python -m benchmarks.accuracy --quick                 one small cell, into a temporary file
     python -m benchmarks.accuracy --real                  the same on real images; also with these options:
-        --data DIR                 the files of Fashion-MNIST; apt-get install dataset-fashion-mnist gets them
-        --only "batch 4 of"        only cells that are described so
-        --contenders "A;B"         only these
+        --data DIR                 the files of Fashion-MNIST; apt-get install dataset-fashion-mnist installs them
+        --only "batch 4 of"        only cells whose description contains this
+        --contenders "A;B"         only these contenders
     python -m benchmarks.accuracy --report                docs/accuracy.md and docs/accuracy.png from the committed data
-    python -m benchmarks.accuracy.published               two published tables in small
+    python -m benchmarks.accuracy.published               small versions of two published tables
 
-There are two grids of cells. The quick one is of scikit-learn's digits: `tasks` has the data, `networks` the models,
-`grid` the cells. The other is of real images and series: `fashion` and `series` read them, `tasks_real`,
-`networks_real` and `grid_real` are their counterparts, `pretrained` has what is fine-tuned.
+There are two grids of cells. The quick grid uses scikit-learn's digits: `tasks` has the data, `networks` the models,
+`grid` the cells. The other grid uses real images and series: `fashion` and `series` read the data, and `tasks_real`,
+`networks_real` and `grid_real` correspond to the modules of the quick grid. `pretrained` has the networks that are
+fine-tuned.
 
-`contenders` has the layers, `rivals` those that others published, `conversions` what becomes of pretrained nets,
-`jobs` says what a run is, `run` makes it, `train` trains.
-Results are lines of JSON in benchmarks/results/accuracy.jsonl and real_images.jsonl, one per cell and contender,
-appended when it is done.
+`contenders` has the layers, `rivals` published layers of others, `conversions` the conversion of pretrained networks.
+`jobs` defines a run, `run` carries it out, and `train` has the training loop. Results are lines of JSON in
+benchmarks/results/accuracy.jsonl and real_images.jsonl. A line is appended when a contender has finished a cell.
 
-A run trains a stack: all learning rates and all seeds at once, side by side along the channels. Convolutions are
-grouped by model, and normalisation is per channel or per group, so no model knows of another; the gradients of the
-summed loss are those of each alone. On the digits it takes about a sixth of the time, and agrees with single runs up to
-rounding.
+A run trains a stack: the models of all learning rates and seeds at once, concatenated along the channels. Convolutions
+are grouped by model, and normalisation is per channel or per group, so the models are independent. The gradients of
+the summed loss are those of each model alone. On the digits this takes about a sixth of the time, and the results equal
+those of single runs up to rounding.
 
-Everybody sees the same batches from the same initial weights: as many samples whatever the batch size, 1088 digits or
-5000 garments, at a rate that falls to zero linearly. (At a constant rate the results of two seeds differed by 3 points,
-too many to tell anybody apart.)
+All contenders see the same batches and start from the same weights. They see the same number of samples at every batch
+size, 1088 digits or 5000 garments, at a learning rate that falls to zero linearly. (At a constant rate the results of
+two seeds differed by 3 points, too much to distinguish contenders.)
 """

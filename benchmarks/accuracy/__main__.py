@@ -1,4 +1,4 @@
-"""Train what is still missing, or write the report; see the package's docstring."""
+"""Run what is missing, or write the report; see the package's docstring."""
 
 from __future__ import annotations
 

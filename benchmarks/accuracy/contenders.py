@@ -1,4 +1,4 @@
-"""The contenders: a layer each, and what is done to the trained model.
+"""The contenders: for each its layer, and what is done to the trained model.
 
 Shapes: N batch, C channels, n elements per channel.
 """

@@ -1,4 +1,4 @@
-"""How a pretrained stack of nn.BatchNorm2d becomes one of a contender, in place."""
+"""Convert a pretrained stack of nn.BatchNorm2d to the layers of a contender, in place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Fashion-MNIST, 70 000 images of garments, from the files of its authors.
+"""Fashion-MNIST, 70 000 images of garments, read from the files that its authors published.
 
-They are read from the folder that RUNNINGBN_DATA names, or from where Debian's package has them. Nothing is downloaded.
+The files are read from the folder named by RUNNINGBN_DATA, or from where Debian's package installs them. Nothing is
+downloaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/accuracy.png: the digits' score at the best rate by batch size; panels by task, optimizer and kind of batch."""
+"""docs/accuracy.png: scores on digits at the best rate, by batch size; panels by task, optimizer and kind of batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/accuracy_real.png: the score at the best rate on real images, a row for each cell, a panel for each network."""
+"""docs/accuracy_real.png: scores on real images at the best rate; rows are cells, panels are networks."""
 
 from __future__ import annotations
 

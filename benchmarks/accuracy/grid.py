@@ -1,16 +1,16 @@
-"""The cells of the benchmark and their order, the most informative first.
+"""The cells of the benchmark on digits and their order, the most informative first.
 
-A cell is a task, a batch size, independent batches or batches of one class, and an optimizer; everybody is trained in
-it. The whole grid is there, but for these:
+A cell is a task, a batch size, a kind of batch (independent or of one class) and an optimizer. Every contender is
+trained in every cell. All combinations are in the grid, with these exceptions:
 
-- The 29-layer net is trained on independent batches of 1 by AdamW only, and on batches of one class at sizes 2 and 4
+- The 29-layer net is trained on independent batches of 1 with AdamW only, and on batches of one class at sizes 2 and 4
   only.
-- Segmentation is a task for batches of 1; there is a batch of 2, and one of 32 to compare with. Its batches of 1 can be
-  of one class, since each holds four digits. Elsewhere a batch of 1 is of one class anyway.
-- fastai's net takes SGD as in the notebook, without momentum.
+- Segmentation is a task for batches of 1; there is a batch of 2, and one of 32 for comparison. Its batches of 1 can be
+  of one class, since each image holds four digits. In other tasks a batch of 1 is always of one class.
+- fastai's net uses SGD without momentum, as in the notebook.
 - Larger images come in batches of 2, and of 4 of one class.
 
-The sweep has five seeds at each rate.
+There are five seeds at each rate.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The cells of the benchmark on real images and their order, the most informative first.
 
-5000 samples a run, 20 000 in the last two. Three seeds at each of five rates, the same for all contenders.
+A run sees 5000 samples, and 20 000 in the last two cells. There are three seeds at each of five rates, which are the
+same for all contenders.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run is, and which runs a grid of cells is made of."""
+"""What a run is, and which runs a grid of cells consists of."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The networks, each as a stack of M models side by side along the channels: (N, M·C, *) all the way through.
+"""The networks, each as a stack of M models concatenated along the channels: shapes are (N, M·C, *) throughout.
 
-M = 1 is the plain network. The parameters of a stack are those of its models, one after another in dimension 0.
+M = 1 is the plain network. In dimension 0, the parameters of a stack are those of its models, one after another.
 """
 
 from __future__ import annotations

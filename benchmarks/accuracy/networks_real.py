@@ -1,6 +1,6 @@
-"""The networks for real images and series, each as a stack of M models side by side along the channels.
+"""The networks for real images and series, each as a stack of M models concatenated along the channels.
 
-As those of `networks`; convolutions before the classifier begin as He et al. draw them, by fan out.
+They follow `networks`. Convolutions before the classifier are initialised as in He et al., by fan out.
 """
 
 from __future__ import annotations

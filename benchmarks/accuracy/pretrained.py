@@ -1,6 +1,6 @@
-"""Nets that know half of the garments, to be trained on the others, in the same or another domain.
+"""Networks pretrained on half of the garment classes, to be fine-tuned on the others, in the same or another domain.
 
-One net for each seed is trained with nn.BatchNorm2d, batches of 64 and AdamW, and kept in a file of the cache.
+One network per seed is trained with nn.BatchNorm2d, batches of 64 and AdamW, and stored in a cache file.
 """
 
 from __future__ import annotations

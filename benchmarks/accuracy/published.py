@@ -1,12 +1,12 @@
-"""Two published tables in small: the shape is to be the same, the numbers cannot be.
+"""Small versions of two published tables: they should show the same pattern; the numbers cannot be the same.
 
     python -m benchmarks.accuracy.published             measure and print
     python -m benchmarks.accuracy.published --write     also store the numbers in benchmarks/results
 
 1. The notebook of the fastai course (part 2, 2019, 07_batchnorm): nn.BatchNorm and RunningBatchNorm on batches of 2.
 2. Tables 1 and 2 of Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576: the running averages of
-   nn.BatchNorm beside statistics computed afterwards, by the number of samples and by the batch size that they are
-   computed with.
+   nn.BatchNorm compared with statistics computed afterwards, by the number of samples and by the batch size used for
+   computing them.
 
 All numbers are means ± standard deviations over five seeds. It takes some minutes.
 """

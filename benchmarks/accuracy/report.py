@@ -1,4 +1,4 @@
-"""docs/accuracy.md and its figures: made from the committed results and nothing else."""
+"""Write docs/accuracy.md and its figures from the committed results only."""
 
 from __future__ import annotations
 

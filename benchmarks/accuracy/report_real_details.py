@@ -1,4 +1,4 @@
-"""Real images in detail: rates that are too high, training mode and evaluation, depthwise convolutions, fine-tuning."""
+"""Details on real images: high rates, training mode and evaluation, depthwise convolutions, fine-tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results on real images as the report reads them, and which cells and contenders it groups."""
+"""Read the results on real images for the report, and define the groups of cells and contenders."""
 
 from __future__ import annotations
 

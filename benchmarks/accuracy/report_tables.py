@@ -1,4 +1,4 @@
-"""What both parts of docs/accuracy.md share: how scores are written, compared and put into tables."""
+"""Shared by both parts of docs/accuracy.md: how scores are formatted, compared and put into tables."""
 
 from __future__ import annotations
 

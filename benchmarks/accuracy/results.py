@@ -1,8 +1,8 @@
-"""The file of results, and what it says about a contender in a cell.
+"""The file of results, and the scores of a contender in a cell computed from it.
 
-It holds one JSON object per line. A line with a "part" says on what machine the lines after it were made; every other
-line is what one run, or the recalibration after it, came to. Lines are only ever appended, so a run that is killed
-loses itself and nothing else.
+It holds one JSON object per line. A line with a "part" describes the machine on which the lines after it were measured.
+Every other line is the result of one run, or of the recalibration after it. Lines are only appended, so a run that is
+killed loses only its own result.
 """
 
 from __future__ import annotations

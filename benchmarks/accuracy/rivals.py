@@ -1,7 +1,8 @@
-"""Published normalisers for small batches, as contenders: each from its paper, and per channel or per model of a stack.
+"""Published normalisation layers for small batches, as contenders: each as in its paper, per channel or per model.
 
 Shapes: N batch, M models, C channels of all models together, n elements per channel. The factories at the end take the
-steps of a run and return what makes the layer of a site, with its activation where the site is activated.
+number of steps of a run and return a function that makes the layer at a given position, including its activation if
+there is one.
 """
 
 from __future__ import annotations

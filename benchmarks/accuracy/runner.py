@@ -1,4 +1,4 @@
-"""Runs what a file of results lacks, in processes of its own."""
+"""Run the jobs that are missing in a file of results, in separate processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Series of six sensors of a smart watch, on ten people at seven exercises of the shoulder: of the package seglearn.
+"""Series of six sensors of a smart watch, from ten people doing seven shoulder exercises; from the package seglearn.
 
 Burns et al., "Shoulder physiotherapy exercise recognition: machine learning the inertial signals from a smartwatch",
-2018. The package is of the extra `bench`. Only its file is read: to import it would take pandas.
+2018. The package is in the extra `bench`. Only its data file is read: importing the package would require pandas.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The tasks: data in three parts, and how an answer is scored.
+"""The tasks: data in three parts (training, validation, test), and how an output is scored.
 
-All is made of scikit-learn's handwritten digits, 1797 images of 8x8 pixels. The learning rate is chosen by the
-validation part, the tables show the test part.
+All tasks use scikit-learn's handwritten digits, 1797 images of 8x8 pixels. The learning rate is chosen on the
+validation part; the tables show the test part.
 """
 
 from __future__ import annotations

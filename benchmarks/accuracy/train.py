@@ -1,4 +1,4 @@
-"""Training a stack of models, with a rate for each, and scoring it."""
+"""Training a stack of models, each with its own learning rate, and scoring it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Everything that a GPU has to prove, in one command: see ``python -m benchmarks.gpu --help``."""
+"""All tests and measurements on a GPU in one command: see ``python -m benchmarks.gpu --help``."""

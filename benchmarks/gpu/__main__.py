@@ -1,17 +1,17 @@
-"""Everything that a GPU has to prove, in one command of under nine minutes.
+"""All tests and measurements on a GPU, in one command of less than nine minutes.
 
     python -m benchmarks.gpu --out DIR               all parts, on the first CUDA device
-    python -m benchmarks.gpu --out DIR --only layers only some, each with the time of all if it needs it
+    python -m benchmarks.gpu --out DIR --only layers only some parts; each may use the time of all
     python -m benchmarks.gpu --out DIR --dry-run     the same in small, on the CPU and with Triton's interpreter
 
-Parts run in the order of their importance, each in a process of its own with a time limit: *correctness*, the tests
-marked `gpu`; *layers* beside nn.BatchNorm; *models* before and after `batchnormify`, eager and as CUDA graphs;
+Parts run in order of importance, each in a separate process with a time limit: *correctness*, the tests marked `gpu`;
+*layers*, compared with nn.BatchNorm; *models* before and after `batchnormify`, in eager mode and as CUDA graphs;
 *accuracy*, a short training on Fashion-MNIST, if RUNNINGBN_DATA names a folder with its files; *compiled*, the models
-through torch.compile. A part that fails or runs out of time stops no other. DIR/results.json has everything, and is
-written after every part. The exit status is 0 if all parts have passed.
+with torch.compile. If a part fails or exceeds its time, the others still run. DIR/results.json contains all results and
+is updated after every part. The exit status is 0 if all parts have passed.
 
-It needs no network, and nothing but torch, Triton, einops, pytest, hypothesis, rich, timm and torchvision, run in a
-checkout. pytest-xdist, where it is installed, lets the tests compile their kernels side by side.
+It needs no network. It runs in a checkout and needs torch, Triton, einops, pytest, hypothesis, rich, timm and
+torchvision. If pytest-xdist is installed, the tests compile their kernels in parallel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A short training on Fashion-MNIST on a GPU and on the CPU: both have to learn the same.
+"""A short training on Fashion-MNIST on a GPU and on the CPU: both must reach the same accuracy, up to chance.
 
-Run by ``python -m benchmarks.gpu``; see there. Without the files of Fashion-MNIST there is a row that says so, and
-nothing is trained. The network is small, so that the CPU takes seconds.
+Run by ``python -m benchmarks.gpu``; see there. Without the files of Fashion-MNIST, nothing is trained and a row says
+so. The network is small, so that the CPU takes seconds.
 """
 
 from __future__ import annotations

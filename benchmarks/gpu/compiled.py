@@ -1,8 +1,8 @@
-"""The networks through torch.compile on a GPU, before and after `batchnormify`.
+"""The networks with torch.compile on a GPU, before and after `batchnormify`.
 
-Run by ``python -m benchmarks.gpu``; see there. Compiling a network takes tens of seconds. So each variant is a
-row, with its own time, and rows come in the order of their importance: the variants of a network are measured one after
-the other.
+Run by ``python -m benchmarks.gpu``; see there. Compiling a network takes tens of seconds. So each variant has its own
+row and its own time, and the rows are in order of importance. The variants of a network are measured one after the
+other.
 """
 
 from __future__ import annotations

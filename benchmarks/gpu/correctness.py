@@ -1,4 +1,4 @@
-"""The tests marked `gpu`: a row with the counts, and one for each that failed.
+"""Run the tests marked `gpu`: one row with the counts, and one for each test that failed.
 
 Run by ``python -m benchmarks.gpu``; see there.
 """

@@ -1,14 +1,14 @@
-"""The host's part of a training step on a GPU, measured without one: launches are replaced by ones that do nothing.
+"""The host time of a training step on a GPU, measured without a GPU: launches are replaced by calls that do nothing.
 
     python -m benchmarks.gpu.host            a minute on one core
     python -m benchmarks.gpu.host --write    also store the numbers in benchmarks/results
 
-Triton compiles the kernels for an H100 that is not there; see `no_device`. Tensors are on the CPU, so what is missing
-is what torch does for CUDA tensors in particular (its allocator, asking for the stream) and the launch itself, some
-microseconds each. Times are microseconds of an eager forward in training mode, and of the backward from it through
-autograd: the least of many medians, of everybody in turn. *Nothing* is an autograd function that saves its input and
-hands its gradient on: what torch takes for itself. *By Triton* is the same layer with every launch by Triton's own way,
-as before launches were prepared.
+Triton compiles the kernels for an H100 that is not present; see `no_device`. Tensors are on the CPU. So the launch
+itself is missing, and what torch does for CUDA tensors in particular (its allocator, reading the stream): some
+microseconds each. Times are in microseconds, of an eager forward in training mode and of the backward through autograd.
+Each is the minimum of many medians, with the contenders measured in turn. *Nothing* is an autograd function that saves
+its input and returns its gradient unchanged: the overhead of torch itself. *By Triton* is the same layer with every
+launch made by Triton's own launcher, as before launches were prepared.
 """
 
 from __future__ import annotations

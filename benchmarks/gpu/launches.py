@@ -1,4 +1,4 @@
-"""What a call sends to a GPU, as torch's profiler sees it."""
+"""The kernel launches and copies of a call, as recorded by the profiler of torch."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Layers beside nn.BatchNorm on a GPU: device time, host time, launches, and bandwidth as a share of a copy.
+"""The layers compared with nn.BatchNorm on a GPU: device time, host time, launches, and bandwidth relative to a copy.
 
 Run by ``python -m benchmarks.gpu``; see there. Cases, checks and clocks are those of ``python -m benchmarks.layers``:
-output and gradients of everybody are checked against float64 before anything is timed, and device times are with a cold
-L2 cache. nn.BatchNorm is measured as torch chooses its kernels, which each row names, and without cuDNN; switching that
-off and on is part of its host time.
+output and gradients of all contenders are checked against float64 before anything is timed, and device times are with a
+cold L2 cache. nn.BatchNorm is measured with the kernels that torch chooses, which each row names, and without cuDNN.
+Switching cuDNN off and on is part of the host time of the latter.
 
-A training step reads x, writes y, reads x and dy for the sums, reads both again and writes dx: with x once more for the
-sums of forward, eight times the memory of x, which is four copies. So its share of a copy's bandwidth is 4 · (time of a
-copy) / (time of the step), and beyond 1 where the cache holds what is read again.
+A training step reads x, writes y, reads x and dy for the sums, and reads both again and writes dx. With one more read
+of x for the sums of forward, this is eight times the memory of x, which is four copies. So the share of a copy's
+bandwidth is 4 · (time of a copy) / (time of the step). It exceeds 1 if the cache holds what is read again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Whole training steps of networks on a GPU, before and after `batchnormify`: eager, and as CUDA graphs.
+"""Whole training steps of networks on a GPU, before and after `batchnormify`, in eager mode and as CUDA graphs.
 
 Run by ``python -m benchmarks.gpu``; see there. A step is forward, loss, backward and SGD with momentum. All variants
-start as copies of one network and take their steps in turn, round after round. Times are of the host's clock, from the
-first operation until the device is through; those until everything is sent are beside them. Weights are random, images
-too: dropout and stochastic depth are as the networks have them.
+start as copies of one network and run their steps in turn, round after round. Times are by the host's clock, from the
+first operation until the device has finished. The times until all operations are launched are reported, too. Weights
+and images are random. Dropout and stochastic depth are as defined by the networks.
 """
 
 from __future__ import annotations

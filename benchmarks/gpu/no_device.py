@@ -1,6 +1,6 @@
-"""A GPU that is not there: Triton compiles for it, and launches do nothing. What is left of a step is the host's part.
+"""A simulated GPU: Triton compiles for it, and launches do nothing. What remains of a step is the host's part.
 
-Tensors are on the CPU and hold whatever was in their memory.
+Tensors are on the CPU, and their contents are undefined.
 """
 
 from __future__ import annotations

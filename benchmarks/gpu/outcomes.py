@@ -1,6 +1,6 @@
-"""A plugin of pytest that notes the outcome of every test as soon as it is known, a line of JSON each.
+"""A pytest plugin that writes the outcome of every test as soon as it is known, one line of JSON each.
 
-RUNNINGBN_OUTCOMES names the file. Under pytest-xdist the process that hands out the tests writes it.
+RUNNINGBN_OUTCOMES names the file. Under pytest-xdist, the process that distributes the tests writes it.
 """
 
 from __future__ import annotations

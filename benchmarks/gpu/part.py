@@ -1,4 +1,4 @@
-"""What the parts have in common: their command line, the time that they have, and the rows that they hand over."""
+"""What all parts share: their command line, their time limit, and the rows that they write."""
 
 from __future__ import annotations
 

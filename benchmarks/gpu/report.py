@@ -1,8 +1,8 @@
-"""The tables of docs/gpus.md, made from committed results; and those of a run on a GPU.
+"""The tables of docs/gpus.md, made from committed results, and the tables of a run on a GPU.
 
     python -m benchmarks.gpu.report DIR/results.json      print the tables of a run
 
-benchmarks/results/gpu.json is the results.json of a whole run, where there was one.
+benchmarks/results/gpu.json is the results.json of a complete run, if there has been one.
 """
 
 from __future__ import annotations

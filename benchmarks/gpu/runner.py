@@ -1,8 +1,8 @@
-"""Runs parts one after the other, each in a process of its own with a time limit, and keeps what they found.
+"""Run parts one after the other, each in a separate process with a time limit, and collect their results.
 
 A part is a module with a command line: ``python -m MODULE --to FILE --seconds S [--dry-run]``. It appends its rows to
-FILE, a line of JSON each, as soon as it has them, and exits with 0 if all went well. So whatever ends it, its rows up
-to then are there. The results are written anew after every part.
+FILE, one line of JSON each, as soon as it has them, and exits with 0 if it succeeded. So the rows written before a
+failure are kept. The results are written again after every part.
 """
 
 from __future__ import annotations

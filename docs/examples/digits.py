@@ -1,6 +1,6 @@
-"""What the examples share: handwritten digits, a small network with BatchNorm, training, and a table.
+"""Shared by the examples: handwritten digits, a small network with BatchNorm, training, and a table.
 
-The digits are scikit-learn's, 1797 images of 8x8 pixels which come with that package: 1347 to train on, 450 to test.
+scikit-learn includes the digits: 1797 images of 8x8 pixels, of which 1347 are for training and 450 for testing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Results = dict[str, dict[str, list[float]]]  # row of the table -> column -> one
 
 
 def network(seed: int) -> nn.Module:
-    """Five convolutions, each with a BatchNorm, and ten logits; the seed decides the weights."""
+    """Five convolutions, each with a BatchNorm, and ten logits; the seed determines the weights."""
     torch.manual_seed(seed)
     return residual_net(nn.BatchNorm2d)
 
@@ -46,7 +46,7 @@ def train_epoch(model: nn.Module, data: Digits, optimizer: torch.optim.Optimizer
 
 
 def trained(data: Digits, seed: int, epochs: int) -> nn.Module:
-    """A network after so many epochs of AdamW."""
+    """A network trained by AdamW for the given number of epochs."""
     model = network(seed)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     for _ in range(epochs):
@@ -56,7 +56,7 @@ def trained(data: Digits, seed: int, epochs: int) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images that are told right, in evaluation mode."""
+    """The share of images that are classified correctly, in evaluation mode."""
     return (model.eval()(images).argmax(1) == labels).double().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""A change of domain: the network is trained on clean digits and meets shifted ones.
+"""A change of domain: the network is trained on clean digits and tested on shifted ones.
 
     python docs/examples/domain_shift.py
 
@@ -21,7 +21,7 @@ PRIORS = (0, 16)
 
 
 def inverted(images: Tensor) -> Tensor:
-    """Dark on light. Pixels are standardised, and empty ones are the smallest."""
+    """Dark on light. Pixels are standardised; empty ones have the smallest value."""
     return images.max() + images.min() - images
 
 

@@ -1,8 +1,8 @@
-"""Magnitude pruning: the smallest weights are cut, and the statistics no longer fit what the convolutions give.
+"""Magnitude pruning: the smallest weights are set to 0, and the statistics no longer fit the convolutions.
 
     python docs/examples/pruning.py
 
-No weight is trained after the cut. Recomputing the statistics takes one pass over the training images, without labels.
+No weight is trained afterwards. Recomputing the statistics takes one pass over the training images, without labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pruned(model: nn.Module, sparsity: float) -> nn.Module:
 
 
 def one_seed(data: Digits, seed: int, quick: bool) -> dict[str, dict[str, float]]:
-    """Accuracy by sparsity, before and after."""
+    """Accuracy by sparsity, before and after recalibration."""
     dense = trained(data, seed, epochs=3 if quick else 6)
     results = {}
     for sparsity in SPARSITIES:

@@ -1,10 +1,11 @@
-"""Weight averaging: nobody has ever run the averaged network, so the statistics in it belong to another one.
+"""Weight averaging: the averaged network was never run, so its statistics are those of another network.
 
     python docs/examples/weight_averaging.py
 
-torch's `swa_utils.update_bn` recomputes them, and so does `update_bn_stats`. They differ where batches are not alike:
-`update_bn` averages the variances within batches, and the variance between batches is lost. Here that happens with
-batches sorted by class. The second column tells how much of the variance the last layer is left with.
+torch's `swa_utils.update_bn` recomputes them, and so does `update_bn_stats`. On batches sorted by class both lose
+variance in deep layers: `update_bn` averages the variances within batches, and by default `update_bn_stats` normalises
+each layer by its batch meanwhile. ``normalize="population"`` loses none. The second column shows how much variance is
+left in the last layer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def averaged(data: Digits, seed: int, epochs: int) -> tuple[nn.Module, nn.Module
 
 @torch.no_grad()
 def variance_kept(model: nn.Module, images: Tensor) -> float:
-    """`running_var` of the last BatchNorm relative to what evaluation shows to it, mean over channels."""
+    """`running_var` of the last BatchNorm relative to the variance of its input in evaluation, mean over channels."""
     layer, seen = get_bn_modules(model)[-1], []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].transpose(0, 1).flatten(1)))
     model.eval()(images)
@@ -44,7 +45,7 @@ def variance_kept(model: nn.Module, images: Tensor) -> float:
 
 
 def one_seed(data: Digits, seed: int, quick: bool) -> dict[str, dict[str, float]]:
-    """Accuracy and variance by what is done about the statistics."""
+    """Accuracy and variance, by how the statistics are obtained."""
     last, average = averaged(data, seed, epochs=4 if quick else 8)
 
     def tested(model: nn.Module) -> dict[str, float]:
