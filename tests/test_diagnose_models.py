@@ -41,7 +41,7 @@ def test_kinds_of_layers_are_told():
     text = str(found)
     for line in (
         "frozen: frozen", "shared: shared (2 calls)", "unused: unused", "without statistics: batch_only",
-        "not looked at: InstanceNorm1d is not an nn.BatchNorm: instance",
+        "not examined: InstanceNorm1d is not an nn.BatchNorm: instance",
     ):  # fmt: skip
         assert f"\n{line}\n" in text
 
