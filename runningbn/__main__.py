@@ -1,11 +1,11 @@
 """The command line: ``python -m runningbn COMMAND``.
 
-Each command is one `Command`: its name, its help, its arguments and the function that runs it. That function imports
-what the command needs, so that ``--help`` and the other commands work without its extra.
+Each command is a `Command`: its name, its help, its arguments and the function that runs it. That function imports the
+packages of the command, so that ``--help`` and the other commands work without its extra.
 
-Exit statuses: 0 for success; 1 where ``inspect``, ``diff`` or ``diagnose`` found something, each says what in its help;
-2 for wrong arguments, a file that cannot be read, code that fails or a package that is not installed; 130 after Ctrl-C,
-141 where the reader of a pipe went away.
+Exit statuses: 0 for success; 1 if ``inspect``, ``diff`` or ``diagnose`` found something, as defined in their help; 2
+for wrong arguments, a file that cannot be read, code that fails or a package that is not installed; 130 after Ctrl-C;
+141 if the reader of a pipe has closed it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from runningbn.inspection.criteria import CRITERIA
 from runningbn.inspection.reading import CheckpointError, Source
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)
-PIPE_CLOSED = 141  # and for one that wrote into a pipe that nobody reads (128 + SIGPIPE)
+PIPE_CLOSED = 141  # what it reports for a program that wrote to a closed pipe (128 + SIGPIPE)
 USAGE_ERROR = 2  # what argparse exits with
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand. ``run`` returns the exit status; ``modules`` are the imports that ``runningbn[extra]`` brings."""
+    """One subcommand. ``run`` returns the exit status; ``modules`` are the modules of ``runningbn[extra]``."""
 
     name: str
     help: str
@@ -46,7 +46,7 @@ def _positive(text: str) -> int:
 
 
 def _writable(text: str) -> Path:
-    """A path whose folder exists: told before minutes of training rather than after."""
+    """A path whose folder exists; checked before the training instead of after it."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
@@ -107,7 +107,7 @@ def _run_backends(arguments: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     forced = kernels.forced_backend()
-    print(f"\n{forced!r} is forced." if forced else "\nThe first that can takes an input.")
+    print(f"\n{forced!r} is forced." if forced else "\nThe first backend that supports an input is used.")
     print("torch.compile traces plain torch operations and fuses them itself.")
     return 0
 
@@ -118,19 +118,19 @@ CHECKPOINT_HELP = (
 )
 
 INSPECT_EPILOG = """\
-What is looked for:
+Criteria:
 
 {criteria}
 
-Exit status: 0 without an error (there may be warnings), 1 with one, since evaluation is wrong then,
-2 for a file that cannot be read or has no BatchNorm statistics in it."""
+Exit status: 0 without errors (there may be warnings), 1 with errors, which make evaluation wrong,
+2 for a file that cannot be read or has no BatchNorm statistics."""
 
 DIFF_EPILOG = """\
 The numbers are those of the report of update_bn_stats, with A as old and B as new:
 mean moved/std is |mean_B - mean_A| / sqrt(var_B + eps), var B/A the ratio of the variances.
 
-Exit status: 0 where all was compared, however far it moved, 1 where something could not be (a layer in
-one of the two only, other channels, numbers that are not finite), 2 for a file that cannot be read."""
+Exit status: 0 if all layers were compared, however far they moved, 1 if some could not be (a layer in only
+one of the two, different channels, numbers that are not finite), 2 for a file that cannot be read."""
 
 
 def _described(name: str, severity: str, sentence: str) -> str:
@@ -189,7 +189,7 @@ COMMANDS = (
     ),
     Command(
         name="inspect",
-        help="judge the BatchNorm statistics in a checkpoint, without the code of its model",
+        help="check the BatchNorm statistics in a checkpoint, without the code of its model",
         add_arguments=_add_inspect_arguments,
         run=_run_inspect,
         extra="cli",
@@ -205,13 +205,13 @@ COMMANDS = (
     ),
     Command(
         name="diagnose",
-        help="tell whether a model evaluates badly because of its BatchNorm layers; imports and runs your code",
+        help="test whether a model evaluates badly because of its BatchNorm layers; imports and runs your code",
         add_arguments=_add_diagnose_arguments,
         run=_run_diagnose,
     ),
     Command(
         name="backends",
-        help="list the kernels, with their versions and the reason why one cannot be used here",
+        help="list the kernels, with their versions, and why one cannot be used on this machine",
         add_arguments=_add_no_arguments,
         run=_run_backends,
     ),
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"runningbn {command.name}: {error}", file=sys.stderr)
         return USAGE_ERROR
     except BrokenPipeError:
-        # What is still in the buffer goes nowhere, rather than into another error as Python ends.
+        # Discard buffered output; otherwise flushing it at exit raises again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except ModuleNotFoundError as error:

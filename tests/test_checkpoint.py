@@ -370,7 +370,7 @@ def test_our_layers_tell_how_much_they_saw_and_nothing_is_wrong_with_them(make, 
     layer = only_layer(state)
     assert named_findings(state) == {}
     assert layer.state["samples"].tolist() == [24] * C
-    assert not layer.taken_over
+    assert not layer.is_seeded
     assert layer.batches == 6
 
 
@@ -388,9 +388,9 @@ def test_a_horizon_knows_less_than_all():
 
 def test_statistics_taken_over_say_so_before_and_after_training_goes_on():
     layer = batchnormify(pretrained(nn.Sequential(nn.BatchNorm2d(C))))[0]
-    assert only_layer(layer.state_dict()).taken_over
+    assert only_layer(layer.state_dict()).is_seeded
     assert named_findings(layer.state_dict()) == {}
-    assert only_layer(trained(layer).state_dict()).taken_over
+    assert only_layer(trained(layer).state_dict()).is_seeded
     assert named_findings(layer.state_dict()) == {}
 
 

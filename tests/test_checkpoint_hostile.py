@@ -452,7 +452,7 @@ def test_memory_is_bounded_whatever_a_file_declares(tmp_path, what, monkeypatch)
     assert isinstance(said, str)
     assert peak() - before <= Budget.LEAST + Budget.PER_BYTE * path.stat().st_size + (16 << 20)
     if what in ("expanded", "objects", "sets", "marks", "memo", "a long key", "many expanded", "array"):
-        assert "declares more than fits into it" in said or "of a storage that has" in said
+        assert "declares more data than fits into it" in said or "of a storage that has" in said
 
 
 def test_members_of_an_archive_that_lie_about_their_size(tmp_path):
@@ -479,7 +479,7 @@ def test_a_storage_of_the_old_format_that_lies_about_its_size(tmp_path):
         path.write_bytes(whole[:size] + struct.pack("<q", declared) + whole[size + 8 :])
         said = attempt(path)
         assert isinstance(said, str)
-        assert "was cut off, or says that it is longer" in said
+        assert "was cut off, or declares more bytes" in said
 
 
 def test_ordinary_files_are_far_from_the_bound(tmp_path):

@@ -85,7 +85,7 @@ def test_a_healthy_checkpoint_has_status_0_and_a_row_per_layer(save, capsys):
     assert header.split() == ["layer", "channels", "batches", "mean/std", "max", "var", "min", "median", "max"]
     assert first.split()[:3] == ["0", "8", "17"]
     assert second.split()[:3] == ["1", "8", "17"]
-    assert rest[-1] == "nothing found"
+    assert rest[-1] == "no findings"
 
 
 def test_errors_have_status_1_and_findings_say_where(save, capsys):
@@ -95,7 +95,7 @@ def test_errors_have_status_1_and_findings_say_where(save, capsys):
     assert "0 (1 of 8)" in printed
     assert "warning: zero_weight, 2 channels\n" in printed
     assert "1 (2 of 8)" in printed
-    assert "nothing found" not in printed
+    assert "no findings" not in printed
 
 
 def test_warnings_alone_have_status_0(save, capsys):
@@ -150,7 +150,7 @@ def test_json_of_an_inspection(save, capsys):
         "name": "1", "channels": 8, "dtype": "float32", "batches_tracked": 17, "state": None,
     }  # fmt: skip
     assert warned["var"]["max"] == state["1.running_var"].max().item()
-    assert "bias whatever comes in" in warned["findings"][0]["sentence"]
+    assert "bias for any input" in warned["findings"][0]["sentence"]
 
 
 def test_our_layers_tell_how_much_they_saw(save, capsys):
@@ -168,7 +168,7 @@ def test_our_layers_tell_how_much_they_saw(save, capsys):
     main(["inspect", path])
     printed = capsys.readouterr().out
     assert "1 layer with pooled sums, of 12 samples seen" in printed
-    assert "1 layer with pooled sums that went on from other statistics" in printed
+    assert "1 layer with pooled sums seeded from given statistics" in printed
 
 
 # -------------------------------------------------------------------------------------------------------------- diff
@@ -209,7 +209,7 @@ def test_a_prefix_that_is_left_out_is_told(save, capsys):
     plain = net().state_dict()
     wrapped = {f"module.{key}": value for key, value in plain.items()}
     assert main(["diff", save(plain, "a.pt"), save(wrapped, "b.pt")]) == 0
-    assert "'module.' is left out of the names in B" in capsys.readouterr().out
+    assert "'module.' is removed from the names in B" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_told_with_status_1(save, capsys):
@@ -315,8 +315,8 @@ def test_wrappers_that_are_left_out_are_told(save, capsys):
     ]
     assert main(["diff", *paths]) == 0
     printed = capsys.readouterr().out
-    assert "'module.' is left out of the names in A" in printed
-    assert "'_orig_mod.' is left out of the names in B" in printed
+    assert "'module.' is removed from the names in A" in printed
+    assert "'_orig_mod.' is removed from the names in B" in printed
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong

@@ -216,16 +216,16 @@ def frozen_by_lightning() -> nn.Module:
 
 LEFT_ALONE = {
     "lazy": (lambda: nn.LazyBatchNorm2d(), "it is lazy and not initialised"),
-    "without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), "it keeps no running statistics"),
+    "without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), "it has no running statistics"),
     "parametrised": (parametrised, "it is parametrised"),
     "frozen by Lightning": (frozen_by_lightning, "it is frozen: track_running_stats=False"),
     "synchronised, without statistics": (
         lambda: nn.SyncBatchNorm(3, track_running_stats=False),
-        "it keeps no running statistics",
+        "it has no running statistics",
     ),
     "scripted": (lambda: torch.jit.script(nn.BatchNorm2d(3)), "it is scripted"),
-    "forward of its own": (lambda: Doubling(3), "Doubling has a forward of its own"),
-    "forward of the instance": (doubled_by_hand, "forward of its own"),
+    "custom forward": (lambda: Doubling(3), "Doubling has a custom forward"),
+    "forward of the instance": (doubled_by_hand, "custom forward"),
 }
 # nn.SyncBatchNorm is torch's already, and still becomes nn.BatchNorm.
 STAYS_AS_TORCH = {name: entry for name, entry in LEFT_ALONE.items() if name != "synchronised, without statistics"}
@@ -297,7 +297,7 @@ def test_running_layer_that_has_seen_no_input_is_left_alone_with_a_reason(caplog
     with caplog.at_level(logging.INFO, logger="runningbn"):
         batchnormify(nn.Sequential(layer), to)
     assert type(layer) is RunningBatchNorm
-    assert "0 (which nn.BatchNorm it stands for is not known" in caplog.messages[0]
+    assert "0 (its input dimensions are not known" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("dimensions", ORIGINS, ids=lambda dimensions: f"{dimensions}d-input")

@@ -263,7 +263,7 @@ def test_line_warns_of_layers_left_alone_by_name(log):
     batchnormify(model)
     assert log.record_tuples == [
         ("runningbn", logging.WARNING,
-         "batchnormify: 2 layers converted to running, 1 left alone: 2 (it keeps no running statistics)")
+         "batchnormify: 2 layers converted to running, 1 left alone: 2 (it has no running statistics)")
     ]  # fmt: skip
 
 

@@ -193,7 +193,7 @@ class Schedule(nn.BatchNorm2d):
 def test_what_does_more_is_left_alone_and_named(cls, to, caplog):
     model = batchnormify(nn.Sequential(nn.BatchNorm2d(3), cls(3)), to)
     assert type(model[1]) is cls
-    assert f"1 left alone: 1 ({cls.__name__} has a forward of its own)" in caplog.text
+    assert f"1 left alone: 1 ({cls.__name__} has a custom forward)" in caplog.text
 
 
 def test_layers_that_wrap_nothing_are_not_wrappers():

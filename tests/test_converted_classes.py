@@ -262,7 +262,7 @@ def test_where_selects_among_synchronised_layers(caplog):
 def test_before_its_first_input_it_is_not_converted_to_ours(caplog):
     model = batchnormify(batchnormify(synchronised(), "torch"))
     assert not any(isinstance(layer, RunningBatchNorm) for layer in model)
-    assert "1, 3 (which nn.BatchNorm it stands for is not known" in caplog.text
+    assert "1, 3 (its input dimensions are not known" in caplog.text
     model(noise((4, 3, 3, 3), 0))
     assert type(batchnormify(model)[1]) is RunningBatchNorm2d
 

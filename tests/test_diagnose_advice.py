@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import readme
 from runningbn import Diagnosis, batchnormify, diagnose, update_bn_stats
 from runningbn.diagnosis.evidence import FEW, OFF, errors_to_exceed
-from runningbn.diagnosis.rules import MOST_SENTENCES, RULES
+from runningbn.diagnosis.rules import MAX_SENTENCES, RULES
 
 DOCS = readme.ROOT / "docs"
 
@@ -115,7 +115,7 @@ def test_frozen_layers_that_are_off_are_told_as_such():
     model[4].eval()
     found = diagnose(model, [x + 1 for x in DATA])
     assert names(found) == ["off"]
-    assert "frozen layers keep theirs, and update_bn_stats(model.eval(), …)" in found.advice[0]
+    assert "these layers are frozen; update_bn_stats(model.eval(), …)" in found.advice[0]
     update_bn_stats(model.eval(), [x + 1 for x in DATA])
     assert names(diagnose(model, [x + 1 for x in DATA])) == ["nothing"]
 
@@ -128,9 +128,9 @@ def test_correlated_batches_ask_for_population():
     batches = torch.randn(60, 1, 3, 1, 1) + 0.2 * torch.randn(60, 8, 3, 8, 8)
     found = diagnose(model, batches, None)
     assert names(found) == ["off", "few"]
-    remedy = 'after update_bn_stats with these batches 4 would still be off, and with normalize="population" none'
+    remedy = 'after update_bn_stats with these batches 4 would still be off, but none with normalize="population"'
     assert remedy in found.advice[0]
-    assert "The samples of a batch are alike: in" in found.advice[1]
+    assert "The samples of a batch are correlated: in" in found.advice[1]
     by_population = diagnose(model, batches, None, normalize="population")
     assert "update_bn_stats repairs that (" in by_population.advice[0]
 
@@ -151,7 +151,7 @@ def test_a_layer_that_feeds_itself_is_what_recalibration_leaves():
     found = diagnose(model, DATA, normalize="population")
     left = max(found["norm"].recomputed.mean_shift, found["norm"].recomputed.std_shift)
     assert names(found) == ["off"]
-    assert ("update_bn_stats repairs that, but for norm (" in found.advice[0]) == (left > OFF)
+    assert ("update_bn_stats repairs that, except for norm (" in found.advice[0]) == (left > OFF)
 
 
 def test_metric_that_recomputed_statistics_do_not_help():
@@ -159,7 +159,7 @@ def test_metric_that_recomputed_statistics_do_not_help():
     shifted = [x + 1 for x in DATA]
     found = diagnose(model, shifted, metric=lambda model: 0.5)
     assert names(found) == ["off_without_effect"]
-    assert "but by recomputed ones the metric gains less than 2% (the metric goes from 0.5 to 0.5)" in found.advice[0]
+    assert "but with recomputed ones the metric gains less than 2% (the metric goes from 0.5 to 0.5)" in found.advice[0]
     helped = diagnose(model, shifted, metric=lambda model: -float(model(shifted[0]).mean(0).sub(2).square().sum()))
     assert names(helped)[0] in ("off", "off_without_effect")
     assert f"from {helped.metric.stored:.4g} to {helped.metric.recomputed:.4g}" in helped.advice[0]
@@ -242,7 +242,7 @@ def test_layers_without_statistics():
     update_bn_stats(model, DATA)
     found = diagnose(model, DATA)
     assert names(found) == ["without_statistics"]
-    assert found.advice[0].startswith("1 keep no running statistics")
+    assert found.advice[0].startswith("No running statistics in 1: ")
 
 
 def test_at_most_three_sentences_the_most_important_first():
@@ -251,7 +251,7 @@ def test_at_most_three_sentences_the_most_important_first():
     batches = [rows(4, seed=seed) + 3 for seed in range(20)]
     found = diagnose(model, batches)
     assert names(found) == ["not_finite", "off", "without_statistics", "few"]
-    assert len(found.advice) == MOST_SENTENCES == 3
+    assert len(found.advice) == MAX_SENTENCES == 3
     assert str(found).splitlines()[-3:] == list(found.advice)
 
 

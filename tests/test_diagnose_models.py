@@ -37,11 +37,11 @@ def test_kinds_of_layers_are_told():
     assert [layer.calls for layer in found.layers] == [1, 2]
     assert found.unused == ("unused",)
     assert found.without_statistics == ("batch_only",)
-    assert found.skipped == {"instance": "InstanceNorm1d is no nn.BatchNorm"}
+    assert found.skipped == {"instance": "InstanceNorm1d is not an nn.BatchNorm"}
     text = str(found)
     for line in (
         "frozen: frozen", "shared: shared (2 calls)", "unused: unused", "without statistics: batch_only",
-        "not looked at: InstanceNorm1d is no nn.BatchNorm: instance",
+        "not examined: InstanceNorm1d is not an nn.BatchNorm: instance",
     ):  # fmt: skip
         assert f"\n{line}\n" in text
 
@@ -105,7 +105,7 @@ def test_a_model_without_batchnorm_is_an_error_that_says_what_it_has():
         diagnose(model, [pictures(4)])
     with pytest.raises(ValueError, match="in evaluation, too: 0"):
         diagnose(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), [pictures(4)])
-    with pytest.raises(ValueError, match=r"; InstanceNorm2d is no nn\.BatchNorm: 0$"):
+    with pytest.raises(ValueError, match=r"; InstanceNorm2d is not an nn\.BatchNorm: 0$"):
         diagnose(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)), [pictures(4)])
     with pytest.raises(ValueError, match=r"none can be at fault$"):
         diagnose(nn.Linear(3, 4), [rows(4)])

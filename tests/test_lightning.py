@@ -355,7 +355,7 @@ class Stream(IterableDataset):
 
 def test_data_that_can_be_read_only_once(tmp_path):
     loader = DataLoader(Stream(), batch_size=8)
-    with pytest.raises(ValueError, match="dataloader of its own"):
+    with pytest.raises(ValueError, match="separate dataloader="):
         fit(tmp_path, RecalibrateBatchNorm(), loader=loader, max_epochs=1)
     module, _ = fit(
         tmp_path, RecalibrateBatchNorm(dataloader=data()), loader=DataLoader(Stream(), batch_size=8), max_epochs=1

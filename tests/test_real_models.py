@@ -134,7 +134,7 @@ def test_frozen_layers_are_reported_together(caplog):
 
 def test_a_norm_by_type_is_reported(caplog):
     batchnormify(ALL["pyg-hetero"].model())
-    assert "1 left alone: norm_by_type (HeteroBatchNorm is no subclass of nn.BatchNorm)" in caplog.text
+    assert "1 left alone: norm_by_type (HeteroBatchNorm is not a subclass of nn.BatchNorm)" in caplog.text
 
 
 def test_layers_that_cannot_be_selected_are_not_reported(caplog):

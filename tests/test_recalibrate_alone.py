@@ -45,16 +45,16 @@ def test_one_process_alone_uses_its_own_data_and_waits_for_nobody(by_own_loop):
 
 
 def late(rank: int, seconds: float) -> list[str]:
-    log, logger, patience = Log(), logging.getLogger("runningbn"), ranks_module._PATIENCE
+    log, logger, patience = Log(), logging.getLogger("runningbn"), ranks_module._WARN_AFTER
     logger.addHandler(log)
-    ranks_module._PATIENCE = 0.3
+    ranks_module._WARN_AFTER = 0.3
     try:
         if rank == 1:
             time.sleep(seconds)
         update_bn_stats(mlp(1), [rows(8, seed=rank)])
     finally:
         logger.removeHandler(log)
-        ranks_module._PATIENCE = patience
+        ranks_module._WARN_AFTER = patience
     return log.lines
 
 

@@ -138,9 +138,7 @@ def test_statistics_are_the_moments_of_the_input_in_the_layers_convention(kind, 
     expected = x.var((0, 2, 3), correction=correction)
     torch.testing.assert_close(model[1].running_var.double(), expected, rtol=1e-5, atol=0)
     assert report["1"].correction == correction
-    assert ("variance without Bessel's correction, as the layer itself computes it: 1" in str(report)) == (
-        correction == 0
-    )
+    assert ("variance without Bessel's correction, as in the layer's own update: 1" in str(report)) == (correction == 0)
     assert_same(everything(model, is_statistic), before)
 
 
@@ -240,10 +238,8 @@ class Raises(Own):
 def test_what_is_no_moving_average_of_moments_is_refused_by_name(kind, normalize):
     model = model_of(kind).train()
     before = everything(model)
-    with pytest.raises(
-        RuntimeError, match=rf"1 \({kind.__name__}\) has a forward of its own.*leave it out with layers"
-    ):
+    with pytest.raises(RuntimeError, match=rf"1 \({kind.__name__}\) has a custom forward.*leave it out with layers"):
         update_bn_stats(model, [pictures(4), pictures(4, seed=1)], normalize=normalize)
     assert_same(everything(model), before)
     report = update_bn_stats(model, [pictures(4)], layers=["3"])
-    assert report.skipped == {"1": "not among the layers asked for"}
+    assert report.skipped == {"1": "not among the requested layers"}

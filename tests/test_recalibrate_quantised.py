@@ -110,7 +110,7 @@ def test_what_is_left_is_measured_with_the_new_statistics_in_the_buffers(bits, o
     # What reads its own statistics, and rounds by them, has no exact ones.
     assert 1e-4 < left["0.bn"] < (0.05 if bits == 8 else 0.5)
     assert f"to within {worst:.1e}" in str(report)
-    assert ("has not settled" in caplog.text) == (worst > 1e-4)
+    assert ("has not converged" in caplog.text) == (worst > 1e-4)
 
 
 @deprecated

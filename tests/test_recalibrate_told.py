@@ -53,7 +53,7 @@ def test_lightnings_freeze():
 def test_asking_for_a_layer_that_does_not_track_is_an_error():
     model = net()
     model[1].track_running_stats = False
-    with pytest.raises(ValueError, match=r"'1' is none of get_bn_modules"):
+    with pytest.raises(ValueError, match=r"get_bn_modules.*got '1'"):
         update_bn_stats(model, [pictures(4)], layers=["1"])
 
 
@@ -93,12 +93,13 @@ def test_whatever_has_statistics_and_was_not_updated_is_listed():
     before = everything(others)
     report = update_bn_stats(model.train(), [pictures(4)], layers=["5"])
     assert report.skipped == {
-        "0": "Foreign is no nn.BatchNorm",
-        "2": "not among the layers asked for",
-        "6": "InstanceNorm2d is no nn.BatchNorm",
+        "0": "Foreign is not an nn.BatchNorm",
+        "2": "not among the requested layers",
+        "6": "InstanceNorm2d is not an nn.BatchNorm",
     }
     assert all(
-        name in str(report) for name in ("Foreign is no nn.BatchNorm: 0", "InstanceNorm2d is no nn.BatchNorm: 6")
+        name in str(report)
+        for name in ("Foreign is not an nn.BatchNorm: 0", "InstanceNorm2d is not an nn.BatchNorm: 6")
     )
     assert_same(everything(others), before)
 
@@ -115,7 +116,7 @@ def test_heterogeneous_batch_norm_of_torch_geometric():
             return self.norm(self.hetero(x, torch.arange(len(x)) % 2))
 
     report = update_bn_stats(Net(), [noise((8, 3), 0)])
-    assert report.skipped == {"hetero": "HeteroBatchNorm is no nn.BatchNorm"}
+    assert report.skipped == {"hetero": "HeteroBatchNorm is not an nn.BatchNorm"}
     assert [layer.name for layer in report.layers] == ["norm.module"]
 
 
@@ -181,7 +182,7 @@ def test_statistics_used_outside_of_the_layer_are_not_called_unused(width):
     before = everything(model.norm)
     report = update_bn_stats(model, [pictures(4)] * 3)
     assert_same(everything(model.norm), before)
-    reason = "normalised by outside of the layer's own forward, in whole or in part, which is not observed"
+    reason = "code outside of the layer's forward normalises by its statistics, which is not observed"
     assert (report.skipped, report.unused) == ({"norm": reason}, [])
     assert [layer.name for layer in report.layers] == ["other"]
 
@@ -195,7 +196,7 @@ def test_model_of_nothing_but_such_layers():
         def forward(self, x):
             return F.batch_norm(x, self.norm.running_mean[:3], self.norm.running_var[:3])
 
-    with pytest.raises(ValueError, match="something else than their own forward normalises by"):
+    with pytest.raises(ValueError, match="code outside of their forward normalises by their statistics"):
         update_bn_stats(Only(), [pictures(4)])
 
 

@@ -247,7 +247,7 @@ class Wrapping(nn.SyncBatchNorm):
 def test_sync_batch_norm_that_is_wrapped_stays_synchronised_on_the_way_to_torch(caplog):
     with caplog.at_level(logging.INFO, logger="runningbn"):
         assert type(batchnormify(Wrapping(3), "torch")) is Wrapping
-    assert "Wrapping has a forward of its own" in caplog.text
+    assert "Wrapping has a custom forward" in caplog.text
     layer = batchnormify(Wrapping(3))
     assert layer(noise((4, *SHAPE), 0)).min() == 0
     assert type(batchnormify(layer, "torch")) is Wrapping
@@ -257,7 +257,7 @@ def test_sync_batch_norm_that_is_wrapped_stays_synchronised_on_the_way_to_torch(
 def test_sync_batch_norm_with_a_forward_of_its_own_is_left_alone(caplog, to):
     with caplog.at_level(logging.INFO, logger="runningbn"):
         assert type(batchnormify(SyncBatchNormAct(3), to)) is SyncBatchNormAct
-    assert "SyncBatchNormAct has a forward of its own" in caplog.text
+    assert "SyncBatchNormAct has a custom forward" in caplog.text
 
 
 def test_wrong_dimensions_are_refused_after_the_conversion():

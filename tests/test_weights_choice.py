@@ -118,7 +118,7 @@ NOT_FEEDING = {
     "not called": (lambda net, x: net.norm(net.stem(x)), {}, "it was not called"),
     "weight used elsewhere": (
         lambda net, x: F.conv_transpose2d(net.norm(net.conv(x)), net.conv.weight), {},
-        "its weight goes to convolution, too",
+        "its weight is also used by convolution",
     ),
     "a number read from it": (
         lambda net, x: net.norm(y := net.conv(x)) * y[0, 0, 0, 0].item(), {}, "its output goes to select, too"
@@ -191,7 +191,7 @@ def pruned() -> nn.Module:
 
 BUILT_OTHERWISE = {
     "subclass": (lambda: Subclass(3, 4, 3), "Subclass is a subclass of Conv2d"),
-    "own forward": (with_own_forward, "it has a forward of its own"),
+    "own forward": (with_own_forward, "it has a custom forward"),
     "forward hook": (lambda: with_hook("register_forward_hook"), "it has hooks"),
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "it has hooks"),
     "spectral_norm": (lambda: parametrizations.spectral_norm(conv()), "it is parametrised"),
@@ -219,7 +219,7 @@ def test_tied_weights_are_left_alone(caplog):
     model = Net(lambda net, x: net.norm(net.a(x)) + net.norm(net.b(-x)), a=conv(), b=conv(), norm=norm())
     model.b.weight = model.a.weight
     assert centred(center_weights(model, images())) == set()
-    assert "a, b (its weight is that of another layer, too)" in caplog.text
+    assert "a, b (its weight is shared with another layer)" in caplog.text
 
 
 def test_layer_under_two_names_is_one_layer():

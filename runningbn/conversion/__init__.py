@@ -1,1 +1,1 @@
-"""`batchnormify`: which layers of a model can be converted, the classes that they get, and the conversion."""
+"""`batchnormify`: the convertible layers of a model, the classes they are converted to, and the conversion."""

@@ -1,7 +1,7 @@
-"""The classes that `batchnormify` gives to BatchNorm layers, derived from what these were and from a layer of ours.
+"""The classes of converted BatchNorm layers, derived from the original class and from a layer of this library.
 
-So code that asks for the class, to freeze layers or to leave their weights out of weight decay, finds them as before.
-The classes of torch's own layers are written out; those of their subclasses are made when they are needed.
+So ``isinstance`` checks in other code, to freeze layers or to exclude their weights from weight decay, still hold. The
+classes for torch's own layers are defined here; those for subclasses are created when needed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class RunningBatchNorm3d(RunningBatchNorm, nn.BatchNorm3d):
 class RunningSyncBatchNorm(RunningBatchNorm):
     """What `batchnormify` makes of ``nn.SyncBatchNorm``; not meant to be constructed.
 
-    No instance of it: DistributedDataParallel refuses those on CPUs, where layers of this library can synchronise.
+    It is not a subclass of ``nn.SyncBatchNorm``: DistributedDataParallel refuses these on CPUs, where the layers of
+    this library can synchronise.
     """
 
 
 class PreciseSyncBatchNorm(PreciseBatchNorm):
-    """What `batchnormify` makes of ``nn.SyncBatchNorm``, for inputs (N, C, *); likewise no instance of it."""
+    """What `batchnormify` makes of ``nn.SyncBatchNorm``, for inputs (N, C, *); not a subclass of it either."""
 
     _check_input_dim = RunningBatchNorm._check_input_dim  # type: ignore[assignment]
 
@@ -51,13 +52,13 @@ class NormAct(nn.Module):
     act: nn.Module
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The normalisation, dropped and activated as timm does; `mask` as for the layers."""
+        """The normalisation, then drop and activation, as in timm; `mask` as for the layers."""
         y: Tensor = self.act(self.drop(super().forward(input, mask)))
         return y
 
 
 class RunningBatchNormAct(NormAct, RunningBatchNorm):
-    """What version 0.1.0 made of timm's norm-act layers, for models that were pickled with it."""
+    """The class that version 0.1.0 gave to timm's norm-act layers, for models pickled with it."""
 
 
 class RunningBatchNormAct2d(NormAct, RunningBatchNorm2d):
@@ -76,7 +77,7 @@ class PreciseSyncBatchNormAct(NormAct, PreciseSyncBatchNorm):
     """What `batchnormify` makes of timm's ``SyncBatchNormAct``; not meant to be constructed."""
 
 
-# What each layer of torch becomes, and, below, each of timm's norm-act layers, by what it is a subclass of.
+# The target class of each layer of torch and, below, of timm's norm-act layers by their base class of torch.
 RUNNING: dict[type[nn.Module], type[PooledStatistics]] = {
     nn.BatchNorm1d: RunningBatchNorm1d,
     nn.BatchNorm2d: RunningBatchNorm2d,
@@ -100,10 +101,10 @@ PRECISE_ACT: dict[type[nn.Module], type[PooledStatistics]] = {
 
 
 class BatchNormOfInput(_BatchNorm):
-    """``nn.BatchNorm`` made of ``nn.SyncBatchNorm``, which takes any input.
+    """A converted ``nn.SyncBatchNorm`` before its first input, which decides the number of dimensions.
 
-    The first forward pass makes it ``nn.BatchNorm1d``, ``2d`` or ``3d``, whichever takes its input, as torch's lazy
-    layers are made; before that it stands for any of them. Not meant to be constructed.
+    The first forward pass changes its class to ``nn.BatchNorm1d``, ``2d`` or ``3d``, as torch's lazy layers do. Not
+    meant to be constructed.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -113,7 +114,7 @@ class BatchNormOfInput(_BatchNorm):
             self.__class__ = BY_DIMENSIONS[input.dim()]  # type: ignore[assignment]
 
 
-# The layer that takes inputs of so many dimensions.
+# The layer by the number of dimensions of its input.
 BY_DIMENSIONS: dict[int, type[_BatchNorm]] = {
     2: nn.BatchNorm1d,
     3: nn.BatchNorm1d,
@@ -123,11 +124,11 @@ BY_DIMENSIONS: dict[int, type[_BatchNorm]] = {
 
 
 def instance_of_both(ours: type[PooledStatistics], origin: type[nn.Module]) -> type[PooledStatistics]:
-    """`ours` itself, or a class derived from both where it is no subclass of `origin`.
+    """A class derived from `ours` and `origin`.
 
-    What is made of a ``nn.SyncBatchNorm`` is no instance of it, see `RunningSyncBatchNorm`. An `origin` that
-    `wraps_forward` comes first in the new class, so that its ``super().forward`` is that of `ours`. One that cannot be
-    derived from gives `ours`.
+    This is `ours` itself if it is a subclass of `origin`, if `origin` is a ``nn.SyncBatchNorm`` with torch's forward, or if no class can be
+    derived from both. If `wraps_forward(origin)`, `origin` is the first base, so that its ``super().forward`` is that
+    of `ours`.
     """
     if issubclass(ours, origin) or (issubclass(origin, nn.SyncBatchNorm) and not wraps_forward(origin)):
         return ours
@@ -157,17 +158,17 @@ def _derived(ours: type[PooledStatistics], origin: type[nn.Module]) -> type[Pool
         return ours
 
 
-# What a method names that has to do with statistics itself, or that looks for them in another way.
+# Names in the code of methods that use the statistics, or that may access them indirectly.
 _OF_STATISTICS = {"running_mean", "running_var", "num_batches_tracked", "momentum", "batch_norm", "native_batch_norm"}
 _OF_STATISTICS |= {"getattr", "setattr", "vars", "__dict__", "_buffers", "buffers", "named_buffers", "state_dict"}
 
 
 def wraps_forward(cls: type[nn.Module]) -> bool:
-    """Whether a subclass of a layer of torch leaves all normalising to ``super().forward``.
+    """Whether a subclass of a layer of torch leaves the normalisation to ``super().forward``.
 
-    Its forward, written in Python and not decorated, calls ``super().forward``, and none of its methods but the
-    constructor names statistics or another BatchNorm. What it does around the call, to reshape its input or to take the
-    features of a sparse tensor, does not matter.
+    Its forward must be undecorated Python code that calls ``super().forward``, and no method except the constructor may
+    name statistics or another BatchNorm. Anything else around the call is allowed, such as reshaping the input or
+    taking the features of a sparse tensor.
     """
     own = [base for base in cls.__mro__ if issubclass(base, _BatchNorm) and not base.__module__.startswith("torch.nn.")]
     if issubclass(cls, PooledStatistics) or not any("forward" in vars(base) for base in own):
@@ -182,7 +183,7 @@ def wraps_forward(cls: type[nn.Module]) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """What the code of a function names, that of functions in it included, and strings that may be names."""
+    """The names in the code of a function and of its inner functions, and string constants that may be names."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -192,7 +193,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
-    """For pickles and copies: no module has the class, so it is made again."""
+    """``__reduce_ex__`` for pickles and copies: the class is in no module, so it is created again on loading."""
     return _empty, layer._made_of, layer.__getstate__() if hasattr(layer, "__getstate__") else dict(vars(layer))
 
 
@@ -202,11 +203,11 @@ def _empty(ours: type[PooledStatistics], origin: type[nn.Module]) -> PooledStati
 
 
 def is_norm_act(layer: nn.Module) -> bool:
-    """Whether it is one of timm's norm-act layers, or one of ours made of one."""
+    """Whether it is one of timm's norm-act layers, or a converted one."""
     cls = type(layer)
     if issubclass(cls, NormAct):
         return True
-    # By name, without importing timm. A subclass that keeps the forward will do.
+    # By name, without importing timm. Subclasses that do not override the forward are included.
     origin = next((base for base in cls.__mro__ if base.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")), None)
     if origin is None or not issubclass(cls, tuple(PRECISE_ACT)) or cls.forward is not vars(origin).get("forward"):
         return False

@@ -1,8 +1,8 @@
-"""batchnormify: put the layers into an existing model, and take them out again.
+"""batchnormify: convert the BatchNorm layers of an existing model, and convert them back.
 
 A layer is converted in place: it stays the same object and changes its class, as ``torch.nn.utils.parametrize`` and
-torch's lazy modules do. So all that refers to it stays valid: a layer used in several places, plain lists of layers,
-hooks, optimizers, pruning masks, and the model itself where it is the layer.
+torch's lazy modules do. So all references to it stay valid: shared layers, plain lists of layers, hooks, optimizers,
+pruning masks, and the model itself if it is the layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..momentum import Horizon, check_momentum
 from ..ops.pooling import check_synchronisation
 from ..recalibration.batches import call
 from ..recalibration.text import counted
-from ..weights.centering import bake_weights, decide, is_centered, wait
+from ..weights.centering import bake_weights, decide, decide_at_first_pass, is_centered
 from ..weights.choice import Choice, Where, report
 from .classes import PRECISE, PRECISE_ACT, RUNNING, RUNNING_ACT, BatchNormOfInput, instance_of_both, is_norm_act
 from .rules import (
@@ -40,11 +40,11 @@ Target = Union[Kind, Callable[[nn.Module], nn.Module]]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _COMMON_OPTIONS = ("momentum", "sync", "process_group")
-_RUNNING_OPTIONS = ("gradient", "max_lag")  # which no other layer has
+_RUNNING_OPTIONS = ("gradient", "max_lag")  # of RunningBatchNorm only
 _OPTIONS = {"running": {*_COMMON_OPTIONS, *_RUNNING_OPTIONS}, "precise": set(_COMMON_OPTIONS), "torch": set[str]()}
 
 
-# A model keeps its class; a layer that is converted itself does not.
+# A model keeps its class; if the model is itself the layer, its class changes.
 @overload
 def batchnormify(
     model: _BatchNorm,
@@ -73,45 +73,46 @@ def batchnormify(
     """Convert the BatchNorm layers of a model, in place.
 
     Kept: parameters (the same objects), statistics, eps, affine, dtype, device, training flag, requires_grad, hooks,
-    and the identity of every layer. Evaluation gives what it gave before, from each target to each other. timm's
-    ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their drop and act, ``nn.SyncBatchNorm`` its process group: it
-    becomes a layer with ``sync=True``, for inputs of any dimensions.
+    and the identity of every layer. The outputs in evaluation mode do not change, between any two targets. timm's
+    ``BatchNormAct2d`` and ``SyncBatchNormAct`` keep their drop and act. ``nn.SyncBatchNorm`` becomes a layer with
+    ``sync=True`` and the same process group, for inputs of any number of dimensions.
 
-    A converted layer is an instance of the class that it had, and of `RunningBatchNorm` or `PreciseBatchNorm1d/2d/3d`:
-    ``isinstance(layer, nn.BatchNorm2d)`` holds as before. Its ``type`` is another one.
+    A converted layer is an instance of its former class, and of `RunningBatchNorm` or `PreciseBatchNorm1d/2d/3d`:
+    ``isinstance(layer, nn.BatchNorm2d)`` still holds, but its ``type`` changes.
 
     Left alone, and named in the log with the reason: lazy layers without parameters yet, layers without running
     statistics or with ``track_running_stats=False``, parametrised layers, scripted layers, subclasses whose forward
-    does not leave the normalising to ``super().forward``, and what is BatchNorm by its name and its statistics and no
-    ``nn.BatchNorm``, as the frozen layers of torchvision, timm and transformers.
+    does not leave the normalisation to ``super().forward``, and modules with BatchNorm in their name and running
+    statistics that are not subclasses of ``nn.BatchNorm``, as the frozen layers of torchvision, timm and transformers.
     One line is logged to the logger ``runningbn``, as a warning if a layer was left alone.
 
     Args:
         model: any module, a single layer included.
         to: what to convert to:
 
-            - ``"running"``: `RunningBatchNorm`, with ``momentum=Horizon()`` unless told otherwise;
+            - ``"running"``: `RunningBatchNorm`, by default with ``momentum=Horizon()``;
             - ``"precise"``: `PreciseBatchNorm1d/2d/3d`, with the momentum of the layer;
-            - ``"torch"``: back to the class the layer had before, ``nn.BatchNorm1d/2d/3d`` for layers of this library,
-              ``nn.SyncBatchNorm`` for those with ``sync=True``. A float momentum or None is kept, a rule becomes 0.1;
-              the statistics take the dtype of the weight. Centred weights are baked in, unless `where` is given.
-              A ``nn.SyncBatchNorm`` becomes ``nn.BatchNorm1d/2d/3d``: which of them, its first input decides;
-            - a callable, which is given each layer and returns its replacement.
-        where: ``where(name, module)`` says whether to convert a layer; one with several names is converted if it says
-            so for any of them. It is asked about ``nn.BatchNorm`` and its subclasses only.
-        center_weights: an example batch, or True for the first forward pass of the model to decide: centre the filters
-            of the layers that feed a normalisation layer (with `where`: one that is converted), as `center_weights`
-            does. That function has more options. For the targets ``"running"`` and ``"precise"``.
-        **layer_kwargs: for the converted layers: `momentum`, `sync`, `process_group` (running and precise), `gradient`
-            and `max_lag` (running). A layer that is of the target kind already takes these, too.
+            - ``"torch"``: the former class of a converted layer; for other layers of this library
+              ``nn.BatchNorm1d/2d/3d``, or ``nn.SyncBatchNorm`` for those with ``sync=True``. A float momentum or None
+              is kept, a rule becomes 0.1; the statistics take the dtype of the weight. Centred weights are baked,
+              unless `where` is given. A ``nn.SyncBatchNorm`` becomes ``nn.BatchNorm1d/2d/3d``, depending on its first
+              input;
+            - a callable that takes each layer and returns its replacement.
+        where: ``where(name, module)`` returns whether to convert a layer. A layer with several names is converted if it
+            returns True for any of them. It is called for ``nn.BatchNorm`` and its subclasses only.
+        center_weights: an example batch, or True to use the first forward pass of the model. Centres the filters of the
+            layers that feed normalisation layers (with `where`: converted ones), as `center_weights` does, which has
+            more options. For the targets ``"running"`` and ``"precise"``.
+        **layer_kwargs: options of the layers: `momentum`, `sync`, `process_group` (running and precise), `gradient` and
+            `max_lag` (running). They are also set on layers that are of the target kind already.
 
     Returns:
-        The model; its replacement where a callable replaces the model itself.
+        The model; its replacement if a callable replaces the model itself.
 
     Raises:
-        TypeError: for something that is not a module, or an option that the target does not take.
-        ValueError: for an unknown target or a bad option. The model is unchanged then, and after any exception of its
-            own in the pass over the example batch.
+        TypeError: for an argument that is not a module, or an option that the target does not take.
+        ValueError: for an unknown target or a bad option. The model is then unchanged; so it is after an exception in
+            the forward pass of the example batch.
 
     Example:
         >>> import torch
@@ -133,7 +134,7 @@ def batchnormify(
     left_alone: dict[str, str] = {}
     for names, layer in batch_norms(model):
         if is_foreign(layer):
-            # Not asked about: it need not have what nn.BatchNorm has. Who selects layers knows what they left out.
+            # `where` is not called: the module may lack attributes of nn.BatchNorm. With `where`, it is not reported.
             if where is None:
                 left_alone[shown(names)] = reason_to_leave_foreign(layer)
             continue
@@ -158,9 +159,9 @@ def batchnormify(
             convert(layer, **layer_kwargs)
     _report(to, len(convertible), left_alone)
     if plan is not None:
-        plan.carry_out()
+        plan.apply()
     elif choice is not None:
-        wait(model, choice)
+        decide_at_first_pass(model, choice)
     elif to == "torch" and where is None and is_centered(model):
         bake_weights(model)
     return model
@@ -211,9 +212,9 @@ def _set_options(layer: PooledStatistics, options: dict[str, Any]) -> None:
 
 
 def _become(layer: Any, counterparts: dict[type[nn.Module], type[PooledStatistics]]) -> None:
-    """Give a layer of torch or of this library another class of this library, and the buffers that go with it.
+    """Change the class of a layer of torch or of this library to one of this library, with the buffers of that class.
 
-    `counterparts` says which, by the class of torch that the layer was.
+    `counterparts` maps the original class of torch to the new class.
     """
     origin, had_state = torch_type(layer), isinstance(layer, PooledStatistics)
     assert origin is not None

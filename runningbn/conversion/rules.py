@@ -1,4 +1,4 @@
-"""Which layers of a model `batchnormify` can convert, and why not the others."""
+"""Which layers of a model `batchnormify` can convert, with the reason why others cannot be converted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..layers.running import RunningBatchNorm
 from ..momentum import check_momentum
 from .classes import BY_DIMENSIONS, PRECISE, BatchNormOfInput, NormAct, is_norm_act, wraps_forward
 
-_UNDECIDED = "which nn.BatchNorm it stands for is not known; run a batch through the model first, without torch.compile"
+_UNDECIDED = "its input dimensions are not known; run a batch through the model first, without torch.compile"
 
 
 def batch_norms(model: nn.Module) -> Iterator[tuple[list[str], nn.Module]]:
@@ -34,21 +34,21 @@ def _is_scripted_batch_norm(module: nn.Module) -> bool:
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether it is BatchNorm by its name and its statistics, and no ``nn.BatchNorm``."""
+    """Whether it has BatchNorm in its name and running statistics, but is not an ``nn.BatchNorm``."""
     if "BatchNorm" not in type(module).__name__ or isinstance(module, _BatchNorm):
         return False
     return {"running_mean", "running_var"} <= {name for name, _ in module.named_buffers(recurse=False)}
 
 
 def reason_to_leave_foreign(layer: nn.Module) -> str:
-    """Why a layer that `is_foreign` stays as it is."""
+    """Why a layer that `is_foreign` is not converted."""
     if not layer._parameters:
         return "it is frozen; its statistics and affine parameters are constants"
-    return f"{type(layer).__name__} is no subclass of nn.BatchNorm"
+    return f"{type(layer).__name__} is not a subclass of nn.BatchNorm"
 
 
 def shown(names: list[str]) -> str:
-    """How the log names a layer."""
+    """The name of a layer in the log."""
     return names[0] or "the model itself"
 
 
@@ -64,15 +64,15 @@ def reason_to_leave(layer: nn.Module, to: str) -> str | None:
     removes_own = to == "torch" and isinstance(layer, (PooledStatistics, nn.SyncBatchNorm))
     has_statistics = layer.running_mean is not None and layer.running_var is not None
     if not has_statistics and not removes_own:
-        return "it keeps no running statistics"
+        return "it has no running statistics"
     if not layer.track_running_stats and not removes_own:
-        return "it is frozen: track_running_stats=False, and its statistics stay as they are"
+        return "it is frozen: track_running_stats=False, so its statistics are not updated"
     if isinstance(layer, BatchNormOfInput) and to != "torch":
         return _UNDECIDED
     if removes_own and not isinstance(layer, PooledStatistics) and type(layer).forward is not nn.SyncBatchNorm.forward:
-        return f"{type(layer).__name__} has a forward of its own"
+        return f"{type(layer).__name__} has a custom forward"
     if "forward" in vars(layer) or not (_has_known_forward(type(layer)) or is_norm_act(layer)):
-        return f"{type(layer).__name__} has a forward of its own"
+        return f"{type(layer).__name__} has a custom forward"
     if isinstance(layer, RunningBatchNorm) and to != "running" and torch_type(layer) is None:
         if layer.input_dim is None:
             return _UNDECIDED
@@ -93,7 +93,7 @@ def _has_known_forward(cls: type[nn.Module]) -> bool:
 
 
 def torch_type(layer: nn.Module) -> type[nn.Module] | None:
-    """The class to return to: what the layer was, or the ``nn.BatchNorm`` for inputs such as it has seen."""
+    """The class of torch for a layer: its original class, or the ``nn.BatchNorm`` for the dimensions of its inputs."""
     if not isinstance(layer, PooledStatistics):
         return type(layer)
     if layer.converted_from is not None:
@@ -106,7 +106,7 @@ def torch_type(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def bad_momentum(layer: nn.Module) -> str | None:
-    """What is wrong with the momentum of a layer that is to keep it, or None."""
+    """Why the momentum of a layer cannot be kept, or None."""
     assert isinstance(layer, _BatchNorm)
     try:
         check_momentum(layer.momentum)
@@ -119,7 +119,7 @@ def is_already(layer: nn.Module, to: str, options: dict[str, Any]) -> bool:
     """Whether there is nothing to convert and nothing to set."""
     if to == "torch":
         return not isinstance(layer, (PooledStatistics, nn.SyncBatchNorm))
-    # Models that were pickled by version 0.1.0 have layers that are no instances of what they were made of.
+    # In models pickled by version 0.1.0, a converted layer is not an instance of its original class.
     ours = RunningBatchNorm if to == "running" else PreciseBatchNorm
     if not isinstance(layer, ours) or options:
         return False

@@ -1,6 +1,6 @@
-"""``python -m runningbn demo``: run the experiment of `demo_experiment` and show what came out.
+"""``python -m runningbn demo``: run the experiment of `experiment` and show the results.
 
-Nothing here knows the outcome. The table, the figure and the sentence are made from the runs, whoever wins.
+The table, the figure and the summary are computed from the runs; none of them assumes a result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHANCE = 0.1  # ten digits, about as many of each
 
 QUICK_STEPS = 250  # per run, with --quick
 
-# Okabe and Ito's colours, told apart by colour-blind readers and, by their lightness, in print.
+# Okabe and Ito's colours, distinguishable for colour-blind readers and, by lightness, in grey-scale print.
 COLOURS = {"BatchNorm": "#999999", "GroupNorm": "#56b4e9", OURS: "#d55e00", OURS_CENTERED: "#e69f00"}
 CAPTION_COLOUR = "#555555"
 
@@ -61,7 +61,7 @@ Scores = dict[str, dict[str, Score]]  # situation -> contender -> score, both in
 
 
 def scores(runs: Iterable[Run]) -> Scores:
-    """The runs by situation and contender, seeds in ascending order so that scores can be compared seed by seed."""
+    """The runs by situation and contender, in ascending order of seeds, so that scores can be compared by seed."""
     collected: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         collected.setdefault(run.situation, {}).setdefault(run.contender, []).append(run)
@@ -79,7 +79,7 @@ def _seeds(runs: Iterable[Run]) -> str:
 
 
 def training_notes(situation: Situation) -> tuple[str, str]:
-    """How every contender was trained, in two short lines."""
+    """The training settings of all contenders, in two short lines."""
     return situation.network, f"{situation.optimizer} at {situation.rate:g}, {situation.steps} steps"
 
 
@@ -89,7 +89,7 @@ def _percent(score: Score) -> str:
 
 
 def _loss(score: Score) -> str:
-    """The mean, or how many runs have a loss that is not a number: a mean without those would hide them."""
+    """The mean, or the number of runs whose loss is not finite, if any."""
     if score.diverged:
         return f"not finite in {score.diverged} of {len(score.losses)}"
     return f"{fmean(score.losses):.2f}"
@@ -116,8 +116,8 @@ def results_table(runs: Sequence[Run], situations: Sequence[Situation]) -> Table
 def verdict(ours: Score, theirs: Score) -> int:
     """1 where ours is clearly better, -1 where it is clearly worse, else 0.
 
-    Clear means: with every seed alike, and on average by more than the standard error that the difference of two
-    accuracies has on so many test images.
+    Clear means: with the same sign for every seed, and on average by more than the standard error of the difference of
+    two accuracies on `TEST_IMAGES` images.
     """
     differences = [a - b for a, b in zip(ours.accuracies, theirs.accuracies, strict=True)]
     variance = sum(mean * (1 - mean) / TEST_IMAGES for mean in (ours.mean, theirs.mean))
@@ -133,7 +133,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _against(opponent: str, by_situation: Scores) -> str:
-    """Who won where, as the rest of a sentence that began with our name."""
+    """The results against one opponent, as the continuation of a sentence that starts with our name."""
     phrases = {1: f"beat {opponent} with", 0: f"did about as well as {opponent} with", -1: f"lost to {opponent} with"}
     clauses = []
     for outcome, phrase in phrases.items():
@@ -148,7 +148,7 @@ def _against(opponent: str, by_situation: Scores) -> str:
 
 
 def summary_sentence(runs: Sequence[Run]) -> str:
-    """What was seen, in one sentence: points of accuracy between us and each opponent, and whose runs diverged."""
+    """The results in one sentence: differences in accuracy from each opponent, and diverged runs."""
     by_situation = scores(runs)
     opponents = [name for name in next(iter(by_situation.values())) if name not in (OURS, OURS_CENTERED)]
     diverged = [
@@ -166,7 +166,7 @@ def summary_sentence(runs: Sequence[Run]) -> str:
 
 
 def results_figure(runs: Sequence[Run], situations: Sequence[Situation]) -> Figure:
-    """Bars of mean accuracy, a dot per seed, chance as a line. Needs no pyplot, so its state and backend stay alone."""
+    """Bars of mean accuracy, a dot per seed, chance as a line. Without pyplot, whose global state is not changed."""
     by_situation = scores(runs)
     notes = {situation.name: training_notes(situation) for situation in situations}
     contenders = list(next(iter(by_situation.values())))
@@ -206,7 +206,7 @@ def results_figure(runs: Sequence[Run], situations: Sequence[Situation]) -> Figu
 
 
 def results_as_json(situations: Sequence[Situation], runs: Sequence[Run]) -> str:
-    """Settings, versions and numbers. A loss that is not finite is null, for JSON has no NaN."""
+    """Settings, versions and numbers as JSON. A loss that is not finite is null, since JSON has no NaN."""
     numbers = [asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in runs]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "scikit-learn": sklearn.__version__}
     machine = {"platform": platform.platform(terse=True), "processors": os.cpu_count()}
@@ -221,7 +221,7 @@ def results_as_json(situations: Sequence[Situation], runs: Sequence[Run]) -> str
 
 
 def run_demo(*, quick: bool, output: Path, seeds: int | None = None, json_output: Path | None = None) -> None:
-    """Run the experiment, print the table and the sentence, write the figure and, if asked, the numbers."""
+    """Run the experiment, print table and summary, write the figure and, if `json_output` is given, the numbers."""
     console = Console()
     situations = [replace(s, steps=QUICK_STEPS) for s in SITUATIONS] if quick else list(SITUATIONS)
     seed_range = range(seeds or (1 if quick else 3))

@@ -1,8 +1,8 @@
-"""The demo's experiment: an ordinary model, four ways to normalise it, three situations in which batches are tiny.
+"""The demo's experiment: small networks, four normalisations, three situations with tiny batches.
 
-Every contender starts from the same weights, sees the same batches in the same order and is trained by the same
-optimizer at the same rate. The data are scikit-learn's handwritten digits, which come with that package. `demo` shows
-the results.
+All contenders start from the same weights, get the same batches in the same order and use the same optimizer and
+learning rate. The data are scikit-learn's handwritten digits, which are part of that package. `command` shows the
+results.
 
 Letters: N images, C channels, H = W = 8 the image size.
 """
@@ -39,7 +39,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Situation:
-    """What the batches are like and how everybody is trained on them."""
+    """The batches and the training settings, the same for all contenders."""
 
     name: str
     network: str
@@ -52,7 +52,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to normalise: the layer the model is built with, and what is done to the finished model."""
+    """A normalisation: the layer that the model is built with, and a conversion of the built model."""
 
     name: str
     norm: Norm
@@ -61,7 +61,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run came to on the test images, in evaluation mode. Where it diverged, the loss says so."""
+    """The result of one run on the test images, in evaluation mode. The loss is not finite if training diverged."""
 
     situation: str
     contender: str
@@ -85,7 +85,7 @@ class ResidualBlock(nn.Module):
 
 
 def conv_norm(channels_in: int, channels: int, stride: int, norm: Norm) -> tuple[nn.Module, nn.Module]:
-    """A convolution and what normalises its output; a bias would be cancelled by the normalisation."""
+    """A convolution and a normalisation of its output; without a bias, which the normalisation would cancel."""
     return nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False), norm(channels)
 
 
@@ -95,15 +95,15 @@ def classifier(channels: int) -> tuple[nn.Module, ...]:
 
 
 def residual_net(norm: Norm) -> nn.Module:
-    """Five convolutions, four of them in residual blocks, on maps of 4x4: a batch of 1 has 16 elements per channel."""
+    """Five convolutions, four of them in residual blocks, with 4x4 feature maps: 16 elements per channel and image."""
     stem = (*conv_norm(1, 32, 2, norm), nn.ReLU())
     return nn.Sequential(*stem, ResidualBlock(32, norm), ResidualBlock(32, norm), *classifier(32))
 
 
 def fastai_net(norm: Norm) -> nn.Module:
-    """The five convolutions of fastai's BatchNorm lesson (2019), which end in 1x1 maps there and here.
+    """The five convolutions of fastai's BatchNorm lesson (2019), which end in 1x1 feature maps.
 
-    Their images are 28x28 and every convolution halves them; ours are 8x8, so two of the five keep the size.
+    There the images are 28x28, and every convolution halves the size; here they are 8x8, so two of the five keep it.
     """
     layers: list[nn.Module] = []
     channels_in = 1
@@ -114,12 +114,12 @@ def fastai_net(norm: Norm) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.Module:
-    """GroupNorm with four channels to a group, fewer where there would be more than eight groups."""
+    """GroupNorm with four channels per group, but at most eight groups."""
     return nn.GroupNorm(min(8, channels // 4), channels)
 
 
 def batchnormify_and_center(model: nn.Module) -> nn.Module:
-    """RunningBatchNorm, and the filters of the convolutions before it centred."""
+    """Convert to RunningBatchNorm, and centre the filters of the convolutions before it."""
     return batchnormify(model, center_weights=torch.zeros(1, 1, 8, 8))
 
 
@@ -132,8 +132,8 @@ CONTENDERS = (
     Contender("+ centred weights", nn.BatchNorm2d, convert=batchnormify_and_center),
 )
 
-# AdamW has torch's default rate, tuned for nobody. fastai's lesson takes plain SGD at 0.4, where nobody learns these
-# images in one epoch, 673 steps; of 0.03, 0.1 and 0.2, the rate here was the kindest to nn.BatchNorm.
+# AdamW uses torch's default rate, tuned for no contender. fastai's lesson uses plain SGD at 0.4; at that rate no
+# contender learns these images in one epoch, 673 steps. Of 0.03, 0.1 and 0.2, nn.BatchNorm was best at the rate here.
 SITUATIONS = (
     Situation("batches of 1", "residual net", 1, False, optimizer="AdamW", rate=1e-3, steps=1000),
     Situation("batches of 2 at a high rate", "fastai's net", 2, False, optimizer="SGD", rate=0.1, steps=673),
@@ -141,11 +141,11 @@ SITUATIONS = (
 )
 
 TEST_IMAGES = 450  # a quarter
-MAX_PROCESSES = 4  # each takes a few hundred MB, as whatever imports torch does
+MAX_PROCESSES = 4  # each uses a few hundred MB, since it imports torch
 
 
 def load_data() -> Digits:
-    """1797 images of 8x8 pixels in 0..16, `TEST_IMAGES` of them kept for the test; always the same split."""
+    """1797 images of 8x8 pixels in 0..16, `TEST_IMAGES` of them for testing; always the same split."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=TEST_IMAGES, stratify=labels, random_state=0)
     train_images, test_images = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
@@ -155,7 +155,7 @@ def load_data() -> Digits:
 
 
 def build_model(situation: Situation, contender: Contender, seed: int) -> nn.Module:
-    """The contender's model with the initial weights that this seed gives to all; torch's global RNG is put back."""
+    """The contender's model with the initial weights of this seed, the same for all; torch's global RNG is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = NETWORKS[situation.network](contender.norm)
@@ -202,7 +202,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Digits, batc
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Digits) -> tuple[float, float]:
-    """Accuracy and mean loss on the test images. A model of NaNs is evaluated like any other: it answers 0."""
+    """Accuracy and mean loss on the test images. A model whose outputs are NaN predicts class 0."""
     model.eval()
     logits = model(data.test_images)
     accuracy = (logits.argmax(1) == data.test_labels).double().mean().item()
@@ -211,7 +211,7 @@ def evaluate(model: nn.Module, data: Digits) -> tuple[float, float]:
 
 @contextmanager
 def settings_for_tiny_tensors() -> Iterator[None]:
-    """One thread and no oneDNN, about twice as fast on images of 8x8; both are put back afterwards."""
+    """One thread and no oneDNN, about twice as fast on images of 8x8; both settings are restored afterwards."""
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(_enabled=False)
@@ -223,7 +223,7 @@ def settings_for_tiny_tensors() -> Iterator[None]:
 
 
 def run_one(situation: Situation, contender: Contender, seed: int) -> Run:
-    """Train and evaluate one model. The same arguments give the same numbers, in whatever process."""
+    """Train and evaluate one model. The same arguments give the same numbers, in any process."""
     data = load_data()
     with settings_for_tiny_tensors():
         model = build_model(situation, contender, seed)
@@ -234,9 +234,9 @@ def run_one(situation: Situation, contender: Contender, seed: int) -> Run:
 def run_experiment(
     situations: Sequence[Situation], seeds: Sequence[int], on_run: Callable[[Run], None] = lambda run: None
 ) -> list[Run]:
-    """Every contender with every seed in every situation, one process per core; ``on_run`` is told of each when done.
+    """Every contender with every seed in every situation; ``on_run`` is called after each run.
 
-    These models are too small for several threads to help, but the runs know nothing of each other.
+    The runs are independent, so they use one process per core: the models are too small to gain from several threads.
     """
     jobs = [(situation, contender, seed) for situation in situations for seed in seeds for contender in CONTENDERS]
     runs = []
@@ -252,7 +252,7 @@ def _run_job(job: tuple[Situation, Contender, int]) -> Run:
 
 
 def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal: only the parent answers, and it ends the others."""
+    """Ignore SIGINT in a worker. Ctrl-C is sent to all processes of a terminal; the parent ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,1 +1,1 @@
-"""Whether a model evaluates badly because of its BatchNorm layers: `diagnose`, and what it says."""
+"""`diagnose`: test whether a model evaluates badly because of its BatchNorm layers."""

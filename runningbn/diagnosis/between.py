@@ -1,4 +1,4 @@
-"""How much of what a layer sees lies between batches: by how much a batch counts for fewer samples than it has.
+"""The variance of a layer's input between batches, and the design effect: analysis of variance over samples.
 
 One-way random effects over the means of samples. Shapes: k batches of m_i samples, N = Σm_i; C channels. For sample j
 of batch i and each channel, the mean over positions is x_ij = μ + b_i + e_ij, where b has the variance B and e has W.
@@ -6,13 +6,13 @@ From the mean squares between and within batches,
 
     W = MSW,    B = (MSB − MSW)/m₀,    m₀ = (N − Σm_i²/N)/(k − 1)
 
-are unbiased whatever the distribution; for independent samples B is 0 on average, and negative as often as positive.
-They are divided by the layer's variance (var + eps, over all elements) and averaged over channels. Then
+are unbiased for any distribution; for independent samples the mean of B is 0, so B may be negative. Both are divided by
+the layer's variance (var + eps, over all elements) and averaged over channels. Then
 
     correlation = B/(B + W),    design effect = 1 + (Σm_i²/N − 1)·correlation
 
-and N samples know the mean as well as N/design effect independent ones. Its standard error is the jackknife's, over
-batches.
+and the effective sample size of N samples is N/design effect: the number of independent samples whose mean has the same
+standard error. The standard error of the design effect is estimated by the jackknife over batches.
 
 Source: Kish, "Survey Sampling" (1965), section 5.4; Searle, Casella and McCulloch, "Variance Components" (1992), 3.6.
 """
@@ -29,15 +29,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BetweenBatches:
-    """How alike the samples of a batch are, in one layer. NaN where the data do not tell.
+    """The correlation of the samples within a batch, in one layer. NaN if the data do not determine a value.
 
     Attributes:
-        batches, samples: k and N; batches that were not finite are not among them.
-        share: B, the share of the variance of all elements that lies between batches, beyond chance.
-        correlation: of two samples of a batch; NaN where no batch has two.
-        design_effect: by how many times more samples such batches need than independent ones; 1 for independent
-            samples and for batches of one, below 1 where batches are more alike than chance makes them.
-        design_effect_error: its standard error; NaN from fewer than 3 batches.
+        batches, samples: k and N, without batches that were not finite.
+        share: B, the variance between batches as a fraction of the variance of all elements.
+        correlation: of two samples of a batch; NaN if no batch has two.
+        design_effect: number of samples divided by the effective sample size; 1 for independent samples and for batches
+            of one, below 1 if the batches differ less than batches of independent samples.
+        design_effect_error: its standard error; NaN for fewer than 3 batches.
     """
 
     batches: int
@@ -54,17 +54,17 @@ class BetweenBatches:
 
     @property
     def effective_samples(self) -> float:
-        """N/(design effect), the independent samples that would know the mean as well."""
+        """The effective sample size, N/design_effect."""
         return _quotient(self.samples, self.design_effect)
 
     @property
     def effective_batch(self) -> float:
-        """What a batch counts for, in independent samples."""
+        """The effective sample size of a batch."""
         return _quotient(self.samples_per_batch, self.design_effect)
 
 
 class Group(NamedTuple):
-    """The sample means of one batch: how many, their mean, and the sum of squares about it, (C,), float64."""
+    """The sample means of one batch: their number, their mean, and the sum of squares about it, (C,), float64."""
 
     samples: int
     mean: Tensor
@@ -72,7 +72,7 @@ class Group(NamedTuple):
 
 
 def group(means: Tensor) -> Group:
-    """From the means of the samples of a batch, (m, C)."""
+    """The `Group` of a batch, from the means of its samples, (m, C)."""
     mean = means.mean(0)
     return Group(len(means), mean, (means - mean).square().sum(0))
 
@@ -81,7 +81,7 @@ def between_batches(groups: Sequence[Group], scale: Tensor) -> BetweenBatches:
     """The analysis of variance.
 
     Args:
-        groups: one for each batch; those that are not finite are left out.
+        groups: one per batch; those that are not finite are left out.
         scale: (C,), the variance of all elements, float64.
     """
     groups = [one for one in groups if bool((one.mean + one.squares).isfinite().all())]
@@ -92,21 +92,21 @@ def between_batches(groups: Sequence[Group], scale: Tensor) -> BetweenBatches:
         return BetweenBatches(len(groups), int(sizes.sum()), nan, nan, effect, nan)
     means = torch.stack([one.mean for one in groups])
     squares = torch.stack([one.squares for one in groups])
-    # About a pivot, for the sums below are differences of squares.
+    # Relative to a pivot, since differences of squares are computed from these sums.
     sums = _Sums.of(sizes, means - means.mean(0), squares)
     if bool((sizes == 1).all()):
         return BetweenBatches(len(groups), len(groups), nan, nan, 1.0, 0.0)
     share, correlation, effect = (float(part) for part in _components(sums.all(), scale))
     error = nan
     if len(groups) > 2:
-        _, _, without_one = _components(sums.without_one(), scale)
+        _, _, effects = _components(sums.leave_one_out(), scale)
         k = len(groups)
-        error = float(((without_one - without_one.mean()).square().sum() * (k - 1) / k).sqrt())
+        error = float(((effects - effects.mean()).square().sum() * (k - 1) / k).sqrt())
     return BetweenBatches(len(groups), int(sizes.sum()), share, correlation, effect, error)
 
 
 class _Sums(NamedTuple):
-    """Sums over batches, or for each batch its part of them: k is (…, 1), the rest (…, 1) or (…, C)."""
+    """Sums over batches, or the terms of each batch: k is (…, 1), the others (…, 1) or (…, C)."""
 
     k: Tensor
     m: Tensor
@@ -124,13 +124,13 @@ class _Sums(NamedTuple):
         """Over all batches."""
         return _Sums(*(part.sum(0, keepdim=True) for part in self))
 
-    def without_one(self) -> _Sums:
-        """Over all batches but one, for each of them."""
+    def leave_one_out(self) -> _Sums:
+        """For each batch, the sums over all other batches."""
         return _Sums(*(part.sum(0, keepdim=True) - part for part in self))
 
 
 def _components(sums: _Sums, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Share, correlation and design effect, for each row of the sums; NaN where nothing lies within batches."""
+    """Share, correlation and design effect, for each row of the sums; NaN if no batch has two samples."""
     total = sums.m
     between = (sums.mean_squared - sums.mean * sums.mean / total).clamp_min(0) / (sums.k - 1)
     within = sums.within / (total - sums.k)

@@ -1,4 +1,4 @@
-"""``python -m runningbn diagnose``: the model and the loader by their Python paths, and the exit status."""
+"""``python -m runningbn diagnose``: import the model and the loader by their Python paths, diagnose and print."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .result import Diagnosis
 from .rules import ERROR, RULES
 from .run import diagnose
 
-# Exit statuses, as those of ``inspect``.
+# Exit statuses, as for ``inspect``.
 FINE, WRONG, TROUBLE = 0, 1, 2
 
 DESCRIPTION = """\
-Import a model and a loader from your code, run the model on the batches, and tell whether it evaluates badly because
-of its BatchNorm layers. Unlike inspect and diff, which read files, this imports and runs the code that the
-paths name: use it on code that you trust."""
+Import a model and a loader from your code, run the model on the batches, and report whether it evaluates badly because
+of its BatchNorm layers. Unlike inspect and diff, which only read files, this imports and runs the code at the given
+paths: use it only on code that you trust."""
 
 EPILOG = """\
-A path is PACKAGE.MODULE:ATTRIBUTE, where ATTRIBUTE may have dots; modules are looked for as by python -m, in the
-present folder first. What is a function or a class, and no module of torch, is called without arguments.
+A path is PACKAGE.MODULE:ATTRIBUTE, where ATTRIBUTE may have dots. Modules are searched as by python -m, in the current
+folder first. A function or a class is called without arguments.
 
-Rules that the advice is drawn from:
+Rules for the advice:
 
 {rules}
 
@@ -38,11 +38,11 @@ imported or failed while it ran; 130 after Ctrl-C."""
 
 
 class PathError(Exception):
-    """A path that leads nowhere, or to something else than was expected."""
+    """A path that cannot be resolved, or an object of the wrong type."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``python -m runningbn diagnose``."""
+    """Add the arguments of ``python -m runningbn diagnose``."""
     parser.add_argument("model", metavar="PYTHON.PATH:MODEL", help="a torch.nn.Module, with its weights loaded")
     parser.add_argument("loader", metavar="PYTHON.PATH:LOADER", help="its batches, as in training")
     parser.add_argument(
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Diagnose and print.
 
     Returns:
-        0, 1 or 2, as the help says. What the user's code raises is shown as Python shows it.
+        0, 1 or 2, as documented in the help. Exceptions from the user's code are printed with their traceback.
     """
     try:
         diagnosis = _diagnose(arguments)
@@ -87,15 +87,15 @@ def _diagnose(arguments: argparse.Namespace) -> Diagnosis:
     functions: dict[str, Any] = {}
     for name in ("metric", "forward"):
         path = getattr(arguments, name)
-        functions[name] = None if path is None else _found(path)
+        functions[name] = None if path is None else _resolved(path)
         if path is not None and not callable(functions[name]):
             raise PathError(f"{path}: expected a function, got {type(functions[name]).__name__}")
     return diagnose(model, loader, arguments.num_iters, device=arguments.device, **functions)
 
 
 def _made(path: str) -> Any:
-    """What the path leads to, called if it makes things."""
-    found = _found(path)
+    """The object at the path; if it is a function or a class, the result of calling it."""
+    found = _resolved(path)
     if isinstance(found, nn.Module) or not callable(found):
         return found
     try:
@@ -107,14 +107,14 @@ def _made(path: str) -> Any:
     return found()
 
 
-def _found(path: str) -> Any:
+def _resolved(path: str) -> Any:
     name, colon, attributes = path.partition(":")
     if not (name and colon and attributes):
         raise PathError(f"{path}: expected PACKAGE.MODULE:ATTRIBUTE")
     try:
         found: Any = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A module that the user's own imports is another matter, and has a traceback.
+        # If a module imported by the user's module is missing, the traceback is shown.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise PathError(f"{path}: there is no module {error.name!r}") from error

@@ -1,4 +1,4 @@
-"""One model in three modes: what its layers normalise by, what they see, what comes out."""
+"""Run a model with stored, recomputed and batch statistics, and measure the layers' inputs and the outputs."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from ..recalibration.report import LayerReport
 from .between import Group, between_batches, group
 from .outputs import Comparison
 from .result import LayerDiagnosis
-from .watch import Watcher, lent, unchanged
+from .watch import Watcher, replaced_statistics, unchanged
 
 Metric = Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What the layers normalise by: these moments, or where there are none their batch.
+    """The statistics that the layers normalise by: fixed moments, or the batch for layers without these.
 
     Attributes:
-        fixed: by the number of the layer.
-        lends: whether `running_mean` and `running_var` are these, too, for whoever reads them.
+        fixed: the moments by the index of the layer.
+        replaces: whether `running_mean` and `running_var` are replaced by these, for other code that reads them.
     """
 
     fixed: dict[int, Moments]
-    lends: bool = False
+    replaces: bool = False
 
 
 @dataclass
 class Subject:
-    """A model with its layers by number, and their statistics."""
+    """A model with its layers by index, and their stored and recomputed statistics."""
 
     model: nn.Module
     names: list[str]
@@ -55,14 +55,14 @@ class Subject:
 
     @classmethod
     def of(cls, model: nn.Module, layers: dict[str, _BatchNorm]) -> Subject:
-        """With the stored statistics in the place of the recomputed ones."""
+        """A subject before recomputation: `recomputed` holds the stored statistics."""
         updated = set(get_bn_modules(model))
         frozen = {number for number, layer in enumerate(layers.values()) if layer not in updated}
         stored = _statistics(list(layers.values()))
         return cls(model, list(layers), list(layers.values()), frozen, stored, dict(stored))
 
     def recompute(self, data_loader: Iterable[Any], num_iters: int | None, **how: Any) -> list[Any]:
-        """Fill in the recomputed statistics; the model keeps its own. Returns the batches."""
+        """Set `recomputed`; the statistics of the model are restored. Returns the batches."""
         batches: list[Any] = []
         if len(self.frozen) == len(self.layers):
             batches = list(itertools.islice(data_loader, num_iters))
@@ -81,21 +81,21 @@ class Subject:
             for number, layer in enumerate(self.layers)
             if number in self.frozen or _normalises_by_running(layer)
         }
-        return Mode(self.stored), Mode(self.recomputed, lends=True), Mode(without_batch)
+        return Mode(self.stored), Mode(self.recomputed, replaces=True), Mode(without_batch)
 
 
 class _Measured:
-    """What the layers saw in one mode, and how far the outputs are from those with the stored statistics."""
+    """The moments of the layers' inputs in one mode, and the change of the outputs from the stored statistics."""
 
     def __init__(self, layers: list[_BatchNorm]) -> None:
         cpu = torch.device("cpu")
-        # One for each layer: a batch that is not finite in one of them is dropped there only.
+        # One for each layer, so that a batch that is not finite in one layer is dropped only there.
         self.sums = [Accumulator([layer.num_features], Population(), cpu) for layer in layers]
-        self.calls = [0] * len(layers)  # of a layer in one batch, at most
+        self.calls = [0] * len(layers)  # the largest number of calls of a layer in one batch
         self.comparison = Comparison()
 
     def add(self, calls: list[Call]) -> None:
-        """The calls of all layers for one batch."""
+        """Add the calls of all layers for one batch."""
         for number, sums in enumerate(self.sums):
             own = [replace(each, layer=0) for each in calls if each.layer == number]
             if own:
@@ -104,16 +104,16 @@ class _Measured:
 
 
 class AllMeasured:
-    """The three modes, and the means of samples; `used` has the numbers of the layers that a batch reached."""
+    """The measurements in the three modes, and the sample means; `used` has the indices of the layers reached."""
 
     def __init__(self, layers: list[_BatchNorm]) -> None:
         self.stored, self.recomputed, self.batch = (_Measured(layers) for _ in range(3))
         self.groups: list[list[Group]] = [[] for _ in layers]
-        self.conventions: dict[int, Convention] = {}  # of layers with a forward of their own
+        self.conventions: dict[int, Convention] = {}  # of subclasses with a custom forward
 
     @property
     def used(self) -> list[int]:
-        """In the order of the model."""
+        """The indices of the layers that a batch reached, in the order of the model."""
         return [number for number, calls in enumerate(self.recomputed.calls) if calls]
 
 
@@ -130,9 +130,10 @@ def measure(subject: Subject, batches: list[Any], forward: Forward, device: Any)
             outputs.clear()
             for mode, measured in modes:
                 watcher.fixed = mode.fixed
-                watcher.gathers = measured is found.recomputed
-                # Each begins with the same buffers and the same random numbers.
-                with random_state_kept(subject.model), lent(subject.layers, mode.fixed if mode.lends else {}):
+                watcher.collects_sample_means = measured is found.recomputed
+                # Every mode starts with the same buffers and the same random state.
+                replacements = mode.fixed if mode.replaces else {}
+                with random_state_kept(subject.model), replaced_statistics(subject.layers, replacements):
                     run(batch)
                 state.restore()
                 measured.add(watcher.take_calls())
@@ -146,11 +147,11 @@ def measure(subject: Subject, batches: list[Any], forward: Forward, device: Any)
 
 
 def score(subject: Subject, mode: Mode, metric: Metric) -> float:
-    """What the metric says in one mode."""
+    """The value of the metric in one mode."""
     watcher = Observer(subject.layers, subject.recomputed.__getitem__, subject.names)
     watcher.fixed, watcher.watched = mode.fixed, set()
-    with unchanged(subject.model), lent(subject.layers, mode.fixed if mode.lends else {}):
-        # Where all is fixed, this is plain evaluation.
+    with unchanged(subject.model), replaced_statistics(subject.layers, mode.fixed if mode.replaces else {}):
+        # If all layers have fixed statistics, this is plain evaluation and needs no observer.
         observes = len(mode.fixed) < len(subject.layers)
         with observed(subject.model, watcher if observes else Observer([], watcher.so_far)):
             value = metric(subject.model)
@@ -161,7 +162,7 @@ def score(subject: Subject, mode: Mode, metric: Metric) -> float:
 
 
 def of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagnosis:
-    """What was found in one layer."""
+    """The results for one layer."""
     layer, convention = subject.layers[number], measured.conventions.get(number, Convention())
     if isinstance(layer, PooledStatistics):
         convention = Convention(correction=int(layer.corrects_variance))
@@ -186,7 +187,7 @@ def of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagn
 def _compared(
     name: str, layer: _BatchNorm, correction: int, sums: Accumulator, statistics: Moments
 ) -> LayerReport:  # fmt: skip
-    """The moments that the layer was shown as the new statistics, those that it normalised by as the old ones."""
+    """A report with the moments of the layer's input as new statistics, and those it normalised by as old ones."""
     mean, var, mean_error, var_error, batches, elements, samples = (part.clone() for part in sums.estimate())
     n = int(elements[0])
     if n == 0:
@@ -211,5 +212,5 @@ def _statistics(layers: list[_BatchNorm]) -> dict[int, Moments]:
 
 
 def _normalises_by_running(layer: _BatchNorm) -> bool:
-    """Whether it normalises by running statistics in training, too."""
+    """Whether the layer normalises by running statistics in training, too."""
     return isinstance(layer, RunningBatchNorm)

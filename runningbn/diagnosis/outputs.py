@@ -1,4 +1,4 @@
-"""How the output of a model changes from one set of statistics to another."""
+"""Compare the outputs of a model with two sets of statistics."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class OutputChange:
-    """How the outputs differ from those with the stored statistics. NaN where they cannot be compared.
+    """The change of the outputs from the stored statistics. NaN if they cannot be compared.
 
     Attributes:
-        relative_rms: ‖y − y₀‖/‖y₀‖ over all floating-point tensors of all outputs, y₀ being those with the stored
-            statistics.
-        agreement: share of places in which the largest of the K entries is the same one, in the first tensor of the
-            shape (N, K, …) with K > 1; top-1 agreement where these are class scores.
-        batches: compared; those with an output that is not finite are not among them.
+        relative_rms: ‖y − y₀‖/‖y₀‖ over all floating-point tensors of all outputs, where y₀ are the outputs with the
+            stored statistics.
+        agreement: fraction of positions at which the argmax over K is the same, in the first tensor of shape (N, K, …)
+            with K > 1; for class scores, the top-1 agreement.
+        batches: number of batches compared, without those with an output that is not finite.
     """
 
     relative_rms: float
@@ -36,7 +36,7 @@ class Comparison:
         self._batches = 0
 
     def add(self, before: Any, after: Any) -> None:
-        """The outputs for one batch: with the stored statistics, and with others."""
+        """Add the outputs for one batch: with the stored statistics, and with others."""
         ours, others = list(_tensors(before)), list(_tensors(after))
         alike = [tensor.shape for tensor in ours] == [tensor.shape for tensor in others]
         if not ours or not alike or not all(bool(tensor.isfinite().all()) for tensor in (*ours, *others)):
@@ -54,7 +54,7 @@ class Comparison:
                 break
 
     def result(self) -> OutputChange:
-        """What the batches come to."""
+        """The result over all batches."""
         nan = float("nan")
         if self._norm > 0:
             relative = (self._difference / self._norm) ** 0.5

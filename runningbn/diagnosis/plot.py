@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plot(diagnosis: Diagnosis) -> Any:
-    """On the left, how far stored and recomputed statistics are off; on the right, what a batch counts for."""
+    """Left: how far stored and recomputed statistics are off. Right: the effective sample size of a batch."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -30,7 +30,7 @@ def plot(diagnosis: Diagnosis) -> Any:
     )
     for label, colour, marker, values, offset in series:
         places = [place + offset for place in range(len(layers))]
-        # Recomputed statistics are from the same data, so chance has no part in how far they are off.
+        # Recomputed statistics are from the same data, so they have no sampling error.
         errors = [2 * error if error == error and "stored" in label else 0.0 for _, error in values]
         left.errorbar(
             [far for far, _ in values], places, xerr=errors, fmt=marker, color=colour, label=label, markersize=4,
@@ -45,7 +45,7 @@ def plot(diagnosis: Diagnosis) -> Any:
         range(len(layers)), [size if math.isfinite(size) else 0.0 for size in sizes], height=0.5, color="#009e73"
     )
     right.axvline(FEW, color="gray", linewidth=0.8, linestyle=":")
-    right.set_xlabel("independent samples that a batch counts for")
+    right.set_xlabel("effective sample size of a batch")
     left.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=7)
     left.invert_yaxis()
     for axes in (left, right):

@@ -1,4 +1,4 @@
-"""What a diagnosis found: as numbers, as a table, as a plot, as JSON."""
+"""The result of a diagnosis: numbers, table, plot and JSON."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .outputs import OutputChange
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """What was found in one layer. C channels; tensors are (C,), float64, on the CPU.
+    """The results for one layer. C channels; tensors are (C,), float64, on the CPU.
 
     Attributes:
         name: of the layer in the model.
-        stored: from the stored statistics (`old_mean`, `old_var`) to the moments (`mean`, `var`) of what the layer is
-            shown while they are in use. NaN where that was not finite.
+        stored: the stored statistics (`old_mean`, `old_var`) and the moments (`mean`, `var`) of the layer's input while
+            they are in use. NaN if the input was not finite.
         recomputed: the same with the recomputed statistics in use.
-        between: how much of the variance lies between batches, with the recomputed statistics in use.
+        between: the variance between batches, with the recomputed statistics in use.
         frozen: whether it is in evaluation mode inside a model in training mode.
-        calls: in a forward pass, at most; more than 1 for a layer that is shared.
+        calls: largest number of calls in a forward pass; more than 1 for a shared layer.
         finite: whether the stored statistics are finite and the variances not negative.
-        not_finite: batches whose input of this layer was not finite.
+        not_finite: number of batches for which the input of this layer was not finite.
         relies_on_no_batch: whether it normalises by running statistics in training as well (RunningBatchNorm).
     """
 
@@ -81,14 +81,14 @@ class MetricValues:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found. Prints as a table and ends with advice; `layers` has the numbers.
+    """The result of `diagnose`. Prints as a table that ends with advice; `layers` has the numbers.
 
     Attributes:
-        layers: one `LayerDiagnosis` each, in the order of the model.
+        layers: one `LayerDiagnosis` per layer, in the order of the model.
         unused: names of layers that no batch reached.
         without_statistics: names of layers that normalise by their batch in evaluation, too.
-        skipped: whatever else has running statistics and was not looked at: the reason by name.
-        batches: how many were used.
+        skipped: other modules with running statistics that were not examined: the reason by name.
+        batches: number of batches used.
         recomputed, batch: how the output changes from stored to recomputed, and to batch statistics.
         metric: its three values; None without a metric.
         normalize: how the recomputed statistics were collected.
@@ -105,7 +105,7 @@ class Diagnosis:
         >>> print(diagnose(model, data))
         layer  samples  elements  mean off/std  var data/stored  std. error/std  design effect  batch counts for
         0            8         8         9.838            0.371          0.0919    2.02 ± 0.73               4.0
-        30 batches; off is by how much stored statistics differ from what evaluation shows to a layer
+        30 batches; off: stored statistics against the moments of the layer's input in evaluation
         output, stored to recomputed statistics: changes by 99.7%
         output, stored to batch statistics: changes by 100.0%
         Stored statistics are off in 1 of 1 layer, first in 0 (mean by 9.84 std, variance 2.7 times that of the \
@@ -124,31 +124,31 @@ data): update_bn_stats repairs that (the output changes by 99.7%).
 
     @property
     def findings(self) -> tuple[rules.Finding, ...]:
-        """What the rules say, the most important first."""
+        """The rules that apply, the most important first."""
         return rules.findings(self)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """At most three sentences."""
-        return tuple(finding.sentence for finding in self.findings[: rules.MOST_SENTENCES])
+        return tuple(finding.sentence for finding in self.findings[: rules.MAX_SENTENCES])
 
     def __getitem__(self, name: str) -> LayerDiagnosis:
-        """What was found in the layer of this name."""
+        """The results for the layer with this name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise KeyError(name)
 
     def __str__(self) -> str:
-        """A table, in the order of the model; then the model as a whole, and advice."""
+        """A table of the layers in the order of the model, then results for the whole model, and advice."""
         header = (
             "layer", "samples", "elements", "mean off/std", "var data/stored", "std. error/std", "design effect",
             "batch counts for",
         )  # fmt: skip
         lines = [table(header, [_row(layer) for layer in self.layers])] if self.layers else []
         lines.append(
-            f"{counted(self.batches, 'batch')}; off is by how much stored statistics differ from what evaluation shows "
-            "to a layer"
+            f"{counted(self.batches, 'batch')}; off: stored statistics against the moments of the layer's input in "
+            "evaluation"
         )
         for to, change in (("recomputed", self.recomputed), ("batch", self.batch)):
             lines.append(f"output, stored to {to} statistics: {_change(change)}")
@@ -164,11 +164,11 @@ data): update_bn_stats repairs that (the output changes by 99.7%).
             ("without statistics", self.without_statistics),
         )
         lines += [f"{what}: {', '.join(names)}" for what, names in lists if names]
-        lines += [f"not looked at: {by_reason(self.skipped)}"] if self.skipped else []
+        lines += [f"not examined: {by_reason(self.skipped)}"] if self.skipped else []
         return "\n".join((*lines, *self.advice))
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers as JSON takes them: null where they are not finite. Keys are stable; new ones may come."""
+        """All numbers for JSON; None if not finite. Keys are stable: new ones may be added, none is removed."""
         contents = {
             "batches": self.batches,
             "normalize": self.normalize,
@@ -185,10 +185,10 @@ data): update_bn_stats repairs that (the output changes by 99.7%).
         return finite
 
     def plot(self, path: Any = None) -> Any:
-        """How far statistics are off, with error bars of two standard errors, and what a batch counts for, by layer.
+        """Plot how far statistics are off, with error bars of two standard errors, and effective batch sizes, by layer.
 
         Args:
-            path: where to save the figure, if anywhere.
+            path: file to save the figure to; None to not save it.
 
         Returns:
             The ``matplotlib.figure.Figure``.
@@ -252,7 +252,7 @@ def _report_as_dict(report: LayerReport) -> dict[str, float]:
 
 
 def _finite(contents: Any) -> Any:
-    """With None in the place of numbers that are not finite: JSON has none."""
+    """The contents with None in place of numbers that are not finite, which JSON cannot represent."""
     if isinstance(contents, dict):
         return {key: _finite(value) for key, value in contents.items()}
     if isinstance(contents, (list, tuple)):

@@ -1,7 +1,7 @@
-"""What a diagnosis advises, and why: one table of rules, each with its threshold and its reason.
+"""The advice of a diagnosis: a table of rules, each with its threshold and its reason.
 
-A rule of the severity "error" says that the BatchNorm layers are at fault; "warning" is worth knowing; "fine" is
-neither. Reasons that rest on measurements name the page that has them.
+Severities: "error", the BatchNorm layers are at fault; "warning", useful information; "fine", neither. Reasons based on
+measurements name the page of the documentation with these.
 """
 
 from __future__ import annotations
@@ -12,24 +12,36 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..recalibration.text import counted
-from .evidence import ERRORS, FEW, GAIN, OFF, certain_batch, distances, gains, is_correlated, is_known, is_left, is_off
+from .evidence import (
+    ERRORS,
+    FEW,
+    GAIN,
+    OFF,
+    certain_batch,
+    distances,
+    gains,
+    is_correlated,
+    is_known,
+    is_off,
+    is_off_recomputed,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from .result import Diagnosis
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
 
-MOST_SENTENCES = 3
+MAX_SENTENCES = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that applies, and what it says here.
+    """A rule that applies, with its advice.
 
     Attributes:
         rule: its name.
         severity: "error", "warning" or "fine".
-        sentence: of advice.
+        sentence: the advice.
     """
 
     rule: str
@@ -39,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """``find`` gives a sentence where the rule applies, else None; ``when`` and ``reason`` are for its readers."""
+    """``find`` returns the advice if the rule applies, else None; ``when`` and ``reason`` document the rule."""
 
     name: str
     severity: str
@@ -49,9 +61,9 @@ class Rule:
 
 
 def findings(diagnosis: Diagnosis) -> tuple[Finding, ...]:
-    """What the rules say, in the order of `RULES`."""
-    said = ((rule, rule.find(diagnosis)) for rule in RULES)
-    return tuple(Finding(rule.name, rule.severity, sentence) for rule, sentence in said if sentence is not None)
+    """The findings of the rules that apply, in the order of `RULES`."""
+    results = ((rule, rule.find(diagnosis)) for rule in RULES)
+    return tuple(Finding(rule.name, rule.severity, sentence) for rule, sentence in results if sentence is not None)
 
 
 def _not_finite(diagnosis: Diagnosis) -> str | None:
@@ -71,18 +83,18 @@ def _off(diagnosis: Diagnosis) -> str | None:
         f"{_shown(first.name)} "
         f"(mean by {first.stored.mean_shift:.2f} std, variance {1 / first.stored.var_ratio:.2g} times that of the data)"
     )
-    left = [layer.name for layer in diagnosis.layers if is_left(layer)]
+    left = [layer.name for layer in diagnosis.layers if is_off_recomputed(layer)]
     if all(layer.frozen for layer in wrong):
-        remedy = "frozen layers keep theirs, and update_bn_stats(model.eval(), …) recomputes them, too"
+        remedy = "these layers are frozen; update_bn_stats(model.eval(), …) recomputes frozen layers, too"
     elif not left:
         remedy = "update_bn_stats repairs that"
     elif diagnosis.normalize == "batch":
         remedy = (
-            f"after update_bn_stats with these batches {_listed(left)} would still be off, and with "
-            'normalize="population" none'
+            f"after update_bn_stats with these batches {_listed(left)} would still be off, but none with "
+            'normalize="population"'
         )
     else:
-        remedy = f"update_bn_stats repairs that, but for {_listed(left)}"
+        remedy = f"update_bn_stats repairs that, except for {_listed(left)}"
     return f"{where}: {remedy} ({_effect(diagnosis)})."
 
 
@@ -92,8 +104,8 @@ def _off_without_effect(diagnosis: Diagnosis) -> str | None:
         return None
     where = f"{len(wrong)} of {counted(len(diagnosis.layers), 'layer')}, first in {_shown(wrong[0].name)}"
     return (
-        f"Stored statistics are off in {where}, but by recomputed ones the metric gains less than {GAIN:.0%} "
-        f"({_effect(diagnosis)}): look elsewhere, too."
+        f"Stored statistics are off in {where}, but with recomputed ones the metric gains less than {GAIN:.0%} "
+        f"({_effect(diagnosis)}): look for other causes, too."
     )
 
 
@@ -105,14 +117,14 @@ def _relies_on_batch(diagnosis: Diagnosis) -> str | None:
     if not gains(best, values.batch):
         return None
     return (
-        f"The model relies on its batches: normalised by them the metric is {values.batch:.4g}, and with statistics of "
-        f"all data no more than {best:.4g}; train it with RunningBatchNorm (batchnormify), which relies on none."
+        f"The model relies on its batches: the metric is {values.batch:.4g} with batch statistics, but at most "
+        f"{best:.4g} with statistics of all data; train it with RunningBatchNorm (batchnormify), which does not."
     )
 
 
 def _nothing(diagnosis: Diagnosis) -> str | None:
-    silent = (_not_finite, _off, _off_without_effect, _relies_on_batch, _unresolved, _without_statistics)
-    if any(find(diagnosis) for find in silent):
+    others = (_not_finite, _off, _off_without_effect, _relies_on_batch, _unresolved, _without_statistics)
+    if any(find(diagnosis) for find in others):
         return None
     found = [each for layer in diagnosis.layers for each in distances(layer.stored)]
     far, error = (max(numbers) for numbers in zip(*found))
@@ -129,11 +141,11 @@ def _unresolved(diagnosis: Diagnosis) -> str | None:
     if not unknown:
         return None
     if diagnosis.batches == 1:
-        return "A single batch has no error bars: take more to tell whether statistics are off."
+        return "A single batch has no error bars: use more batches to determine whether statistics are off."
     error = max(error for layer in unknown for _, error in distances(layer.stored))
     return (
-        f"Too few data to tell whether statistics are off: in {counted(len(unknown), 'layer')}, standard errors are up "
-        f"to {error:.2g} std from {counted(diagnosis.batches, 'batch')}."
+        f"Too few data to determine whether statistics are off: in {counted(len(unknown), 'layer')}, standard errors "
+        f"are up to {error:.2g} std from {counted(diagnosis.batches, 'batch')}."
     )
 
 
@@ -141,8 +153,8 @@ def _without_statistics(diagnosis: Diagnosis) -> str | None:
     if not diagnosis.without_statistics:
         return None
     return (
-        f"{_listed(diagnosis.without_statistics)} keep no running statistics and normalise by the batch in evaluation, "
-        "too, so the output depends on what else is in the batch."
+        f"No running statistics in {_listed(diagnosis.without_statistics)}: normalised by the batch in evaluation, "
+        "too, so the output for a sample depends on the other samples of the batch."
     )
 
 
@@ -154,21 +166,21 @@ def _few(diagnosis: Diagnosis) -> str | None:
     between = smallest.between
     if is_correlated(smallest):
         what = (
-            f"The samples of a batch are alike: in {_shown(smallest.name)}, {between.samples_per_batch:.3g} count for "
-            f"{between.effective_batch:.2g}"
+            f"The samples of a batch are correlated: in {_shown(smallest.name)}, the effective sample size of a batch "
+            f"of {between.samples_per_batch:.3g} is {between.effective_batch:.2g}"
         )
     else:
         what = f"Batches of {between.samples_per_batch:.3g} are small"
     return (
-        f"{what}; for training from scratch, take RunningBatchNorm with centred weights "
+        f"{what}; for training from scratch, use RunningBatchNorm with centred weights "
         "(batchnormify(model, center_weights=True))."
     )
 
 
 def _without_effect(diagnosis: Diagnosis) -> bool:
-    """Whether the metric tells that recomputed statistics, which are right, do not help."""
+    """Whether recomputed statistics are not off, but do not improve the metric."""
     values = diagnosis.metric
-    left = any(is_left(layer) for layer in diagnosis.layers)
+    left = any(is_off_recomputed(layer) for layer in diagnosis.layers)
     return values is not None and not left and not gains(values.stored, values.recomputed)
 
 
@@ -181,7 +193,7 @@ def _effect(diagnosis: Diagnosis) -> str:
 
 
 def _shown(name: str) -> str:
-    """Of a model that is itself the layer, the name is empty."""
+    """The name of a layer; it is empty if the model is itself the layer."""
     return name or "the model itself"
 
 
@@ -195,43 +207,43 @@ RULES = (
         "not_finite",
         ERROR,
         "A stored mean or variance is NaN or infinite, or a variance negative.",
-        "Evaluation gives NaN there, whatever comes in.",
+        "The output of the layer in evaluation is NaN for any input.",
         _not_finite,
     ),
     Rule(
         "off",
         ERROR,
         f"In some layer, stored mean or std are off by more than {OFF:g} std, and by {ERRORS} standard errors.",
-        "The moving average of nn.BatchNorm is itself that noisy with batches below 8, not with larger ones. "
-        "With recomputed statistics a model mostly comes back: pages Accuracy and Recalibrating BatchNorm.",
+        "The moving average of nn.BatchNorm has errors of this size with batches below 8, but not with larger ones. "
+        "Recomputed statistics mostly restore the accuracy: pages Accuracy and Recalibrating BatchNorm.",
         _off,
     ),
     Rule(
         "off_without_effect",
         WARNING,
-        f"The same, but the metric gains less than {GAIN:.0%} by recomputed statistics that are right.",
-        "What does not gain by right statistics has another fault, or none.",
+        f"The same, but correct recomputed statistics improve the metric by less than {GAIN:.0%}.",
+        "If correct statistics do not help, the model has another problem, or none.",
         _off_without_effect,
     ),
     Rule(
         "relies_on_batch",
         ERROR,
         f"With batch statistics the metric is more than {GAIN:.0%} better than with stored and recomputed ones.",
-        "Trained by nn.BatchNorm on batches of 1, a model scores well only normalised by its batches, and "
-        "update_bn_stats brings little back; RunningBatchNorm does as well in both modes: page Accuracy.",
+        "A model trained with nn.BatchNorm on batches of 1 scores well only with batch statistics, and "
+        "update_bn_stats helps little; RunningBatchNorm scores the same in both modes: page Accuracy.",
         _relies_on_batch,
     ),
     Rule(
         "nothing",
         FINE,
-        "None of the rules but `few` applies, and error bars are small enough to tell.",
-        "Evaluation then normalises by what it shows to the layers.",
+        "No rule except `few` applies, and the standard errors are small enough.",
+        "The statistics then match the layers' inputs in evaluation.",
         _nothing,
     ),
     Rule(
         "unresolved",
         WARNING,
-        f"No layer is surely off, but one of {OFF:g} std may be there, or one of {2 * OFF:g} std would not be seen.",
+        f"No layer is significantly off, but one seems off by {OFF:g} std, or {2 * OFF:g} std would be insignificant.",
         "More data make standard errors smaller.",
         _unresolved,
     ),
@@ -239,15 +251,15 @@ RULES = (
         "without_statistics",
         WARNING,
         "A BatchNorm layer has track_running_stats=False.",
-        "What evaluation gives for a sample depends on the others of its batch.",
+        "The output for a sample in evaluation depends on the other samples of the batch.",
         _without_statistics,
     ),
     Rule(
         "few",
         WARNING,
-        f"A batch counts for fewer than {FEW} independent samples in a layer that trains by its batch.",
-        "RunningBatchNorm is ahead with batches of 1, 2 and 4, far ahead where these 4 are of one class, and level "
-        "with the others from 8 on: page Accuracy.",
+        f"The effective sample size of a batch is below {FEW} in a layer that normalises by the batch in training.",
+        "RunningBatchNorm is more accurate with batches of 1, 2 and 4, much more if these 4 are of one class, and "
+        "equal to the others from 8 on: page Accuracy.",
         _few,
     ),
 )

@@ -1,4 +1,4 @@
-"""diagnose: which layers there are, and what is measured of them."""
+"""diagnose: select the layers, run the measurements and collect the results."""
 
 from __future__ import annotations
 
@@ -28,38 +28,37 @@ def diagnose(
     metric: Metric | None = None,
     normalize: Literal["batch", "population"] = "batch",
 ) -> Diagnosis:
-    r"""Whether a model evaluates badly because of its BatchNorm layers. Changes nothing, whatever happens.
+    r"""Test whether a model evaluates badly because of its BatchNorm layers. The model is not changed.
 
-    The model is run three times over the same batches, in evaluation mode and without gradients. Its BatchNorm layers
+    The model runs three times over the same batches, in evaluation mode and without gradients. Its BatchNorm layers
     normalise
 
     - by their *stored* statistics, as evaluation does;
     - by statistics *recomputed* from these batches, as after ``update_bn_stats(model, data_loader)``;
-    - each by its *batch*, as nn.BatchNorm does in training. Frozen layers and RunningBatchNorm, which do not, stay with
-      their stored statistics.
+    - each by its *batch*, as nn.BatchNorm does in training. Frozen layers and RunningBatchNorm, which do not, use their
+      stored statistics.
 
-    Measured are, for every layer,
+    Measured for every layer:
 
-    - how far the stored and the recomputed statistics are from the moments m, v of what the layer is shown while
-      they are in use: :math:`(\mu - m)/\sqrt{v + \epsilon}` and :math:`\log((\sigma^2 + \epsilon)/(v + \epsilon))`,
-      with standard errors from the scatter between batches. The first layer that is off is where it begins: later ones
-      see its output.
-    - how much of the variance of its input lies between batches, and so by how much a batch counts for fewer samples
-      than it has (the design effect), by an analysis of variance over the means of samples;
+    - the difference of the stored and the recomputed statistics from the moments m, v of the layer's input while they
+      are in use: :math:`(\mu - m)/\sqrt{v + \epsilon}` and :math:`\log((\sigma^2 + \epsilon)/(v + \epsilon))`, with
+      standard errors from the variance between batches. Look at the first layer that is off: later layers depend on it.
+    - the variance of its input between batches and the effective sample size of a batch (by the design effect), from an
+      analysis of variance over sample means.
 
-    and for the model how its output changes, and a metric of yours. Afterwards the statistics, other buffers, training
-    flags and the random state of torch, Python and NumPy are as before, also after an exception. Of several processes,
-    this one only is looked at: nothing is communicated.
+    Measured for the model: the change of its output, and a metric if given. Afterwards the statistics, other buffers,
+    training flags and the random state of torch, Python and NumPy are restored, also after an exception. Only this
+    process is examined: nothing is communicated.
 
     Args:
-        model: any module. What is frozen is as for `get_bn_modules`.
-        data_loader: batches as `update_bn_stats` takes them, of the size and order that training has. At most
-            `num_iters` are drawn, and kept in memory. They should be independent of each other.
-        num_iters: batches to use; None for all there are.
-        forward: ``forward(model, batch)`` to call the model in another way; what it returns is the output.
-        device: where to move the tensors in a batch.
-        metric: ``metric(model)`` evaluates the model on whatever data, and returns a number, *larger being better*:
-            for a loss, minus it. It is called three times.
+        model: any module. Frozen layers are defined as for `get_bn_modules`.
+        data_loader: batches as for `update_bn_stats`, of the size and order used in training. At most `num_iters` are
+            drawn, and kept in memory. They should be independent of each other.
+        num_iters: number of batches; None for all.
+        forward: ``forward(model, batch)`` to call the model in another way; it returns the output.
+        device: the device to move the tensors in a batch to.
+        metric: ``metric(model)`` evaluates the model on any data and returns a number, *larger being better*: for a
+            loss, its negative. It is called three times.
         normalize: how the recomputed statistics are collected, see `update_bn_stats`.
 
     Returns:
@@ -68,7 +67,7 @@ def diagnose(
     Raises:
         ValueError: for a model without a BatchNorm layer that has running statistics, or one that is not initialised;
             otherwise as `update_bn_stats`.
-        TypeError: for something that is not a module, or a metric that gives no number.
+        TypeError: for an argument that is not a module, or a metric that returns no number.
         RuntimeError, ImportError: as `update_bn_stats`.
 
     Example:
@@ -110,7 +109,7 @@ def diagnose(
 
 def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
     """All BatchNorm layers with running statistics, frozen or not, by their first name."""
-    chosen(model, None)  # says what is not a module or not initialised
+    chosen(model, None)  # raises if it is not a module or not initialised
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_usable(m)}
 
 
@@ -125,14 +124,14 @@ def _lacks_statistics(module: nn.Module) -> bool:
 
 def _nothing_to_diagnose(model: nn.Module) -> str:
     modules = dict(model.named_modules())
-    said = f"there is no BatchNorm layer with running statistics in {type(model).__name__}, so none can be at fault"
+    message = f"there is no BatchNorm layer with running statistics in {type(model).__name__}, so none can be at fault"
     lacking = [name or "the model itself" for name, module in modules.items() if _lacks_statistics(module)]
     others = left_alone(model, ())
     kinds = sorted({type(m).__name__ for m in modules.values() if "Norm" in type(m).__name__})
     if lacking:
-        said += f"; without statistics, and normalising by the batch in evaluation, too: {', '.join(lacking)}"
+        message += f"; without statistics, and normalising by the batch in evaluation, too: {', '.join(lacking)}"
     if others:
-        said += f"; {by_reason(others)}"
+        message += f"; {by_reason(others)}"
     elif kinds and not lacking:
-        said += f"; it has {', '.join(kinds)}"
-    return said
+        message += f"; it has {', '.join(kinds)}"
+    return message

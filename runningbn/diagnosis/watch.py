@@ -1,4 +1,4 @@
-"""Watching a model evaluate with one set of statistics or another, and leaving it as it was."""
+"""Observe a model with given statistics, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..recalibration.observer import Observer
 
 
 class SampleMeans(NamedTuple):
-    """Of one call of a layer: the mean of each sample, (N, C), and of how many positions it is, (N, 1); float64."""
+    """For one call of a layer: the mean of each sample, (N, C), and its number of positions, (N, 1); float64."""
 
     mean: Tensor
     positions: Tensor
@@ -28,30 +28,30 @@ class Watcher(Observer):
     """An observer that also collects the mean of every sample that reaches a layer.
 
     Attributes:
-        gathers: whether it does so at present.
+        collects_sample_means: whether sample means are collected; it can be switched.
     """
 
     def __init__(
         self, layers: list[_BatchNorm], so_far: Callable[[int], Moments], names: Sequence[str] = ()
     ) -> None:  # fmt: skip
         super().__init__(layers, so_far, names)
-        self.gathers = False
+        self.collects_sample_means = False
         self._samples: list[list[SampleMeans]] = [[] for _ in layers]
-        self._noted_by_mask = False
+        self._in_masked_call = False
 
     def take_sample_means(self) -> dict[int, Tensor]:
-        """(N, C) by the number of the layer, since the last time.
+        """Return and clear the sample means, (N, C), by the index of the layer.
 
-        The calls of a layer are averaged sample by sample where they have equally many; else all count as samples.
+        Several calls of a layer are averaged per sample if they have the same N; otherwise they are concatenated.
         """
-        taken = {number: _one_for_each_sample(calls) for number, calls in enumerate(self._samples) if calls}
+        taken = {number: _averaged_over_calls(calls) for number, calls in enumerate(self._samples) if calls}
         self._samples = [[] for _ in self.layers]
         return taken
 
     def forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Observer.forward`. A layer that computes by itself normalises the first tensor."""
+        """As `Observer.forward`. For a layer without a ``batch_norm`` call, the first tensor is its input."""
         before, convention, means = len(self._samples[number]), self.conventions.get(number), None
-        if self.gathers and convention is not None:
+        if self.collects_sample_means and convention is not None:
             x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
             # Before the forward, which may write into it.
             means = None if x is None else _sample_means(x, convention.dim)
@@ -62,29 +62,29 @@ class Watcher(Observer):
 
     def normalize_real(self, number: int, mask: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `Observer.normalize_real`."""
-        self._gather(number, x, mask)
-        self._noted_by_mask = True
+        self._collect(number, x, mask)
+        self._in_masked_call = True
         try:
             return super().normalize_real(number, mask, x, *args, **kwargs)
         finally:
-            self._noted_by_mask = False
+            self._in_masked_call = False
 
     def normalize(self, number: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `Observer.normalize`."""
-        if not self._noted_by_mask:
-            self._gather(number, x, None)
+        if not self._in_masked_call:
+            self._collect(number, x, None)
         return super().normalize(number, x, *args, **kwargs)
 
-    def _gather(self, number: int, x: Tensor, mask: Tensor | None) -> None:
-        means = _sample_means(x, 1, mask) if self.gathers else None
+    def _collect(self, number: int, x: Tensor, mask: Tensor | None) -> None:
+        means = _sample_means(x, 1, mask) if self.collects_sample_means else None
         if means is not None:
             self._samples[number].append(means)
 
 
 @torch.no_grad()
 def _sample_means(x: Tensor, dim: int, mask: Tensor | None = None) -> SampleMeans | None:
-    """Of x with its channels in dimension `dim`, where the mask says that it is real; None where there are none."""
-    # What is wrong with a shape, the observer says; what torch.func wraps cannot be taken out of it.
+    """Sample means of x with its channels in dimension `dim`, over the elements in the mask; None if undefined."""
+    # The observer raises for wrong shapes. Tensors wrapped by torch.func cannot be read.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     if wrapped or not 0 < dim < x.dim() or not x.numel() or not x.is_floating_point():
         return None
@@ -102,7 +102,7 @@ def _sample_means(x: Tensor, dim: int, mask: Tensor | None = None) -> SampleMean
     return SampleMeans(mean.to("cpu", torch.float64), positions)
 
 
-def _one_for_each_sample(calls: list[SampleMeans]) -> Tensor:
+def _averaged_over_calls(calls: list[SampleMeans]) -> Tensor:
     if len({len(call.mean) for call in calls}) > 1:
         return torch.cat([call.mean for call in calls])
     weight = torch.stack([call.positions for call in calls])
@@ -110,8 +110,8 @@ def _one_for_each_sample(calls: list[SampleMeans]) -> Tensor:
 
 
 @contextmanager
-def lent(layers: list[_BatchNorm], statistics: Mapping[int, Moments]) -> Iterator[None]:
-    """The layers with other `running_mean` and `running_var`; their own tensors are not written to."""
+def replaced_statistics(layers: list[_BatchNorm], statistics: Mapping[int, Moments]) -> Iterator[None]:
+    """Replace `running_mean` and `running_var` of the layers by other tensors; the original ones are not written to."""
     own = [{name: layer._buffers[name] for name in VIEW} for layer in layers]
     try:
         for number, moments in statistics.items():
@@ -124,6 +124,6 @@ def lent(layers: list[_BatchNorm], statistics: Mapping[int, Moments]) -> Iterato
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the state of the model and the random state are afterwards as before."""
+    """Restore the state of the model and the random state on leaving, after an exception as well."""
     with random_state_kept(model), state_kept(model):
         yield

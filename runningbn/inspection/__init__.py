@@ -1,1 +1,1 @@
-"""Statistics in files: reading checkpoints without their models, judging and comparing the layers, printing it."""
+"""Statistics in files: read checkpoints without the code of their models, check and compare the layers, print."""

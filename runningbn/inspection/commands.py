@@ -1,6 +1,6 @@
-"""``python -m runningbn inspect`` and ``diff``: what they find, as JSON or as tables, and their exit status.
+"""``python -m runningbn inspect`` and ``diff``: output as JSON or tables, and the exit status.
 
-The tables need rich, so they are imported when they are printed; JSON does not.
+Tables need rich, so `tables` is imported only when tables are printed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from .criteria import ERROR, Finding, Judged, judge, mean_over_std, spread
 from .layers import EPS, SavedLayer, StateDict
 from .reading import Source, read_checkpoint
 
-# Exit statuses. Those of diff(1): 0 for nothing to report, 1 for something, 2 for trouble (see __main__).
+# Exit statuses as of diff(1): 0 for nothing to report, 1 for findings, 2 for errors (see __main__).
 FINE, WRONG = 0, 1
 
 
 def run_inspect(source: Source, *, eps: float | None = None, as_json: bool) -> int:
-    """Judge every layer of a checkpoint and print that; `eps` as in `read_checkpoint`.
+    """Check every layer of a checkpoint and print the findings; `eps` as in `read_checkpoint`.
 
     Returns:
-        1 where a finding is an error, so that evaluation is wrong; else 0.
+        1 if a finding is an error, so that evaluation is wrong; else 0.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read.
@@ -41,10 +41,10 @@ def run_inspect(source: Source, *, eps: float | None = None, as_json: bool) -> i
 
 
 def run_diff(source_a: Source, source_b: Source, *, eps: float | None = None, as_json: bool) -> int:
-    """Compare the statistics of two checkpoints, layer by layer, and print that; `eps` as in `read_checkpoint`.
+    """Compare the statistics of two checkpoints by layer and print the result; `eps` as in `read_checkpoint`.
 
     Returns:
-        1 where something could not be compared, else 0, however far the statistics moved.
+        1 if something could not be compared, else 0, however far the statistics moved.
 
     Raises:
         CheckpointError: if a checkpoint cannot be read.
@@ -95,7 +95,7 @@ def _print_json(contents: dict[str, Any]) -> None:
 def inspection_as_json(
     source: Source, judged: Iterable[tuple[StateDict, Judged]], eps: float | None = None
 ) -> dict[str, Any]:
-    """Everything that ``inspect`` tells. Keys are stable: new ones may come, these stay."""
+    """The output of ``inspect`` for JSON. Keys are stable: new ones may be added, none is removed."""
     return {
         "checkpoint": str(source),
         "eps": EPS if eps is None else eps,
@@ -134,17 +134,17 @@ def _layer_as_json(layer: SavedLayer, found: Iterable[Finding]) -> dict[str, Any
 
 
 def _state_as_json(layer: SavedLayer) -> dict[str, Any]:
-    """What only our layers know. Of statistics taken over from elsewhere, it is not known how much data they saw."""
+    """The state of this library's layers. If it was seeded from given statistics, their amount of data is unknown."""
     return {
-        "taken_over": layer.taken_over,
-        "samples": None if layer.taken_over else spread(layer.state["samples"])["max"],
+        "taken_over": layer.is_seeded,
+        "samples": None if layer.is_seeded else spread(layer.state["samples"])["max"],
         "batches": spread(layer.state["steps"])["max"],
-        "effective_elements": None if layer.taken_over else spread(layer.effective_elements)["median"],
+        "effective_elements": None if layer.is_seeded else spread(layer.effective_elements)["median"],
     }
 
 
 def comparison_as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything that ``diff`` tells of two state dicts. Keys are stable: new ones may come, these stay."""
+    """The output of ``diff`` for two state dicts. Keys are stable: new ones may be added, none is removed."""
     return {
         "place_a": comparison.place_a,
         "place_b": comparison.place_b,
@@ -174,5 +174,5 @@ def comparison_as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _finite(number: float) -> float | None:
-    """The number, or None, which is null: JSON has no NaN."""
+    """The number, or None (null) if it is not finite, since JSON has no NaN."""
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""How far the statistics moved from one checkpoint to another."""
+"""Compare the statistics of two checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .layers import SavedLayer, StateDict
 
 @dataclass(frozen=True)
 class Movement(LayerShift):
-    """From the checkpoint A (old) to B (new), in the units of `update_bn_stats`."""
+    """The change from checkpoint A (old) to B (new), in the units of `update_bn_stats`."""
 
     @property
     def mean_shift_max(self) -> float:
@@ -30,13 +30,13 @@ class Comparison:
     """Two state dicts, layer by layer.
 
     Attributes:
-        place_a, place_b: where in its file each is.
-        prefix_a, prefix_b: what is left out before all names, such as "module."; both are empty where any names are
-            equal as they are.
-        wrappers_a, wrappers_b: parts of names that torch puts anywhere, such as "_orig_mod."; they are left out.
-        layers: those in both, in the order of B, by B's names without its prefix.
-        only_a, only_b: names of layers that only one has.
-        other_shapes: layers with other channels: name, C in A, C in B.
+        place_a, place_b: the place of each in its file.
+        prefix_a, prefix_b: prefix removed from all names, such as "module."; both are empty if some names are equal
+            without removing one.
+        wrappers_a, wrappers_b: name parts that torch inserts at any depth, such as "_orig_mod."; they are removed.
+        layers: the layers in both, in the order of B, with B's names without its prefix.
+        only_a, only_b: names of layers that are in only one of the two.
+        other_shapes: layers with different numbers of channels: name, C in A, C in B.
         left_out_a, left_out_b: as in `StateDict`.
     """
 
@@ -54,9 +54,9 @@ class Comparison:
     left_out_b: tuple[tuple[str, str], ...]
 
 
-# What torch.compile, FullyShardedDataParallel and checkpoint_wrapper put into names, at any depth.
+# Name parts that torch.compile, FullyShardedDataParallel and checkpoint_wrapper insert, at any depth.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# What frameworks put before all names: DataParallel and AveragedModel, Lightning, averages of weights.
+# Prefixes of all names: by DataParallel and AveragedModel, Lightning, averages of weights.
 PREFIXES = ("module.", "model.", "ema.", "ema_model.", "shadow.")
 
 
@@ -64,9 +64,9 @@ def pairs(
     a: Sequence[StateDict], b: Sequence[StateDict],
     place_a: Callable[[str], str] = str, place_b: Callable[[str], str] = str,
 ) -> Iterator[tuple[StateDict, StateDict]]:  # fmt: skip
-    """The state dicts to compare: those at the same place in both files, or else the first of each.
+    """The state dicts to compare: those at the same place in both files, or if there are none, the first of each.
 
-    `place_a` and `place_b` take a place in a file to that in the part of it which is compared.
+    `place_a` and `place_b` map a place in the file to a place in the part of it that is compared.
     """
     by_place = {place_b(state_dict.place): state_dict for state_dict in b}
     alike = [(one, by_place[place_a(one.place)]) for one in a if place_a(one.place) in by_place]
@@ -79,7 +79,7 @@ def _first(state_dicts: Sequence[StateDict]) -> StateDict:
 
 @dataclass(frozen=True)
 class _Names:
-    """Layers under the names by which they are compared."""
+    """Layers by the names used in the comparison."""
 
     layers: dict[str, SavedLayer]
     wrappers: tuple[str, ...]
@@ -99,7 +99,7 @@ def _unwrapped(name: str) -> str:
 
 
 def compare(a: StateDict, b: StateDict) -> Comparison:
-    """How far each layer moved from A to B."""
+    """Compare each layer of A with that of the same name in B."""
     names_a, names_b = _Names.of(a), _Names.of(b)
     prefix_a, prefix_b = _prefixes(list(names_a.layers), list(names_b.layers))
     layers_a = _without(prefix_a, names_a.layers, _without(prefix_b, names_b.layers))
@@ -123,14 +123,14 @@ def compare(a: StateDict, b: StateDict) -> Comparison:
 
 
 def movement(name: str, a: SavedLayer, b: SavedLayer) -> Movement:
-    """From the statistics of one layer to those of another of as many channels."""
+    """The change from the statistics of one layer to those of another with the same number of channels."""
     return Movement(name, b.mean, b.var, a.mean, a.var, b.eps)
 
 
 def _prefixes(a: Sequence[str], b: Sequence[str]) -> tuple[str, str]:
-    """What stands before the names of A and of B, so that most names are in both; ("", "") where any are equal.
+    """The prefixes to remove from A and from B so that most names agree; ("", "") if some names are equal already.
 
-    Both may have some of `PREFIXES`, and behind them one may have what the other has not, whatever it is.
+    Each may start with some of `PREFIXES`, and one of them may then have a further prefix of any kind.
     """
     if not a or not b or set(a) & set(b):
         return "", ""
@@ -148,7 +148,7 @@ def _prefixes(a: Sequence[str], b: Sequence[str]) -> tuple[str, str]:
 
 
 def _known(names: Sequence[str]) -> list[str]:
-    """Prefixes of `PREFIXES`, one after the other, that all names have; the empty one first."""
+    """The prefixes composed of `PREFIXES` that all names have, from the empty one to the longest."""
     found = [""]
     while inner := next((p for p in PREFIXES if all(name.startswith(found[-1] + p) for name in names)), ""):
         found.append(found[-1] + inner)
@@ -156,7 +156,7 @@ def _known(names: Sequence[str]) -> list[str]:
 
 
 def _before(wrapped: Sequence[str], plain: Sequence[str]) -> str:
-    """What stands before the names of `plain` in `wrapped`; "" where nothing does."""
+    """The prefix that the names of `plain` have in `wrapped`; "" if there is none."""
     before = {name.removesuffix(plain[0]) for name in wrapped if name.endswith("." + plain[0])}
     known = set(wrapped)
     return max(sorted(before), key=lambda prefix: sum(prefix + name in known for name in plain), default="")
@@ -165,6 +165,6 @@ def _before(wrapped: Sequence[str], plain: Sequence[str]) -> str:
 def _without(
     prefix: str, layers: Mapping[str, SavedLayer], others: Container[str] | None = None
 ) -> dict[str, SavedLayer]:
-    """Layers by their names without the prefix; where there are others, only if that is a name among them."""
+    """Layers by name without the prefix; if `others` is given, it is removed only from names that are then in it."""
     short = {name: name.removeprefix(prefix) for name in layers}
     return {short[name] if others is None or short[name] in others else name: layer for name, layer in layers.items()}

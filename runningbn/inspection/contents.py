@@ -1,4 +1,4 @@
-"""What is inside the objects of a checkpoint: whole models as their state dicts, any other object as its attributes."""
+"""Contents of the objects in a checkpoint: the state dict of a whole model, the attributes of any other object."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from .errors import Budget
 from .unpickling import Stub
 
-# Attributes of a module that are saved in its state dict, and that which holds other modules.
+# Attributes of a module that are saved in its state dict, and the attribute with its submodules.
 _TENSORS, _MODULES = ("_parameters", "_buffers"), "_modules"
 _SCRIPTED = "__torch__."
-# Classes that are made from a dict, or a list of pairs.
+# Classes that are constructed from a dict or a list of pairs.
 _MAPPINGS = frozenset(("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"))
 _GRAPH_MODULE = ".reduce_graph_module"
 
 
 def opened(item: Any, budget: Budget) -> Any:
-    """What is in an item, for `nested.walk`: a mapping, a list or a tuple; None for what has nothing inside."""
+    """The contents of an item, for `nested.walk`: a mapping, a list or a tuple; None if it has none."""
     if isinstance(item, (Mapping, list, tuple)):
         return item
     if not isinstance(item, Stub):
@@ -39,7 +39,7 @@ def _as_mapping(source: Any) -> Any:
 
 
 def _attributes(item: Any) -> Mapping[Any, Any]:
-    """What would be in the object's ``__dict__`` and slots."""
+    """The contents of the object's ``__dict__`` and slots, if it were created."""
     if not isinstance(item, Stub):
         return {}
     state = item.state
@@ -54,14 +54,14 @@ def _is_module(item: Stub) -> bool:
 
 
 def _entries(item: Any) -> Mapping[Any, Any]:
-    """What is in a dict, or in the OrderedDict of an older release."""
+    """The entries of a dict, or of the OrderedDict of an older release."""
     if isinstance(item, Stub) and item.name in _MAPPINGS:
         return item.entries or (_as_mapping(item.arguments[-1]) if item.arguments else None) or {}
     return item if isinstance(item, Mapping) else {}
 
 
 def _state_dict(module: Stub, budget: Budget) -> dict[str, Any]:
-    """What ``module.state_dict()`` would be, a shared module once, and with the `eps` of each module that has one."""
+    """The result of ``module.state_dict()``, with shared modules once, plus the `eps` of each module that has one."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
     waiting = [("", module)]

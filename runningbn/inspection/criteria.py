@@ -1,7 +1,7 @@
-"""What can be wrong with the statistics of a layer, told from its numbers alone.
+"""Criteria for defects in the statistics of a layer, by its numbers alone.
 
-One criterion is one function from a layer to the channels that it concerns. Those of the severity "error" make
-evaluation wrong whatever the model is for; a "warning" is worth a look and may be meant.
+A criterion is a function from a layer to the channels for which it holds. With the severity "error", evaluation is
+wrong for any model; a "warning" should be checked and may be intended.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from .layers import SavedLayer, StateDict
 
 ERROR, WARNING = "error", "warning"
 
-# What a starting variance of 1 decays to in 262 batches of a constant at momentum 0.1.
+# An initial variance of 1 decays to this in 262 batches of constant input, at momentum 0.1.
 CONSTANT_VARIANCE = 1e-12
-# Times (x − mean)·rstd, which is of order 1: less than float32 can tell beside a bias of order 1.
+# The weight is multiplied by (x − mean)·rstd, of order 1. Below this, the product is lost to float32 rounding when a
+# bias of order 1 is added.
 ZERO_WEIGHT = 1e-7
-# A standard deviation 100 times that of the layer's typical channel.
+# A standard deviation 100 times the median of the layer.
 HUGE_VARIANCE_RATIO = 1e4
-# In standard deviations. bfloat16 has 8 bits, and beyond 2⁸ none is left for x − mean.
+# In standard deviations. bfloat16 has 8 significant bits, so above 2⁸ x − mean has no correct digits.
 FAR_MEAN = 256.0
-# In standard deviations: how far a mean may be from what its state says. Their rounding is far below, unless the mean
-# is far, for which relative rounding of float32 comes on top, 100-fold.
+# Tolerated difference between running_mean and the mean of the state: in standard deviations, which is far above
+# rounding, plus 100 times the float32 rounding of the mean, for means far from 0.
 STATE_MEAN = 1e-3
 STATE_ROUNDING = 100 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """``find`` takes a layer to the channels concerned, (C,) bool; ``sentence`` says what that means."""
+    """``find`` returns the channels of a layer for which it holds, (C,) bool; ``sentence`` explains the criterion."""
 
     name: str
     severity: str
@@ -43,7 +44,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Finding:
-    """A criterion that a layer meets, and the channels for which it does."""
+    """A criterion that holds for a layer, and the indices of the channels."""
 
     criterion: Criterion
     indices: tuple[int, ...]
@@ -53,12 +54,12 @@ Judged = list[tuple[SavedLayer, list[Finding]]]
 
 
 def mean_over_std(layer: SavedLayer) -> Tensor:
-    """|mean|/std, (C,), with std = (var + eps)^½; NaN where that is the root of a negative number."""
+    """|mean|/std, (C,), with std = (var + eps)^½; NaN where var + eps is negative."""
     return layer.mean.abs() / (layer.var + layer.eps).sqrt()
 
 
 def spread(values: Tensor) -> dict[str, float | None]:
-    """Minimum, median and maximum of the finite ones; None where there are none."""
+    """Minimum, median and maximum of the finite values; None if there are none."""
     finite = values[values.isfinite()]
     if not len(finite):
         return {"min": None, "median": None, "max": None}
@@ -71,7 +72,7 @@ def judge(state_dict: StateDict) -> Judged:
 
 
 def findings(layer: SavedLayer) -> list[Finding]:
-    """What is wrong with a layer, in the order of `CRITERIA`."""
+    """The findings of a layer, in the order of `CRITERIA`."""
     found = [(criterion, criterion.find(layer).nonzero().flatten().tolist()) for criterion in CRITERIA]
     return [Finding(criterion, tuple(indices)) for criterion, indices in found if indices]
 
@@ -127,7 +128,7 @@ def _huge_variance(layer: SavedLayer) -> Tensor:
 
 def _far_mean(layer: SavedLayer) -> Tensor:
     far = mean_over_std(layer)
-    # Of a constant input the standard deviation says nothing.
+    # For a constant input the standard deviation is meaningless.
     return far.isfinite() & (far > FAR_MEAN) & ~_no_variance(layer)
 
 
@@ -150,7 +151,7 @@ def _state_disagrees(layer: SavedLayer) -> Tensor:
         return _all_or_none(layer, False)
     mean, _ = moments(layer.sums)
     allowed = STATE_MEAN * (layer.var + layer.eps).sqrt() + STATE_ROUNDING * layer.mean.abs()
-    # An empty state has nothing to say.
+    # An empty state has no mean to compare.
     return (layer.sums.count > 0) & ((mean - layer.mean).abs() > allowed)
 
 
@@ -162,26 +163,26 @@ CRITERIA = (
     Criterion(
         "not_finite",
         ERROR,
-        "running_mean or running_var is NaN or infinite: evaluation gives NaN there, or a constant.",
+        "running_mean or running_var is NaN or infinite: the output in evaluation is NaN or a constant.",
         _not_finite,
     ),
     Criterion("affine_not_finite", ERROR, "weight or bias is NaN or infinite: so is the output.", _affine_not_finite),
     Criterion(
         "negative_variance",
         ERROR,
-        "running_var is negative: evaluation divides by the root of a number that is negative, or far too small.",
+        "running_var is negative: evaluation divides by the root of a number that is negative or far too small.",
         _negative_variance,
     ),
     Criterion(
         "untouched",
         WARNING,
-        "mean 0 and variance 1 in every channel: no data has been seen, so evaluation does not normalise.",
+        "mean 0 and variance 1 in every channel: the statistics were never updated, so evaluation does not normalise.",
         _untouched,
     ),
     Criterion(
         "identical_variance",
         WARNING,
-        "running_var is one number for all channels: it comes from an initialisation, hardly from data.",
+        "running_var is the same for all channels: it is probably an initial value, not from data.",
         _identical_variance,
     ),
     Criterion(
@@ -193,8 +194,8 @@ CRITERIA = (
     Criterion(
         "variance_underflow",
         WARNING,
-        "running_var is 0 in a dtype that has no numbers below 6e-8, as float16: the channel may be dead, or alive in "
-        "float32. This file cannot tell.",
+        "running_var is 0 in a dtype that has no numbers below 6e-8, as float16: the channel may be dead, or have a "
+        "small variance in float32, which this file does not show.",
         _variance_underflow,
     ),
     Criterion(
@@ -206,8 +207,8 @@ CRITERIA = (
     Criterion(
         "huge_variance",
         WARNING,
-        f"running_var is over {HUGE_VARIANCE_RATIO:g} times the median of its layer: as "
-        "after a few batches that blew up.",
+        f"running_var is over {HUGE_VARIANCE_RATIO:g} times the median of its layer, as after a few batches with very "
+        "large inputs.",
         _huge_variance,
     ),
     Criterion(
@@ -216,32 +217,32 @@ CRITERIA = (
     Criterion(
         "zero_weight",
         WARNING,
-        f"|weight| is below {ZERO_WEIGHT:g}: the output is the bias whatever comes in, so the channel is dead.",
+        f"|weight| is below {ZERO_WEIGHT:g}: the output is the bias for any input, so the channel is dead.",
         _zero_weight,
     ),
     Criterion(
         "behind",
         WARNING,
-        "fewer batches were absorbed than in the layer's other channels: the inputs of the rest were not finite.",
+        "fewer updates than in the layer's other channels: in the other batches, the inputs were not finite.",
         _behind,
     ),
     Criterion(
         "state_not_finite",
         WARNING,
-        "the sums behind the statistics are not finite: evaluation may work, training on will not.",
+        "the state from which the statistics are computed is not finite: evaluation may work, further training will "
+        "not.",
         _state_not_finite,
     ),
     Criterion(
         "state_disagrees",
         WARNING,
-        "running_mean is not what the sums behind it say: the next training step goes back to those.",
+        "running_mean differs from the mean of the state: the next training step will continue from the state.",
         _state_disagrees,
     ),
     Criterion(
         "unusable_state",
         WARNING,
-        "the sums behind the statistics are incomplete or in 16 bits: a load starts new "
-        "ones from running_mean and running_var.",
+        "the state is incomplete or in 16 bits: loading seeds a new state from running_mean and running_var.",
         _unusable_state,
     ),
 )

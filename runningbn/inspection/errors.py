@@ -1,31 +1,31 @@
-"""Why a checkpoint cannot be read, and how much memory reading it may take."""
+"""Errors of reading a checkpoint, and the limit of memory for reading."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read, or that has no statistics in it. The message says what to do."""
+    """A file that cannot be read, or has no statistics in it. The message says what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 class UnreadableError(Exception):
-    """The reason alone; whoever knows the file makes a `CheckpointError` of it."""
+    """The reason without the file; the caller that knows the file raises a `CheckpointError` from it."""
 
 
 def printable(text: str) -> str:
-    """Text from a file as one that leaves a terminal alone: control characters are written out."""
+    """Text from a file with control characters escaped, so that it is safe to print to a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Budget:
-    """The memory that reading may take: a constant, and a multiple of the size of the files.
+    """The memory limit for reading: a constant plus a multiple of the size of the files.
 
-    A file says itself how many objects and elements it has. What it declares is charged before it is made.
+    Numbers of objects and elements come from the file, so their memory is charged before they are allocated.
     """
 
-    # Of ordinary files, a tensor of half precision becomes float64, and a short string a Python object: 4 to 12 times.
+    # Ordinary files need 4 to 12 times their size: float16 tensors become float64, short strings become Python objects.
     PER_BYTE = 16
     LEAST = 128 << 20
 
@@ -33,18 +33,18 @@ class Budget:
         self.limit, self.spent = self.LEAST, 0
 
     def extend(self, size: int) -> None:
-        """A file of so many bytes is to be read, too."""
+        """Raise the limit for a further file of `size` bytes."""
         self.limit += self.PER_BYTE * size
 
     def spend(self, size: int) -> None:
-        """Account for so many bytes of memory.
+        """Charge `size` bytes of memory.
 
         Raises:
-            UnreadableError: if that is more than a file of this size can need.
+            UnreadableError: if the limit is exceeded.
         """
         self.spent += size
         if self.spent > self.limit:
             raise UnreadableError(
-                f"declares more than fits into it: reading would take over {self.limit >> 20:,} MiB, "
-                f"{self.PER_BYTE} times its size. It is damaged, or made to fill the memory"
+                f"declares more data than fits into it: reading would need more than {self.limit >> 20:,} MiB, "
+                f"{self.PER_BYTE} times its size. It is damaged, or made to exhaust memory"
             )

@@ -1,4 +1,4 @@
-"""Files and folders of every kind that is read, told by what is in them rather than by their names."""
+"""Detect the format of checkpoint files and folders by their contents, and load them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .spans import Span
 from .tensors import SavedTensor
 from .torch_files import read_pickle, read_zip
 
-# What save_pretrained and its relatives leave in a folder, in the order in which they are looked for.
+# Files written by save_pretrained and similar functions, in the order of search.
 FILES_OF_A_FOLDER = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,7 +26,7 @@ FILES_OF_A_FOLDER = (
     "pytorch_model.bin.index.json",
     METADATA,
 )
-# What else is found under the name of a checkpoint: how it starts, and what it is.
+# Other kinds of files that may have the name of a checkpoint: first bytes and message.
 _OTHERS = (
     (b"version https://git-lfs", "is a pointer of git-lfs, not the file itself: fetch that by `git lfs pull`"),
     (b"<!DOCTYPE", "is a page of HTML: the download went wrong"),
@@ -39,11 +39,11 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        contents: dicts, lists, and stubs of everything else.
-        tensor: what a value in it is, None where it is no tensor.
+        contents: dicts and lists, with stubs for all other objects.
+        tensor: returns the tensor that a value in the contents stands for; None if it is none.
     """
 
     contents: Any
@@ -51,13 +51,13 @@ class Loaded:
 
 
 class Files:
-    """The open files of one checkpoint, and the memory that reading them may take."""
+    """The open files of one checkpoint, and the memory limit for reading them."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack, self.budget = stack, Budget()
 
     def open(self, path: Path) -> Span:
-        """A whole file.
+        """Open a file; the span covers all of it.
 
         Raises:
             CheckpointError: if it cannot be opened.
@@ -75,10 +75,10 @@ class Files:
 
 @contextmanager
 def loaded(path: Path) -> Iterator[tuple[Loaded, Budget]]:
-    """What a file or folder holds; its tensors can be read until the block is left.
+    """Load a file or folder; its tensors can be read inside the block.
 
     Raises:
-        CheckpointError: if it cannot be read, also for an `UnreadableError` inside the block.
+        CheckpointError: if it cannot be read, or for an `UnreadableError` inside the block.
     """
     with ExitStack() as stack:
         files = Files(stack)
@@ -131,13 +131,13 @@ def _load_file(path: Path, files: Files) -> Loaded:
 
 
 def _starts_as_safetensors(start: bytes, size: int) -> bool:
-    """A length of 8 bytes, and as much JSON."""
+    """Whether it starts with a length in 8 bytes, not above the size of the file, and the start of a JSON object."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
 
 @dataclass(frozen=True, eq=False)
 class _Read(SavedTensor):
-    """A tensor that its library has read."""
+    """A tensor that was read by the safetensors library."""
 
     value: Any
 
@@ -150,7 +150,7 @@ def _itself(value: Any) -> SavedTensor | None:
 
 
 def _load_safetensors(path: Path) -> dict[str, _Read]:
-    """Of all tensors, only those of layers with statistics."""
+    """The tensors of layers with statistics; no others are read."""
     from safetensors import SafetensorError, safe_open
 
     try:

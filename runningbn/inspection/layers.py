@@ -1,7 +1,7 @@
 """The BatchNorm layers in a state dict, without the code of its model.
 
-A layer is whatever has a `running_mean` and a `running_var`; keys are kept whole, "module." included. An InstanceNorm
-that tracks statistics has the same keys, so it is listed, too.
+A layer is any prefix with a `running_mean` and a `running_var`; keys are not shortened, "module." included. An
+InstanceNorm that tracks statistics has the same keys, so it is listed, too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..ops.state import Sums
 from .summary import batches_tracked
 
 AFFINE = ("weight", "bias")
-# One number per channel each, where a layer has them.
+# Tensors with one number per channel.
 PER_CHANNEL = (*VIEW, *AFFINE, *CHECKPOINTED, *TRAINING)
-LOOKED_AT = (*PER_CHANNEL, "num_batches_tracked", "eps")
+RELEVANT_KEYS = (*PER_CHANNEL, "num_batches_tracked", "eps")
 # A checkpoint of tensors does not hold a layer's eps. This is the default of nn.BatchNorm.
 EPS = 1e-5
 
@@ -31,14 +31,14 @@ class SavedLayer:
     """One BatchNorm layer of a checkpoint. C channels; tensors are (C,), float64, on the CPU.
 
     Attributes:
-        name: its prefix in the state dict, without the last dot; "" where the layer was saved by itself.
+        name: its prefix in the state dict, without the last dot; "" if the layer was saved by itself.
         dtype: of `running_mean` in the file.
         mean, var: `running_mean` and `running_var`.
-        weight, bias: None where there is none.
-        batches: `num_batches_tracked`, None where there is none.
-        state: the pooled state of our layers; empty for all others.
-        training_state: what only training of RunningBatchNorm reads, likewise.
-        unusable_state: whether it has parts of a state, or all of it in 16 bits, which a load does not take over.
+        weight, bias: None if there is none.
+        batches: `num_batches_tracked`, None if there is none.
+        state: the pooled state of this library's layers; empty for all others.
+        training_state: buffers that only RunningBatchNorm's training reads; empty for all others.
+        unusable_state: whether the state is incomplete or in 16 bits; loading then ignores it.
         eps: what evaluation adds to the variance.
         least_var: the smallest positive number of the dtype of `running_var`.
     """
@@ -68,13 +68,13 @@ class SavedLayer:
 
     @property
     def effective_elements(self) -> Tensor:
-        """How many elements of equal weight would know as much, (C,): (Σw)²/Σw², Kish 1965."""
+        """The effective sample size in elements, (C,): (Σw)²/Σw², Kish 1965."""
         return self.state["count"].square() / self.state["count_sqrs"]
 
     @property
-    def taken_over(self) -> bool:
-        """Whether the state was seeded by statistics from elsewhere; how much data they saw is not known then."""
-        # No training reaches that many samples; averaging weights may have made the number less than it was.
+    def is_seeded(self) -> bool:
+        """Whether the state was seeded from given statistics; their amount of data is then not known."""
+        # `samples` is then SETTLED, which no training reaches. Averaging weights may have reduced it, hence the factor.
         return bool((self.state["samples"] <= SETTLED / 256).logical_not().any())
 
 
@@ -83,9 +83,9 @@ class StateDict:
     """The layers of one state dict.
 
     Attributes:
-        place: where it is in the file, such as "state_dict"; "" where it is the file.
-        layers: in the order of the file; safetensors has no order, so there by name.
-        left_out: layers that have a `running_mean` or `running_var` but are none to judge: name and reason.
+        place: its place in the file, such as "state_dict"; "" if it is the whole file.
+        layers: in the order of the file; for safetensors, which has no order, by name.
+        left_out: layers with a `running_mean` or `running_var` that cannot be checked: name and reason.
     """
 
     place: str
@@ -99,9 +99,9 @@ class StateDict:
 
 
 def read_state_dict(place: str, tensors: Mapping[str, Any], eps: float | None = None) -> StateDict | None:
-    """The layers among these tensors; None where nothing is called `running_mean` or `running_var`.
+    """The layers among these tensors; None if there is no `running_mean` or `running_var`.
 
-    An `eps` beside the tensors of a layer is its own, unless one is given for all.
+    An `eps` stored with the tensors of a layer is used, unless `eps` is given for all layers.
     """
     layers, left_out = [], []
     for prefix in _prefixes(tensors):
@@ -118,8 +118,8 @@ def read_state_dict(place: str, tensors: Mapping[str, Any], eps: float | None = 
 
 
 def keys_of_layers(keys: Iterable[str]) -> list[str]:
-    """Those of a layer that has a `running_mean` or `running_var`, as far as they are looked at."""
-    keys = [key for key in keys if _leaf(key) in LOOKED_AT]
+    """The relevant keys of layers that have a `running_mean` or `running_var`."""
+    keys = [key for key in keys if _leaf(key) in RELEVANT_KEYS]
     found = set(_prefixes(keys))
     return [key for key in keys if key.removesuffix(_leaf(key)) in found]
 
@@ -129,17 +129,17 @@ def _leaf(key: str) -> str:
 
 
 def _prefixes(keys: Iterable[str]) -> list[str]:
-    """What stands before `running_mean` or `running_var`, in the order of the keys."""
+    """The prefixes of `running_mean` or `running_var`, in the order of the keys."""
     return list(dict.fromkeys(key.removesuffix(_leaf(key)) for key in keys if _leaf(key) in VIEW))
 
 
 def natural_order(key: str) -> list[tuple[bool, int, str]]:
-    """Layer 2 before layer 10."""
+    """A sort key that orders numbers in names by value: layer 2 before layer 10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in key.split(".")]
 
 
 def _unfit(parts: Mapping[str, Tensor]) -> str:
-    """Why these are not the tensors of a layer; empty where they are."""
+    """Why these are not the tensors of a layer; "" if they are."""
     missing = [name for name in VIEW if name not in parts]
     if missing:
         return f"it has no {missing[0]}"
@@ -169,7 +169,7 @@ def _layer(name: str, parts: Mapping[str, Tensor], eps: float) -> SavedLayer:
         batches=batches_tracked(parts.get("num_batches_tracked")),
         state={part: wide[part] for part in own} if usable else {},
         training_state={part: wide[part] for part in TRAINING if part in wide} if usable else {},
-        # An RL normaliser has a count of its own beside its statistics, and that is no part of a state.
+        # A normaliser of an RL library may have a `count`, too, which is not part of such a state.
         unusable_state=2 * len(own) >= len(CHECKPOINTED) and not usable,
         eps=eps,
         least_var=_least(parts["running_var"].dtype),

@@ -1,4 +1,4 @@
-"""merge_statistics: the pooled statistics of several models, from their state dicts alone."""
+"""merge_statistics: pool the statistics of several models, from their state dicts alone."""
 
 from __future__ import annotations
 
@@ -15,53 +15,54 @@ from ..ops.state import Sums, moments, move_pivot, unbiased
 from .summary import batches_tracked
 
 _TRACKED = "num_batches_tracked"
-_MOST_BATCHES = 2**62  # what int64 holds, with room to go on counting
+_MAX_BATCHES = 2**62  # half the range of int64, so that counting can continue
 _Layer = dict[str, Tensor]  # the statistics of one layer in one state dict, by the names of its buffers
 
 
 def merge_statistics(
     state_dicts: Iterable[Mapping[str, Any]], weights: Iterable[float] | None = None
 ) -> dict[str, Tensor]:
-    """The statistics of all BatchNorm layers, as if one model had seen what several saw; for federated averaging.
+    """Merge the statistics of all BatchNorm layers into those of all data together; for federated averaging.
 
-    With p_k the share of state k, Σ p_k = 1, the mean and the variance of the mixture of all data are, per channel::
+    With weights p_k of the states, Σ p_k = 1, the mean and the variance of the mixture of all data are, per channel::
 
         mean = sum_k p_k * mean_k
         var  = sum_k p_k * (var_k + (mean_k - mean)**2)
 
-    Averaging `running_var` leaves out the second term, the variance between the clients, and where each has data of its
-    own kind that is most of it.
+    Averaging `running_var` omits the second term, the variance between the clients. If the clients have different kinds
+    of data, this is most of the variance.
 
-    The state of our own layers is sums over the data, so it is merged exactly: several that were trained with
-    ``momentum=None``, each on a part of the data, give the state of one that has seen all, and training goes on from
-    it. `running_var` is corrected as the layers themselves do it. Of torch's layers the formula above is taken with
-    `running_var` as it is, whose correction n/(n − 1) belongs to each part: by that much it is off.
+    The state of this library's layers consists of sums over the data, so it is merged exactly: layers trained with
+    ``momentum=None``, each on a part of the data, give the state of one layer trained on all data, and training can
+    continue from it. `running_var` is corrected as in the layers. For torch's layers, the formula above uses
+    `running_var` as it is, with the correction n/(n − 1) of each part, which causes an error of that size.
 
-    What the states have in common, as the data of an earlier round that all went on from, counts once for each. Where
-    that matters, call ``reset_running_stats()`` on the layers when a round begins.
+    Data that several states have in common, as from an earlier round, count once for each state. To avoid this, call
+    ``reset_running_stats()`` on the layers at the start of a round.
 
-    A state that has seen nothing contributes nothing: one of our layers that is empty, or mean 0, variance 1 and no
+    A state without data contributes nothing: an empty state of this library's layers, or mean 0, variance 1 and no
     batches tracked.
 
     Args:
-        state_dicts: what ``model.state_dict()`` gave, for each of several models of one architecture.
-        weights: of each state, ≥ 0: how many elements per channel or samples its statistics are of, or anything
-            proportional to that. None: our own layers know their effective number of elements, (Σw)²/Σw² per channel;
-            torch's layers, and ours where all of them went on from statistics of unknown weight, count alike.
+        state_dicts: the result of ``model.state_dict()`` for several models of one architecture.
+        weights: of each state, ≥ 0: the number of elements per channel or samples of its statistics, or anything
+            proportional to that. None: this library's layers are weighted by their effective number of elements,
+            (Σw)²/Σw² per channel. torch's layers have equal weights, and so do this library's if the states of all
+            were seeded from statistics of unknown weight.
 
     Returns:
-        A dict of the statistics and nothing else, which are `running_mean`, `running_var`, `num_batches_tracked` (the
-        sum), and of our layers the state behind them, in the dtypes and on the devices of the first state. Parameters,
-        and what training remembers of gradients, are the caller's: ``model.load_state_dict({**averaged, **merged})``.
+        A dict of the statistics only: `running_mean`, `running_var`, `num_batches_tracked` (the sum), and the state of
+        this library's layers, in the dtypes and on the devices of the first state. Parameters, and the buffers that
+        training keeps about gradients, are not merged: ``model.load_state_dict({**averaged, **merged})``.
 
     Raises:
-        TypeError: if a state is no mapping, as a model is none.
+        TypeError: if a state is not a mapping, for example a model.
         ValueError: if there is no state or no statistics in them; if layers or channels differ; if statistics are not
-            finite; if weights are not one finite number ≥ 0 for each state, or all zero, or missing where a layer went
-            on from statistics of unknown weight in some of the states.
+            finite; if weights are not one finite number ≥ 0 for each state, or all zero, or missing where a layer was
+            seeded from statistics of unknown weight in some of the states.
 
     Example:
-        Two clients, of one element 0 and three elements 4, whose own variance is 0:
+        Two clients: one with a single element 0, one with three elements 4; the variance within each is 0:
 
         >>> import torch
         >>> from runningbn import merge_statistics
@@ -84,7 +85,7 @@ def merge_statistics(
     return merged
 
 
-# -------------------------------------------------------------------------------------------------------- what is given
+# --------------------------------------------------------------------------------------------------------------- inputs
 
 
 def _listed(state_dicts: Any) -> list[Mapping[str, Any]]:
@@ -125,7 +126,7 @@ def _layers(number: int, state: Mapping[str, Any]) -> dict[str, _Layer]:
                 f"many of running_var, got {tuple(shape)} and {tuple(layer['running_var'].shape)}"
             )
         own = [layer[name] for name in CHECKPOINTED if name in layer]
-        # Parts of a state, and counts in 16 bits, are what a load does not take over either.
+        # An incomplete state, or one in 16 bits, is ignored, as in loading.
         if len(own) < len(CHECKPOINTED) or any(part.shape != shape or is_narrow(part) for part in own):
             layer = {name: tensor for name, tensor in layer.items() if name not in CHECKPOINTED}
         found[prefix] = layer
@@ -162,23 +163,23 @@ def _check_finite(prefix: str, parts: Mapping[int, _Layer]) -> None:
 
 
 def _wide(parts: Sequence[_Layer], name: str) -> Tensor:
-    """A buffer of all states, (K, C), float64. There is no float64 on every device, and these are small."""
+    """A buffer of all states, (K, C), float64, on the CPU, since not every device has float64."""
     return torch.stack([part[name].to("cpu", torch.float64) for part in parts])
 
 
 def _shares(weights: Tensor) -> Tensor:
-    """Weights (K, C) that add up to 1; 0 where there are none."""
+    """Weights (K, C) normalised to the sum 1 over K; 0 if all are 0."""
     return weights / weights.sum(0).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def _batches(parts: Sequence[_Layer], contributes: Tensor) -> Tensor:
     numbers = [batches_tracked(part.get(_TRACKED)) or 0 for part in parts]
     total = sum(number for number, does in zip(numbers, contributes.any(1).tolist()) if does)
-    return torch.tensor(min(total, _MOST_BATCHES))
+    return torch.tensor(min(total, _MAX_BATCHES))
 
 
 def _merge_views(parts: Sequence[_Layer], given: Sequence[float] | None) -> _Layer:
-    """Of layers of which mean and variance are all that is known."""
+    """Merge layers that have only mean and variance."""
     means, variances = (_wide(parts, name) for name in VIEW)
     weights = torch.ones_like(means) if given is None else torch.tensor(given, dtype=torch.float64)[:, None]
     weights = weights * torch.tensor([[not _untouched(part)] for part in parts])
@@ -199,15 +200,15 @@ def _untouched(part: _Layer) -> bool:
 
 
 def _merge_states(prefix: str, parts: Sequence[_Layer], given: Sequence[float] | None) -> _Layer:
-    """Of our layers: the states are scaled so that each counts what it is to weigh, and added up."""
+    """Merge states of this library's layers: scale each by its weight, and add."""
     wide = {name: _wide(parts, name) for name in (*CHECKPOINTED, *VIEW)}
     count, filled = wide["count"], wide["count"] > 0
     weights = _weights(prefix, wide, given) * filled
-    # Times the number of elements that one weight stands for in a state: a share of batches, which are what states are
-    # averages of. Of cumulative averages, those over 1/t of t batches each, it is the share of t.
+    # A state is an average over batches, and `count` is its average number of elements per batch. So the weights of the
+    # states are proportional to weights/count; for cumulative averages over t batches, this is the share of t.
     gains = _shares(torch.where(filled, weights / count, 0))
     means = moments(Sums(*(wide[name] for name in Sums._fields)))[0]
-    # The pivot as it will be stored: sums about another one would be off by its rounding.
+    # The pivot is rounded to its stored dtype first; otherwise the sums would be relative to a different pivot.
     pivot = (_shares(weights) * means).sum(0).to(parts[0]["shift"].dtype).double()
     moved = [move_pivot(Sums(*(wide[name][k] for name in Sums._fields)), pivot) for k in range(len(parts))]
     sums = Sums(pivot, *((gains * torch.stack(terms)).sum(0) for terms in list(zip(*moved))[1:]))
@@ -233,18 +234,18 @@ def _merge_states(prefix: str, parts: Sequence[_Layer], given: Sequence[float] |
 
 
 def _weights(prefix: str, wide: dict[str, Tensor], given: Sequence[float] | None) -> Tensor:
-    """(K, C): those that are given, or the effective numbers of elements, or 1 where none of these are known."""
+    """Weights, (K, C): as given, or the effective numbers of elements, or 1 if none of these are known."""
     count, count_sqrs = wide["count"], wide["count_sqrs"]
     if given is not None:
         return torch.tensor(given, dtype=torch.float64)[:, None].expand_as(count)
-    # Statistics that were taken over from elsewhere count as more samples than anybody has; averaging made it fewer.
+    # For seeded states, `samples` is SETTLED, which no training reaches; averaging weights may have reduced it.
     unknown = (wide["samples"] > SETTLED / 1e6) | ((count > 0) & (count_sqrs <= 0))
     if not unknown.any():
         return count.square() / count_sqrs.clamp_min(torch.finfo(count.dtype).tiny)
     if (unknown | (count == 0)).all():
         return torch.ones_like(count)
     raise ValueError(
-        f"merge_statistics: weights: expected some, for {prefix.removesuffix('.') or 'the layer'} went on from "
+        f"merge_statistics: expected weights, since {prefix.removesuffix('.') or 'the layer'} was seeded from "
         "statistics of unknown weight in some of the states and not in others"
     )
 
@@ -252,7 +253,8 @@ def _weights(prefix: str, wide: dict[str, Tensor], given: Sequence[float] | None
 def _corrects(wide: dict[str, Tensor]) -> bool:
     """Whether `running_var` has Bessel's correction, as in PreciseBatchNorm, or none, as in RunningBatchNorm.
 
-    A state dict does not name its class. Where the numbers do not tell, the correction is below their rounding.
+    A state dict does not contain the class of the layer, so this is detected from `running_var`. If the two cannot be
+    distinguished, the correction is below rounding.
     """
     _, var = moments(Sums(*(wide[name] for name in Sums._fields)))
     corrected = unbiased(var, wide["count"], wide["count_sqrs"])

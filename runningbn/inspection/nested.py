@@ -1,4 +1,4 @@
-"""State dicts inside dicts and lists, as checkpoints have them."""
+"""Find state dicts nested in dicts and lists, as in checkpoints."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Levels of dicts and lists; what lies deeper is no state dict that anybody loads.
-DEEPEST = 64
+# Largest depth of dicts and lists in which state dicts are searched.
+MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Place:
-    """Where something is: in the outer place, under a key. ``str`` joins the keys by dots; "" is the whole."""
+    """The position of an item: a key in an outer place. ``str`` joins the keys by dots; "" is the whole file."""
 
     outer: Place | None = None
     key: str = ""
@@ -27,7 +27,7 @@ class Place:
         return ".".join(reversed(keys))
 
     def inner(self, key: Any) -> Place:
-        """The place under a key."""
+        """The place of the item under a key."""
         return Place(self, shown(key), self.depth + 1)
 
 
@@ -47,7 +47,7 @@ def _pairs(inside: Any) -> list[tuple[Any, Any]]:
 
 
 def find(contents: Any, key: str, opened: Callable[[Any], Any] = _plain) -> list[Any]:
-    """What is under a key, whose parts are joined by dots and may have dots themselves; more than one in odd cases."""
+    """The values under a key of parts joined by dots. Parts may contain dots, so several values may match."""
     found, waiting = [], [(contents, key)]
     while waiting:
         item, rest = waiting.pop()
@@ -62,17 +62,17 @@ def find(contents: Any, key: str, opened: Callable[[Any], Any] = _plain) -> list
 def walk(
     contents: Any, opened: Callable[[Any], Any] = _plain, place: Place | None = None
 ) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    """Every mapping in dicts, lists and tuples with its place, outer ones first, and of it what has a string as key.
+    """Every mapping in dicts, lists and tuples with its place, outer ones first, restricted to string keys.
 
-    One that is in several places is at the first of them.
+    A mapping that occurs in several places is returned once, at the first of them.
 
     Args:
-        contents: what to look into.
-        opened: takes an item to what is in it, a mapping, list or tuple; None for what has nothing inside.
+        contents: the object to search.
+        opened: returns the contents of an item, a mapping, list or tuple; None if it has none.
         place: of the contents.
     """
     seen: set[int] = set()
-    # No recursion, for a file says how deep it is; and a place is made when it is reached, for there may be many.
+    # Without recursion, since the file determines the depth. Places are created when reached, since there may be many.
     waiting: list[tuple[Place | None, Any, Any]] = [(None, None, contents)]
     while waiting:
         outer, key, item = waiting.pop()
@@ -82,7 +82,7 @@ def walk(
         here = (place or Place()) if outer is None else outer.inner(key)
         if isinstance(inside, Mapping):
             yield here, {key: value for key, value in inside.items() if isinstance(key, str)}
-        if here.depth < DEEPEST:
+        if here.depth < MAX_DEPTH:
             nested = [(here, key, value) for key, value in _pairs(inside) if not isinstance(value, _LEAVES)]
             waiting += reversed(nested)
 

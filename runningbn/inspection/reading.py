@@ -1,7 +1,7 @@
-"""Checkpoints, read without the code of their models.
+"""Read checkpoints without the code of their models.
 
-State dicts are looked for at any depth of what a file holds, so that "state_dict", "model", "ema", a Lightning
-checkpoint and a model that was pickled whole need no rule each.
+State dicts are searched at any depth of the contents of a file. So "state_dict", "model", "ema", a Lightning checkpoint
+and a pickled model need no separate rules.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .unpickling import Stub
 
 __all__ = ["CheckpointError", "Source", "printable", "read_checkpoint"]
 
-# More state dicts with statistics than a file can have that is no attack on memory.
-MOST_STATE_DICTS = 1000
+# Largest number of state dicts with statistics in one file; a file with more is taken as an attack on memory.
+MAX_STATE_DICTS = 1000
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Source:
 
     Attributes:
         path: of a file or folder.
-        key: the keys that lead to the part, joined by dots; "" for all of it.
+        key: the keys of the part, joined by dots; "" for the whole checkpoint.
     """
 
     path: Path
@@ -39,13 +39,13 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """From PATH or PATH:KEY. A path that is there is a path, whatever colons are in it."""
+        """Parse PATH or PATH:KEY. The longest existing path is used, so a path may contain colons."""
         end = len(text)
         while end > 0:
             if _exists(Path(text[:end])):
                 return cls(Path(text[:end]), text[end + 1 :])
             end = text.rfind(":", 0, end)
-        # Nothing is there: say so of what is probably the file. A letter before the first colon is a drive.
+        # No such path exists: return the probable file, for the error message. A single letter is a Windows drive.
         path, _, key = text.partition(":")
         return cls(Path(path), key) if len(path) > 1 else cls(Path(text))
 
@@ -53,7 +53,7 @@ class Source:
         return f"{self.path}:{self.key}" if self.key else str(self.path)
 
     def within(self, place: str) -> str:
-        """A place in this part, as seen from there."""
+        """A place relative to this part."""
         return place.removeprefix(self.key).removeprefix(".") if self.key else place
 
 
@@ -65,19 +65,19 @@ def _exists(path: Path) -> bool:
 
 
 def read_checkpoint(source: Source | Path, eps: float | None = None) -> list[StateDict]:
-    """Every state dict in a checkpoint that has BatchNorm statistics.
+    """Read every state dict in a checkpoint that has BatchNorm statistics.
 
-    Nothing in a file is imported, called or run: see `unpickling`. Of its tensors, those of layers with statistics are
-    read, and no more memory is taken than a `Budget` for the size of the files allows.
+    Nothing in a file is imported, called or run: see `unpickling`. Only tensors of layers with statistics are read, and
+    memory is limited by a `Budget` that depends on the size of the files.
 
     Args:
-        source: a file of ``torch.save`` (a state dict, anything around it, or a whole model) or safetensors, a pickle
-            of numpy arrays, an index of shards, a folder of ``save_pretrained`` or ``torch.distributed.checkpoint``; or
-            a part of one.
-        eps: of all layers. Where None, what the file says, as a model saved whole does, and else 1e-5.
+        source: a file of ``torch.save`` (a state dict, alone or nested, or a whole model) or safetensors, a pickle of
+            numpy arrays, an index of shards, a folder of ``save_pretrained`` or ``torch.distributed.checkpoint``; or a
+            part of one.
+        eps: of all layers. If None, the value in the file, which whole models contain, otherwise 1e-5.
 
     Raises:
-        CheckpointError: if it cannot be read safely, or has no statistics in it or in that part of it.
+        CheckpointError: if it cannot be read safely, or if it, or the given part of it, has no statistics.
         ModuleNotFoundError: for safetensors, without that package.
     """
     if isinstance(source, Path):
@@ -111,7 +111,7 @@ def _kind(contents: Any) -> str:
 
 
 def _state_dicts(checkpoint: Loaded, key: str, budget: Budget, eps: float | None) -> Iterator[StateDict]:
-    """The state dicts under a key; under the empty one, all."""
+    """The state dicts under a key; for "", all state dicts."""
     number = 0
 
     def inside(item: Any) -> Any:
@@ -126,8 +126,8 @@ def _state_dicts(checkpoint: Loaded, key: str, budget: Budget, eps: float | None
         if not keys:
             continue
         number += 1
-        if number > MOST_STATE_DICTS:
-            raise UnreadableError(f"holds more than {MOST_STATE_DICTS:,} state dicts with BatchNorm statistics")
+        if number > MAX_STATE_DICTS:
+            raise UnreadableError(f"holds more than {MAX_STATE_DICTS:,} state dicts with BatchNorm statistics")
         name = str(place)
         budget.spend(len(name))
         state_dict = read_state_dict(name, _tensors(entries, keys, checkpoint.tensor, budget), eps)
@@ -138,7 +138,7 @@ def _state_dicts(checkpoint: Loaded, key: str, budget: Budget, eps: float | None
 def _tensors(
     entries: Mapping[str, Any], keys: Sequence[str], tensor: Callable[[Any], SavedTensor | None], budget: Budget
 ) -> dict[str, Any]:
-    """The tensors under these keys, and what else is there as it is."""
+    """The values under these keys; saved tensors are read, other values are returned as they are."""
     found = {}
     for key in keys:
         saved = tensor(entries[key])

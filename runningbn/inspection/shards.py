@@ -1,4 +1,4 @@
-"""Folders of ``torch.distributed.checkpoint``: what ``.metadata`` says, and the pieces of tensors in other files."""
+"""Read folders of ``torch.distributed.checkpoint``: the file ``.metadata``, and pieces of tensors in other files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METADATA = ".metadata"
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor: where it begins in it, its sizes, and the file of ``torch.save`` that it is."""
+    """A block of a tensor: its offsets, its shape, and the byte range of its ``torch.save`` file inside another file."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -32,14 +32,14 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class ShardedTensor(SavedTensor):
-    """A tensor in pieces."""
+    """A tensor that is stored in pieces."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     open: Callable[[str], Span]
 
     def read(self, budget: Budget) -> Tensor:
-        """The tensor put together; see `tensors.SavedTensor`."""
+        """The tensor assembled from its pieces; see `tensors.SavedTensor`."""
         number = math.prod(self.shape)
         if sum(math.prod(piece.shape) for piece in self.pieces) != number:
             raise UnreadableError("has a tensor of which pieces are missing")
@@ -76,16 +76,16 @@ def read_distributed(metadata: Span, open_file: Callable[[str], Span], budget: B
     Args:
         metadata: the file ``.metadata``.
         open_file: opens another file of the folder by its name.
-        budget: is charged for what is made.
+        budget: is charged for allocated memory.
 
     Raises:
-        UnreadableError: for what is no such file, and a damaged one.
+        UnreadableError: if it is another kind of file, or damaged.
     """
     facts = _attributes(read_pickle(metadata, budget).contents)
     tensors, stored, paths = (facts.get(name) for name in ("state_dict_metadata", "storage_data", "planner_data"))
     if not isinstance(tensors, dict) or not isinstance(stored, dict):
         raise UnreadableError("is not the .metadata of torch.distributed.checkpoint")
-    files = _Opened(open_file)
+    files = _FileCache(open_file)
     pieces: dict[str, list[Piece]] = {}
     for index, where in stored.items():
         key, offsets = (_attributes(index).get(name) for name in ("fqn", "offset"))
@@ -101,8 +101,8 @@ def read_distributed(metadata: Span, open_file: Callable[[str], Span], budget: B
     return found
 
 
-class _Opened:
-    """Files of a folder, each opened once. A name that leads out of the folder is none."""
+class _FileCache:
+    """Files of a folder, each opened once. Names that refer to files outside of the folder are refused."""
 
     def __init__(self, open_file: Callable[[str], Span]) -> None:
         self._open, self._files = open_file, dict[str, Span]()
@@ -139,7 +139,7 @@ def _piece(offsets: tuple[int, ...], shape: tuple[int, ...], where: Mapping[Any,
 
 
 def _path(paths: Any, key: str) -> tuple[str, ...]:
-    """The keys of the dicts around a tensor, and its own; saving joined them by dots."""
+    """The nested keys of a tensor, which saving has joined by dots."""
     path = paths.get(key) if isinstance(paths, dict) else None
     if isinstance(path, tuple) and 0 < len(path) <= 16 and all(_is_key(part) for part in path):
         return tuple(map(str, path))

@@ -1,4 +1,4 @@
-"""Parts of files, read where and when they are needed, and never beyond their end."""
+"""Byte ranges of files, read on demand, with bounds checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import UnreadableError
 class Span:
     """A range of bytes in an open file.
 
-    Files are not mapped into memory: a process that writes a file anew while it is mapped ends the one that reads.
+    Files are not mapped into memory: if another process rewrote a mapped file, the reading process would crash.
     """
 
     file: BinaryIO
@@ -23,14 +23,14 @@ class Span:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is the whole file."""
+        """Whether it covers the whole file."""
         return self.start == 0 and self.file.seek(0, os.SEEK_END) == self.size
 
     def read(self, offset: int, size: int) -> bytes:
-        """So many bytes from there on.
+        """`size` bytes from `offset` on.
 
         Raises:
-            UnreadableError: where the span has fewer.
+            UnreadableError: if the span has fewer.
         """
         if min(offset, size) < 0 or offset + size > self.size:
             raise UnreadableError(
@@ -43,23 +43,23 @@ class Span:
         return found
 
     def part(self, offset: int, size: int) -> Span:
-        """A range in this one.
+        """A range inside this one.
 
         Raises:
-            UnreadableError: where that is not inside.
+            UnreadableError: if it is not inside.
         """
         if min(offset, size) < 0 or offset + size > self.size:
-            raise UnreadableError("was cut off, or says that it is longer than it is")
+            raise UnreadableError("was cut off, or declares more bytes than it has")
         return Span(self.file, self.start + offset, size)
 
 
 def span_of(contents: bytes) -> Span:
-    """Bytes that are in memory already."""
+    """A span over bytes in memory."""
     return Span(io.BytesIO(contents), 0, len(contents))
 
 
 class Stream:
-    """A span as a file for ``genops``. ``read(n)`` of a file of Python may reserve n bytes before it reads."""
+    """A span as a file for ``genops``. Reads are limited to the span, since ``read(n)`` may allocate n bytes first."""
 
     def __init__(self, span: Span) -> None:
         self._file: Any = span.file
@@ -68,17 +68,17 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """From the start of the span."""
+        """The current position, relative to the start of the span."""
         return self._size - self._left
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes."""
+        """Read at most `size` bytes."""
         found: bytes = self._file.read(min(size, self._left))
         self._left -= len(found)
         return found
 
     def readline(self) -> bytes:
-        """Up to the end of a line, or of the span."""
+        """Read to the end of the line or of the span."""
         line: bytes = self._file.readline(self._left)
         self._left -= len(line)
         return line

@@ -1,4 +1,4 @@
-"""bn_summary: the statistics of every BatchNorm layer at a glance."""
+"""bn_summary: a table of the statistics of every BatchNorm layer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """The statistics of one layer in six numbers: mean and std over its channels.
+    """The mean and std, over the channels, of the statistics of one layer.
 
     Attributes:
         name: of the layer in the model.
-        channels: how many, C.
-        mean_mean, mean_std: of `running_mean`; NaN where it has no values, as on the meta device.
-        var_mean, var_std: of `running_var`, likewise.
-        batches: `num_batches_tracked`, None where there is none.
+        channels: the number of channels, C.
+        mean_mean, mean_std: of `running_mean`; NaN if it has no values, as on the meta device.
+        var_mean, var_std: the same of `running_var`.
+        batches: `num_batches_tracked`; None if there is none.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Summary(Sequence[LayerSummary]):
     @overload
     def __getitem__(self, index: slice) -> list[LayerSummary]: ...
     def __getitem__(self, index: int | slice) -> LayerSummary | list[LayerSummary]:
-        """The summary of a layer by its place, or a list of several."""
+        """The summary of a layer by its index, or a list of summaries for a slice."""
         return self._layers[index]
 
     def __len__(self) -> int:
@@ -75,12 +75,12 @@ class Summary(Sequence[LayerSummary]):
 def bn_summary(model_or_state_dict: nn.Module | ExportedProgram | Mapping[str, Any]) -> Summary:
     """Mean and standard deviation, over the channels, of `running_mean` and `running_var` of every BatchNorm layer.
 
-    `running_mean` is the mean of a layer's input per channel and `running_var` its variance; both are what evaluation
-    normalises by. A layer is whatever has both, of any class: so a scripted model is listed as the one it was made of.
+    `running_mean` is the mean of a layer's input per channel and `running_var` its variance; evaluation normalises by
+    both. Every module with both is listed, of any class, so a scripted model is listed as the original one.
 
     Args:
-        model_or_state_dict: a model, what ``torch.export.export`` gave, what ``state_dict()`` gave, or a checkpoint
-            with state dicts at any depth, whose keys are then part of the names.
+        model_or_state_dict: a model, a result of ``torch.export.export`` or of ``state_dict()``, or a checkpoint with
+            state dicts at any depth, whose keys are then part of the names.
 
     Returns:
         A sequence of `LayerSummary` that prints as a table.
@@ -95,7 +95,7 @@ def bn_summary(model_or_state_dict: nn.Module | ExportedProgram | Mapping[str, A
         layer  channels  running_mean  running_var  batches tracked
         1             8         0 ± 0        1 ± 0                0
     """
-    # Of an exported program, this is no method. Its class is not asked for: importing torch.export takes long.
+    # For an exported program, this is a dict, not a method. Its class is not checked: importing torch.export is slow.
     exported = getattr(model_or_state_dict, "state_dict", None)
     if isinstance(model_or_state_dict, nn.Module):
         found = _of_model(model_or_state_dict)
@@ -144,9 +144,9 @@ def _summary(name: str, mean: Tensor, var: Tensor, tracked: Any) -> LayerSummary
 
 
 def batches_tracked(tracked: Any) -> int | None:
-    """`num_batches_tracked` as a number; None where there is none, or none that is a number.
+    """`num_batches_tracked` as an integer; None if there is none, or if it is not a finite number.
 
-    Averaged weights may bring it as a fraction.
+    Averaging weights may have made it a fraction, which is truncated.
     """
     if not isinstance(tracked, Tensor) or tracked.is_meta or tracked.numel() != 1 or not tracked.isfinite().all():
         return None

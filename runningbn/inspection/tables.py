@@ -1,7 +1,7 @@
-"""What ``python -m runningbn inspect`` and ``diff`` print for people.
+"""The tables of ``python -m runningbn inspect`` and ``diff``.
 
-On a terminal, or where COLUMNS is set, lines are as wide as that: names fold at their dots, numbers never. In a pipe
-every layer is one line, which can be searched and sorted.
+On a terminal, or if COLUMNS is set, lines have at most that width: names wrap at their dots, numbers do not wrap. In a
+pipe every layer is one line, which can be searched and sorted.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .criteria import CRITERIA, ERROR, Criterion, Finding, Judged, mean_over_std
 from .layers import SavedLayer, StateDict
 from .reading import printable
 
-# Layers listed with a finding; --json has all.
+# Number of layers listed per finding; --json has all.
 LISTED = 8
 
-GAP = 2  # columns of space between two columns of a table
-NARROWEST = 12  # a column of names; a terminal that leaves less has to scroll
-NO_LIMIT = 100_000  # columns of a pipe
+GAP = 2  # spaces between two columns of a table
+MIN_NAME_WIDTH = 12  # of the column of names; a table may be wider than a narrower terminal
+NO_LIMIT = 100_000  # width of lines in a pipe
 
 
 def print_inspection(path: Path, state_dict: StateDict, judged: Judged) -> None:
-    """The layers of one state dict, then what was found, criterion by criterion."""
+    """Print the layers of one state dict, then the findings by criterion."""
     console = _console()
     contents = f"{counted(len(judged), 'layer')}, {counted(state_dict.channels, 'channel')}"
     _print(console, f"{_whole(path, state_dict.place)}: {contents}", style="bold")
@@ -44,18 +44,18 @@ def print_inspection(path: Path, state_dict: StateDict, judged: Judged) -> None:
     for criterion in CRITERIA:
         _print_finding(console, criterion, judged)
     if not any(found for _, found in judged):
-        _print(console, "nothing found", style="green")
+        _print(console, "no findings", style="green")
 
 
 def print_comparison(path_a: Path, path_b: Path, comparison: Comparison) -> None:
-    """How far the layers moved, the farthest first, then what could not be compared."""
+    """Print how far the layers moved, the farthest first, then the layers that could not be compared."""
     console = _console()
     _print(console, f"A: {_whole(path_a, comparison.place_a)}", style="bold")
     _print(console, f"B: {_whole(path_b, comparison.place_b)}", style="bold")
     sides = (("A", comparison.wrappers_a, comparison.prefix_a), ("B", comparison.wrappers_b, comparison.prefix_b))
     for side, wrappers, prefix in sides:
         for part in (*wrappers, *([prefix] if prefix else [])):
-            _print(console, f"{part!r} is left out of the names in {side}")
+            _print(console, f"{part!r} is removed from the names in {side}")
     if comparison.layers:
         header = ("layer", "channels", "mean moved/std", "max", "var B/A", "extreme")
         _print_table(console, header, map(_movement_row, sorted(comparison.layers, key=_farthest_first)))
@@ -72,7 +72,7 @@ def print_comparison(path_a: Path, path_b: Path, comparison: Comparison) -> None
 
 
 def print_unpaired(path: Path, places: Iterable[str]) -> None:
-    """State dicts of one file that the other has none for."""
+    """Print the state dicts of one file without a counterpart in the other."""
     for place in places:
         _print(_console(), f"not compared: {_whole(path, place)}", style="yellow")
 
@@ -89,20 +89,20 @@ def _inspection_row(layer: SavedLayer, found: Iterable[Finding]) -> tuple[Sequen
 
 
 def _print_states(console: Console, state_dict: StateDict) -> None:
-    """What only RunningBatchNorm and PreciseBatchNorm know: how much data their statistics are of."""
+    """Print the amount of data of the statistics, which only RunningBatchNorm and PreciseBatchNorm store."""
     ours = [layer for layer in state_dict.layers if layer.state]
-    samples = [layer.state["samples"].max().item() for layer in ours if not layer.taken_over]
+    samples = [layer.state["samples"].max().item() for layer in ours if not layer.is_seeded]
     if samples:
         least, most = f"{min(samples):,.0f}", f"{max(samples):,.0f}"
         seen = least if least == most else f"{least} to {most}"
         _print(console, f"{counted(len(samples), 'layer')} with pooled sums, of {seen} samples seen")
     if len(ours) > len(samples):
-        _print(console, f"{counted(len(ours) - len(samples), 'layer')} with pooled sums that went on from other "
+        _print(console, f"{counted(len(ours) - len(samples), 'layer')} with pooled sums seeded from given "
                         "statistics, of an unknown number of samples")  # fmt: skip
 
 
 def _print_finding(console: Console, criterion: Criterion, judged: Judged) -> None:
-    """One criterion over all layers that meet it."""
+    """Print one criterion, with all layers for which it holds."""
     concerned = [
         (layer, len(finding.indices)) for layer, found in judged for finding in found if finding.criterion is criterion
     ]
@@ -128,7 +128,7 @@ def _movement_row(layer: Movement) -> tuple[Sequence[str], str]:
 
 
 def _farthest_first(layer: Movement) -> float:
-    """To sort by: what is not finite, then what moved farthest."""
+    """A sort key: layers that are not finite first, then by how far they moved, the farthest first."""
     return -layer.moved if math.isfinite(layer.moved) else -math.inf
 
 
@@ -136,10 +136,10 @@ def _farthest_first(layer: Movement) -> float:
 
 
 class _Console(Console):
-    """rich's, but for what a closed pipe does: the command line decides that."""
+    """rich's console, except that the command line handles a closed pipe."""
 
     def on_broken_pipe(self) -> None:
-        """Called while the BrokenPipeError is handled."""
+        """Re-raise; rich calls this while it handles the BrokenPipeError."""
         raise
 
 
@@ -155,20 +155,20 @@ def _print(console: Console, text: str, style: str = "") -> None:
 
 
 def _print_table(console: Console, header: Sequence[str], rows: Iterable[tuple[Sequence[str], str]]) -> None:
-    """Rows of cells, each with a style. The first cell is a name."""
+    """Print rows of cells, each with a style. The first cell is a name."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(header, *(cells for cells, _ in rows))]
-    room = max(NARROWEST, console.width - sum(width + GAP for width in widths[1:]))
+    name_width = max(MIN_NAME_WIDTH, console.width - sum(width + GAP for width in widths[1:]))
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     for i, title in enumerate(header):
         table.add_column(title, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     for (name, *numbers), style in rows:
-        table.add_row(_folded(printable(_shown(name)), room), *numbers, style=style)
+        table.add_row(_wrapped(printable(_shown(name)), name_width), *numbers, style=style)
     console.print(table)
 
 
-def _folded(name: str, width: int) -> str:
-    """A name on as many lines as it needs, broken after dots."""
+def _wrapped(name: str, width: int) -> str:
+    """A name wrapped to this width after dots."""
     lines = [""]
     for part in re.findall(r"[^.]*\.?", name):
         if lines[-1] and len(lines[-1]) + len(part) > width:

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint, made from what a pickle says of them, when they are asked for.
+"""Tensors of a checkpoint, created on demand from their description in a pickle.
 
-`Tensors` knows the functions by which torch and numpy pickle an array, by name. None of them is called: what they would
-make is made here from their arguments, after these were checked.
+`Tensors` knows the names of the functions with which torch and numpy pickle arrays. None of them is called: the arrays
+are created here from their arguments, after these were checked.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _NUMPY = {
     "i2": torch.int16, "i1": torch.int8, "u1": torch.uint8, "b1": torch.bool, "c16": torch.complex128,
     "c8": torch.complex64,
 }  # fmt: skip
-# What ``Tensor.double`` takes, and what is judged anyway: not the types of fewer than 8 bits.
+# The dtypes that are read: those that ``Tensor.double`` supports, except types of fewer than 8 bits.
 _READ = {*_STORAGES.values(), *(value for name, value in DTYPES.items() if "float8" in name or "uint" in name)} - {
     value for name, value in DTYPES.items() if name in {f"torch.uint{bits}" for bits in range(1, 8)}
 }
 _OTHER_ORDER = {"little": ">", "big": "<"}[sys.byteorder]
-# A parameter of a subclass of a parameter: how often a tensor may be wrapped.
-_MOST_WRAPPERS = 8
+# Largest nesting of wrappers around a tensor, such as a parameter of a subclass of a parameter.
+_MAX_WRAPPERS = 8
 
 
 class SavedTensor(ABC):
@@ -53,16 +53,16 @@ class SavedTensor(ABC):
 
     @abstractmethod
     def read(self, budget: Budget) -> Tensor:
-        """The tensor, on the CPU; on the meta device where it holds no plain numbers.
+        """The tensor, on the CPU; on the meta device if it holds no plain numbers.
 
         Raises:
-            UnreadableError: where the file does not have what it says.
+            UnreadableError: if the file does not contain what it declares.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class StridedTensor(SavedTensor):
-    """Elements of a storage, as ``torch.as_strided`` takes them; ``swapped`` where its bytes are in the other order."""
+    """Elements of a storage, as for ``torch.as_strided``; ``swapped`` if the byte order is not that of this machine."""
 
     storage: Span
     dtype: torch.dtype
@@ -80,7 +80,7 @@ class StridedTensor(SavedTensor):
         if number == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         extent = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
-        # A view of few elements may be spread over a large storage.
+        # A view of few elements may span a large part of its storage.
         budget.spend(2 * extent * size)
         raw = torch.frombuffer(bytearray(self.storage.read(self.offset * size, extent * size)), dtype=torch.uint8)
         if self.swapped:
@@ -91,7 +91,7 @@ class StridedTensor(SavedTensor):
 
 
 class _NoNumbers(SavedTensor):
-    """A tensor that holds no plain numbers: sparse, quantised, of the meta device, of a class of its own."""
+    """A tensor that holds no plain numbers: sparse, quantised, on the meta device, or of a custom class."""
 
     def read(self, budget: Budget) -> Tensor:
         """See `SavedTensor`."""
@@ -103,17 +103,17 @@ NO_NUMBERS = _NoNumbers()
 
 @dataclass(frozen=True)
 class _Storage:
-    dtype: torch.dtype | None  # None where only the tensor knows
+    dtype: torch.dtype | None  # None if only the tensor declares it
     span: Span
 
 
 class Tensors:
-    """What the stubs of one pickle are, if they are tensors.
+    """Converts the stubs of one pickle to tensors.
 
     Args:
-        storages: by the keys of its persistent ids, where they are in the file.
-        swapped: whether these have their bytes in the other order than this machine.
-        nested: reads the storage that a pickle may hold as bytes.
+        storages: the spans of the storages, by the keys of their persistent ids.
+        swapped: whether their byte order is not that of this machine.
+        nested: reads a storage that a pickle contains as bytes.
     """
 
     def __init__(
@@ -122,10 +122,10 @@ class Tensors:
         self._storages, self._swapped, self._nested = storages, swapped, nested
 
     def tensor(self, value: Any) -> SavedTensor | None:
-        """What a value is; None where it is no tensor.
+        """The tensor that a value stands for; None if it is none.
 
         Raises:
-            UnreadableError: where it says that it is one, in a way that no tensor has.
+            UnreadableError: if it is a tensor with invalid arguments.
         """
         try:
             return self._tensor(value)
@@ -133,7 +133,7 @@ class Tensors:
             raise UnreadableError(DAMAGED) from error
 
     def _tensor(self, value: Any) -> SavedTensor | None:
-        for _ in range(_MOST_WRAPPERS):
+        for _ in range(_MAX_WRAPPERS):
             if not isinstance(value, Stub):
                 return None
             if value.name in _WRAPPERS:
@@ -168,7 +168,7 @@ class Tensors:
 
     def _storage(self, value: Any) -> _Storage:
         if isinstance(value, Stub) and value.name == "torch.storage._load_from_bytes":
-            # A pickle of tensors by other means than torch.save holds a file of torch.save for every storage.
+            # A pickle of tensors that is not by torch.save contains a file of torch.save for every storage.
             (contents,) = value.arguments
             inner, tensors = self._nested(_bytes(contents))
             return tensors._storage(inner)
@@ -182,20 +182,20 @@ class Tensors:
             raise UnreadableError("has a tensor without a storage: the file is damaged")
         span = self._storages[key]
         view = identifier[5] if len(identifier) > 5 else None
-        if view is not None and dtype is not None:  # of files before torch 0.4
+        if view is not None and dtype is not None:  # in files before torch 0.4
             start, number = sizes(view[1:] if isinstance(view, tuple) and len(view) == 3 else None)
             span = span.part(start * dtype.itemsize, number * dtype.itemsize)
         return _Storage(dtype, span)
 
 
 def storage_dtype(identifier: tuple[Any, ...]) -> torch.dtype | None:
-    """Of the elements of a storage, by its persistent id; None for a kind that is not known here."""
+    """The dtype of a storage, by its persistent id; None for an unknown kind."""
     kind = identifier[1]
     return _STORAGES.get(kind.name) if isinstance(kind, Global) else None
 
 
 def storage_width(identifier: tuple[Any, ...]) -> int | None:
-    """Bytes of an element of a storage, likewise."""
+    """The size in bytes of an element of a storage, by its persistent id; None for an unknown kind."""
     kind = identifier[1]
     return _WIDTHS.get(kind.name) if isinstance(kind, Global) else None
 
@@ -212,7 +212,7 @@ _WRAPPERS = frozenset(
         "torch.jit._pickle.restore_type_tag",
     )
 )
-# Those with the function, the class, and the arguments.
+# Functions whose arguments are a function, a class, and the arguments of that function.
 _WITH_CLASS = frozenset(("torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_type_v2"))
 _NUMPY_ARRAYS = frozenset(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"))
 _NUMPY_SCALARS = frozenset(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"))
@@ -222,19 +222,19 @@ _NAMES = _TORCH | _WRAPPERS | _WITH_CLASS | _NUMPY_NAMES
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor, by its name alone, so that those of optimizers need not be looked at.
+    """Whether a value is a tensor, by its name alone, so that tensors of optimizers are not examined.
 
-    What ``torch.jit`` tags may be another thing, which has nothing inside that is asked for either.
+    Values tagged by ``torch.jit`` may be other objects; these contain nothing that is searched for either.
     """
     named = isinstance(value, Stub) and (value.name in _NAMES or value.name.startswith(_TORCH_OTHERS))
     return named or isinstance(value, SavedTensor)
 
 
 def sizes(values: Any) -> tuple[int, ...]:
-    """A ``torch.Size``, or strides or offsets, in a pickle.
+    """A ``torch.Size``, strides or offsets in a pickle, as a tuple.
 
     Raises:
-        UnreadableError: where they are none.
+        UnreadableError: if they are invalid.
     """
     if isinstance(values, Stub) and values.name == "torch.Size" and len(values.arguments) == 1:
         values = values.arguments[0]
@@ -246,7 +246,7 @@ def sizes(values: Any) -> tuple[int, ...]:
 
 
 def _bytes(value: Any) -> bytes:
-    """Bytes, which protocols before the third have no opcode for."""
+    """Bytes in a pickle; protocols before 3 have no opcode for bytes and encode them as strings."""
     if isinstance(value, Stub) and value.name == "_codecs.encode" and value.arguments:
         value = value.arguments[0]
     if isinstance(value, str):
@@ -260,7 +260,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def _of_numpy(value: Stub) -> SavedTensor | None:
-    """An array or a scalar; None for one of objects."""
+    """An array or a scalar of numpy; None if it has objects or another unsupported dtype."""
     shape: Any = ()
     rows_first: bool = True
     if value.name in _NUMPY_SCALARS:
@@ -282,7 +282,7 @@ def _of_numpy(value: Stub) -> SavedTensor | None:
 
 
 def _numpy_dtype(value: Any) -> tuple[torch.dtype, bool] | None:
-    """The dtype, and whether its bytes are in the other order; None for one that torch has not, as strings."""
+    """The dtype, and whether its byte order is not that of this machine; None if torch has no such dtype."""
     if not isinstance(value, Stub) or value.name != "numpy.dtype" or not value.arguments:
         return None
     name = value.arguments[0]

@@ -1,8 +1,8 @@
 """Files of ``torch.save``, of either format, and plain pickles.
 
-Since torch 1.6 a file is an uncompressed zip archive: a pickle ``data.pkl``, and a member for every storage. Before,
-it was five things one after the other: a magic number, a version and facts of the machine, each a pickle; the pickle of
-the contents; that of the list of the keys of storages, which then follow, each behind its length.
+Since torch 1.6 a file is an uncompressed zip archive: a pickle ``data.pkl``, and a member for every storage. Older
+files are a sequence of five pickles (a magic number, a version, properties of the machine, the contents, and the list
+of the keys of the storages), followed by the storages, each after its length.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip archive: signa
 
 @dataclass(frozen=True)
 class Pickled:
-    """What a file holds: the objects of its pickle, and what tells their tensors."""
+    """The contents of a file: the objects of its pickle, and the converter of their tensors."""
 
     contents: Any
     tensors: Tensors
 
 
 def read_zip(span: Span, budget: Budget) -> Pickled:
-    """A zip archive of ``torch.save``, or of ``torch.jit.save``, whose code stays where it is.
+    """Read a zip archive of ``torch.save``, or of ``torch.jit.save``, whose code is not read.
 
     Raises:
-        UnreadableError: for another archive, and a damaged one.
+        UnreadableError: for another kind of archive, or a damaged one.
     """
     whole = span.file if span.is_file else io.BytesIO(span.read(0, span.size))
     try:
         with zipfile.ZipFile(whole) as archive:
             members = {member.filename: member for member in archive.infolist()}
-    # What zipfile meets in a damaged directory.
+    # Errors of zipfile for a damaged directory.
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError, struct.error) as error:
         raise UnreadableError(DAMAGED) from error
     name = next((name for name in members if name.endswith("/data.pkl") and name.count("/") == 1), None)
@@ -93,16 +93,16 @@ def _member(span: Span, member: zipfile.ZipInfo) -> Span:
 
 
 def _stream(span: Span, budget: Budget) -> Any:
-    """In memory, where it is small: faster than a file."""
+    """The bytes of a span in memory, which is faster to read from than a file."""
     budget.spend(span.size)
     return io.BytesIO(span.read(0, span.size))
 
 
 def read_pickle(span: Span, budget: Budget) -> Pickled:
-    """A file of ``torch.save`` before torch 1.6, or any other pickle.
+    """Read a file of ``torch.save`` before torch 1.6, or any other pickle.
 
     Raises:
-        UnreadableError: for what is none, and a damaged one.
+        UnreadableError: if it is not a pickle, or damaged.
     """
     return _read_pickle(span, budget, nested(budget))
 
@@ -120,7 +120,7 @@ def _read_pickle(span: Span, budget: Budget, inner: Any) -> Pickled:
 
 
 def nested(budget: Budget) -> Any:
-    """What reads the file of ``torch.save`` that a plain pickle holds for every storage. That holds no other."""
+    """A reader for the files of ``torch.save`` inside a plain pickle, one per storage; these must not be nested."""
 
     def refuse(contents: bytes) -> Any:
         raise UnreadableError(DAMAGED)
@@ -134,14 +134,14 @@ def nested(budget: Budget) -> Any:
 
 
 def _storages(span: Span, position: int, contents: Any, keys: Any, order: Any) -> dict[str, Span]:
-    """Where each storage is. How wide its elements are is said where the contents refer to it."""
+    """The span of each storage. The size of its elements is taken from the references to it in the contents."""
     if not isinstance(keys, list):
         raise UnreadableError(DAMAGED)
     widths = _widths(contents)
     found = {}
     for key in keys:
         if not isinstance(key, str) or key not in widths:
-            raise UnreadableError("has storages of kinds that are not known here, before those that are to be read")
+            raise UnreadableError("has storages of unknown kinds before the storages to be read")
         number = int.from_bytes(span.part(position, 8).read(0, 8), order, signed=True)
         found[key] = span.part(position + 8, number * widths[key])
         position += 8 + found[key].size
@@ -149,7 +149,7 @@ def _storages(span: Span, position: int, contents: Any, keys: Any, order: Any) -
 
 
 def _widths(contents: Any) -> dict[str, int]:
-    """Bytes per element of every storage, from all references that are anywhere in the contents."""
+    """Bytes per element of every storage, from all references in the contents."""
     widths: dict[str, int] = {}
     seen: set[int] = set()
     waiting = [contents]

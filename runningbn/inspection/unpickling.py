@@ -1,21 +1,20 @@
 """A reader of pickles that imports nothing and calls nothing.
 
-A pickle is a program for a stack machine, and the machine of Python's `pickle` imports what the program names and calls
-it: whoever writes the file decides what runs. Restricting ``find_class`` is hard to get right, for objects that are let
-through have methods that the machine calls (``__setstate__``, ``__init__``, ``__hash__``). The machine here has no such
-step. Its effects are those of `_Machine`, and they make four kinds of things:
+A pickle is a program for a stack machine. Python's `pickle` imports and calls the names in the program, so the author
+of a file decides what runs. Restricting ``find_class`` is hard to get right, since the machine calls methods of the
+allowed objects (``__setstate__``, ``__init__``, ``__hash__``). The machine here, `_Machine`, never imports or calls. It
+creates four kinds of objects:
 
-- numbers, strings, bytes, lists, tuples and dicts of Python itself;
-- `Global`, a name, in the place of what the file would have had imported;
-- `Stub`, in the place of every object that the file would have had made: whose call it was, with what arguments, and
-  what was put into it since;
+- Python's numbers, strings, bytes, lists, tuples and dicts;
+- `Global`, a name, in place of an imported object;
+- `Stub`, in place of any other object: the name of the called function, its arguments, and what was added afterwards;
 - `Reference`, a persistent id.
 
-None of these has a method that a file could choose, so the name of a class never reaches an import, a call or an
-attribute. Only numbers, strings, and tuples of these are hashed by value, so no key is deep enough to exhaust the C
-stack. There is no recursion; what is made is charged to a `Budget`.
+None of these has a method that a file can choose, so the name of a class never reaches an import, a call or an
+attribute. Only numbers, strings, and tuples of these are hashed by value, so no key is nested deeply enough to exhaust
+the C stack. There is no recursion, and allocated objects are charged to a `Budget`.
 
-The opcodes are parsed by ``pickletools.genops``, which reads and does not act.
+The opcodes are parsed by ``pickletools.genops``, which does not execute them.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ class Global:
 
 @dataclass(eq=False, repr=False, slots=True)
 class Stub:
-    """An object that was not made.
+    """A description of an object that was not created.
 
     Attributes:
-        name: of what the file would call for it, with its module; "" where that is no name.
+        name: of the function or class that would be called, with its module; "" if it is not a `Global`.
         arguments: of the call.
-        state: what ``__setstate__`` would get, or be written into ``__dict__``.
-        entries: what would be assigned as ``stub[key] = value``.
-        elements: what would be appended or added.
+        state: the argument of ``__setstate__``, or the update of ``__dict__``.
+        entries: the items that would be assigned by ``object[key] = value``.
+        elements: the elements that would be appended or added.
     """
 
     name: str
@@ -59,25 +58,25 @@ class Stub:
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Reference:
-    """What the file calls a persistent id; in files of torch, where a storage is."""
+    """A persistent id of the file; in files of torch, a reference to a storage."""
 
     id: Any
 
 
 def unpickle(file: Any, budget: Budget) -> Any:
-    """What the pickle at the position of a file holds; the position is behind its end afterwards.
+    """Read the pickle at the position of a file; the position is after its end afterwards.
 
     Args:
-        file: has ``read`` and ``readline``; ``read(n)`` makes no more than the file has.
-        budget: is charged for what is made.
+        file: has ``read`` and ``readline``; ``read(n)`` must not allocate more than the file has.
+        budget: is charged for allocated memory.
 
     Raises:
-        UnreadableError: for what is no pickle, or a damaged one.
+        UnreadableError: if it is not a pickle, or damaged.
     """
     machine = _Machine()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in a damaged string
+            warnings.simplefilter("ignore")  # about invalid escapes in a damaged string
             for opcode, argument, _ in genops(file):
                 name = opcode.name
                 budget.spend(_COSTS.get(name, 100))
@@ -90,13 +89,13 @@ def unpickle(file: Any, budget: Budget) -> Any:
                 else:
                     _REST.get(name, _unknown)(machine)
         return machine.stack[-1]
-    # What a damaged pickle leads to: bad encodings, an empty stack, a key that is not in the memo.
+    # Errors of damaged pickles: bad encodings, an empty stack, a key that is not in the memo.
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UnreadableError(DAMAGED) from error
 
 
 class _Machine:
-    """The stack; the stacks below open marks; and the memo."""
+    """The stack, the stacks below open marks, and the memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -177,7 +176,7 @@ def _stub(target: Any) -> Stub:
 
 
 class _Key:
-    """In the place of a key that is not hashed by value, as a list or a tuple of tuples; equal to itself alone."""
+    """Replaces a key that must not be hashed by value, as a list or a tuple of tuples; equal only to itself."""
 
 
 def _dict(items: list[Any]) -> dict[Any, Any]:
@@ -193,7 +192,7 @@ def _hashable(key: Any) -> bool:
 
 
 def _out_of_band(machine: _Machine) -> NoReturn:
-    raise UnreadableError("is a pickle whose arrays were written elsewhere (out-of-band buffers of protocol 5)")
+    raise UnreadableError("is a pickle whose arrays are not in the file (out-of-band buffers of protocol 5)")
 
 
 def _unknown(machine: _Machine) -> NoReturn:
@@ -208,7 +207,7 @@ _VALUES = frozenset(
         "BINUNICODE", "BINUNICODE8",
     )
 )  # fmt: skip
-# Those with another argument.
+# Opcodes with another argument.
 _EFFECTS: dict[str, Callable[[_Machine, Any], None]] = {
     "GET": _Machine.recall,
     "BINGET": _Machine.recall,
@@ -218,7 +217,7 @@ _EFFECTS: dict[str, Callable[[_Machine, Any], None]] = {
     "LONG_BINPUT": _Machine.memoize,
     "GLOBAL": lambda machine, name: machine.push(Global(name.replace(" ", "."))),
     "INST": lambda machine, name: machine.call(Global(name.replace(" ", ".")), tuple(machine.since_mark())),
-    # A code of the registry of copyreg, which nothing here asks.
+    # A code of the registry of copyreg, which is not used here.
     "EXT1": lambda machine, code: machine.push(Global(f"extension.{code}")),
     "EXT2": lambda machine, code: machine.push(Global(f"extension.{code}")),
     "EXT4": lambda machine, code: machine.push(Global(f"extension.{code}")),
@@ -226,7 +225,7 @@ _EFFECTS: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": lambda machine, version: None,
     "FRAME": lambda machine, size: None,
 }
-# Those without.
+# Opcodes without an argument.
 _REST: dict[str, Callable[[_Machine], None]] = {
     "NONE": lambda machine: machine.push(None),
     "NEWTRUE": lambda machine: machine.push(True),
@@ -263,7 +262,7 @@ _REST: dict[str, Callable[[_Machine], None]] = {
     "READONLY_BUFFER": lambda machine: None,
     "STOP": lambda machine: None,
 }
-# Bytes that an opcode makes, where they are not about 100: an object with its place in a list or a dict.
+# Bytes allocated by an opcode. The default is 100: an object and its entry in a list or a dict.
 _COSTS = {
     **dict.fromkeys(
         ("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "BININT1", "DUP", "GET", "BINGET", "LONG_BINGET"), 8

@@ -1,2 +1,1 @@
-"""Recalibration inside the training frameworks of others; each module needs its framework, and nothing here is
-imported with ``runningbn``."""
+"""Recalibration in training frameworks. Each module needs its framework; ``import runningbn`` imports none of them."""

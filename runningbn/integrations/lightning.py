@@ -1,6 +1,6 @@
 """A callback for Lightning that recalibrates before validation and before a checkpoint is written.
 
-Needs ``lightning`` or ``pytorch_lightning``: whichever is already imported in the process, otherwise the first that is
+Needs ``lightning`` or ``pytorch_lightning``. The one that is already imported is used, otherwise the first that is
 installed.
 """
 
@@ -22,11 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..recalibration.batches import Forward, call
 from ..recalibration.recalibrate import update_bn_stats
 from ..recalibration.report import StatsReport, restore
-from .loaders import Combined, beside
+from .loaders import Combined, separate_loader
 
 logger = logging.getLogger("runningbn")
 
-# Those that the trainer decides: the model, and what is asked for by name in the callback.
+# Arguments of update_bn_stats that the callback sets itself.
 _NOT_OPTIONS = {"model", "data_loader", "num_iters", "forward"}
 Buffers = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ def _lightning() -> ModuleType:
         try:
             return import_module(name)
         except ModuleNotFoundError as error:
-            # A package that is there but lacks one of its own is another matter, and to be told as it is.
+            # If Lightning is installed but one of its dependencies is missing, that error is shown.
             if error.name not in (name, name.partition(".")[0]):
                 raise
     raise ImportError("runningbn.integrations.lightning needs Lightning: pip install 'runningbn[lightning]'")
@@ -53,26 +53,26 @@ else:
 class RecalibrateBatchNorm(Callback):
     """Recompute the BatchNorm statistics before every validation and before every checkpoint of ``trainer.fit``.
 
-    What is validated is what is saved: from then until the next training step the model has the new statistics, and at
-    the end of training it keeps them. In between training gets its own statistics back, so that it goes on bit for bit
-    as without this callback, with layers that normalise by running statistics in training, too. With ``keep=True`` it
-    goes on with the new ones.
+    The validated statistics are those that are saved: the model has the new statistics until the next training step,
+    and keeps them at the end of training. At the next training step, the statistics of training are restored, so that
+    training continues bit for bit as without this callback, also for layers that normalise by running statistics in
+    training. With ``keep=True``, training continues with the new statistics.
 
-    Data come from the trainer's training loader, through the module's hooks for batches and in the trainer's precision,
-    within `limit_train_batches`. The loader is iterated anew, beside training: the random state, generators of samplers
-    and data sets, and running workers are left alone. A loader that can be read only once needs `dataloader`.
+    The batches come from the trainer's training loader, through the module's batch hooks and in the trainer's
+    precision, within `limit_train_batches`. A separate iterator is used: the random state, the generators of samplers
+    and data sets, and running workers are not affected. A loader that can be read only once needs `dataloader`.
 
-    The check of validation before training (``num_sanity_val_steps``) and ``trainer.validate`` recalibrate nothing. If
-    recalibration fails, ``fit`` raises, and the model is as before. A checkpoint that Lightning writes after an
-    exception has the statistics of that moment. A full checkpoint also has training's own, for a run that is resumed.
+    The sanity check before training (``num_sanity_val_steps``) and ``trainer.validate`` do not recalibrate. If
+    recalibration fails, ``fit`` raises, and the model is unchanged. A checkpoint that Lightning writes after an
+    exception has the statistics of that moment. A full checkpoint also has the statistics of training, for resuming.
 
-    List it after callbacks that average weights. With Lightning's WeightAveraging, the averaged model is what is
-    recalibrated for validation, and saved; without a validation loop, only the one at the end is.
+    List it after callbacks that average weights. With Lightning's WeightAveraging, the averaged model is recalibrated
+    for validation, and saved; without a validation loop, only the final one is.
 
     Args:
-        num_iters: batches to use, of each process; None for all there are.
-        every_n_epochs: recalibrate in every n-th epoch only. The others validate and save with training's statistics.
-        dataloader: where to take batches from instead. In several processes, each takes its own.
+        num_iters: number of batches for each process; None for all.
+        every_n_epochs: recalibrate only in every n-th epoch. Other epochs validate and save the statistics of training.
+        dataloader: a loader to use instead of the training loader. In several processes, each uses its own.
         forward: ``forward(pl_module, batch)``. By default the module is called with a tensor, the first element of a
             list or tuple, or a mapping as keyword arguments.
         keep: whether training continues with the new statistics.
@@ -110,16 +110,16 @@ class RecalibrateBatchNorm(Callback):
         self.forward, self.keep, self.options = forward, keep, options
         self.report: StatsReport | None = None
         self._layers: dict[str, _BatchNorm] = {}
-        self._in_training: set[nn.Module] = set()  # the layers that were, in the last training step
-        self._trained = False  # whether there was a step since the last recalibration
+        self._in_training: set[nn.Module] = set()  # layers in training mode in the last training step
+        self._trained = False  # whether there was a training step since the last recalibration
         self._epoch = 0  # of the last training step
-        self._own: dict[str, Buffers] = {}  # the statistics that training gets back
-        self._new: dict[str, Buffers] = {}  # those that the model has meanwhile
+        self._own: dict[str, Buffers] = {}  # the statistics of training, to be restored
+        self._new: dict[str, Buffers] = {}  # the recalibrated statistics, in the model until then
         self._resumed: Mapping[str, Buffers] = {}
         self._undo_watch: Callable[[], None] = lambda: None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the trainer's checkpoints: no hook comes before all of them."""
+        """Wrap ``trainer.save_checkpoint``, since no hook is called before all checkpoints."""
         if stage != "fit":
             return
         self._trained, self._own, self._new = False, {}, {}
@@ -128,7 +128,7 @@ class RecalibrateBatchNorm(Callback):
         before = own.get("save_checkpoint")
 
         def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-            self._before_use(trainer, pl_module)
+            self._recalibrate_if_due(trainer, pl_module)
             save(*args, **kwargs)
 
         def undo_watch() -> None:
@@ -142,7 +142,7 @@ class RecalibrateBatchNorm(Callback):
         own["save_checkpoint"], self._undo_watch = save_checkpoint, undo_watch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a checkpoint was loaded, give training its own statistics back."""
+        """After a checkpoint was loaded, restore the statistics of training."""
         self._layers = _batch_norms(pl_module)
         with torch.no_grad():
             for name, buffers in self._resumed.items():
@@ -157,55 +157,55 @@ class RecalibrateBatchNorm(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:  # fmt: skip
-        """Training goes on: with its own statistics, unless it is to keep the new ones."""
-        for name in self._in_place():
+        """Restore the statistics of training, unless ``keep=True``."""
+        for name in self._recalibrated():
             restore(self._layers[name], self._own[name])
         self._own, self._new = {}, {}
-        # In validation everything is in evaluation mode, and frozen layers could not be told.
+        # Recorded here, since in validation all layers are in evaluation mode, frozen or not.
         self._in_training = {layer for layer in self._layers.values() if layer.training}
         self._epoch = trainer.current_epoch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """From here on the statistics are out of date."""
+        """Note that the recalibrated statistics are out of date."""
         self._trained = True
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Recalibrate what is about to be validated. Callbacks that average weights have put them in by now."""
+        """Recalibrate before validation. Callbacks that average weights have inserted them by now."""
         if not trainer.sanity_checking:
-            self._before_use(trainer, pl_module)
+            self._recalibrate_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The finished model has the statistics that it would be saved with."""
-        self._before_use(trainer, pl_module)
+        """Recalibrate the final model."""
+        self._recalibrate_if_due(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A checkpoint of the failure is written as things are: recalibrating may be what failed."""
+        """Do not recalibrate for a checkpoint after an exception: recalibration may have raised it."""
         self._undo_watch()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the trainer as it was."""
+        """Restore ``trainer.save_checkpoint``."""
         if stage == "fit":
             self._undo_watch()
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics of training, while the model has others."""
-        return {"own": {name: self._own[name] for name in self._in_place()}}
+        """The statistics of training, while the model has recalibrated ones."""
+        return {"own": {name: self._own[name] for name in self._recalibrated()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the statistics for the start of training."""
         self._resumed = state_dict["own"]
 
-    def _before_use(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Recalibrate if that is due and there was a training step since the last time."""
+    def _recalibrate_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Recalibrate if the epoch is due and there was a training step since the last recalibration."""
         if not self._trained or trainer.state.fn != "fit" or (self._epoch + 1) % self.every_n_epochs:
             return
         before = {name: _copies(layer) for name, layer in self._layers.items()}
-        # Validation runs in inference mode, whose tensors must not get into the model.
+        # Validation runs in inference mode; inference tensors must not be written to the model.
         with torch.inference_mode(False), torch.no_grad(), _as_in_training(trainer, pl_module, self._modes()):
             loader, limit = self._loader(trainer)
-            with beside(loader) as copied:
+            with separate_loader(loader) as copied:
                 limits = [n for n in (self.num_iters, limit) if n is not None]
                 self.report = update_bn_stats(
                     pl_module, copied, min(limits, default=None), forward=self._forward(trainer), **self.options
@@ -219,8 +219,8 @@ class RecalibrateBatchNorm(Callback):
     def _modes(self) -> dict[nn.Module, bool]:
         return {layer: layer in self._in_training for layer in self._layers.values()}
 
-    def _in_place(self) -> list[str]:
-        """The layers that still have what recalibration wrote; others have been given other statistics since."""
+    def _recalibrated(self) -> list[str]:
+        """The names of the layers that still have the recalibrated statistics, unchanged."""
         return [
             name
             for name, buffers in self._new.items()
@@ -229,12 +229,12 @@ class RecalibrateBatchNorm(Callback):
         ]
 
     def _loader(self, trainer: Trainer) -> tuple[Iterable[Any], int | None]:
-        """Where batches come from, and how many the trainer allows."""
+        """The loader to read batches from, and the largest number that the trainer allows."""
         fast = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
         if self.dataloader is not None:
             return self.dataloader, fast
         loaders, allowed = trainer.train_dataloader, trainer.num_training_batches
-        # Several loaders are read side by side, as training does it.
+        # Several loaders are read in parallel, as in training.
         mode = getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "max_size_cycle")
         loader: Any = (
             Combined(loaders, mode, _lightning().__name__) if isinstance(loaders, (list, tuple, dict)) else loaders
@@ -242,12 +242,12 @@ class RecalibrateBatchNorm(Callback):
         return loader, None if allowed == float("inf") else int(allowed)
 
     def _forward(self, trainer: Trainer) -> Forward:
-        """The user's forward, on a batch as training would get it."""
+        """The user's forward, on a batch prepared as in training."""
         forward = self.forward or call
 
         def run(module: nn.Module, batch: Any) -> object:
             flag, module.training = module.training, True
-            try:  # hooks may augment in training
+            try:  # hooks may augment batches in training mode
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = module._on_before_batch_transfer(batch, dataloader_idx=0)  # type: ignore[operator]
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -263,7 +263,7 @@ class RecalibrateBatchNorm(Callback):
 def _as_in_training(
     trainer: Trainer, pl_module: LightningModule, modes: dict[nn.Module, bool]
 ) -> Iterator[None]:  # fmt: skip
-    """Trainer and module as in a training step: hooks look at it, and so does the choice of layers."""
+    """Put trainer and module into the state of a training step, which hooks and the selection of layers depend on."""
     stage, before = trainer.state.stage, {module: module.training for module in (*modes, pl_module)}
     trainer.training = pl_module.training = True
     for module, training in modes.items():

@@ -1,4 +1,4 @@
-"""Reading the loader that training reads, beside it: without its iterator, and with its random generators put back."""
+"""Read a data loader while training reads it: with a separate iterator, and with its random generators restored."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.utils.data import DataLoader
 
 
 class Combined:
-    """Several loaders in Lightning's collections, read side by side."""
+    """Several loaders in one of Lightning's collections, read in parallel."""
 
     def __init__(self, loaders: Any, mode: str, lightning: str) -> None:
         self.loaders, self.mode, self.lightning = loaders, mode, lightning
 
     def __iter__(self) -> Iterator[Any]:
         utilities = import_module(f"{self.lightning}.utilities.combined_loader")
-        # Batches come with their number and that of their loader.
+        # CombinedLoader yields a batch, its index and the index of its loader.
         for batch, _, _ in utilities.CombinedLoader(self.loaders, self.mode):
             yield batch
 
 
 @contextmanager
-def beside(loader: Any) -> Iterator[Any]:
-    """A loader over the same data that can be iterated while the other one is; its generators are put back."""
-    copied = _mapped(loader, _second)
+def separate_loader(loader: Any) -> Iterator[Any]:
+    """A loader over the same data with a separate iterator; on leaving, the random generators are restored."""
+    copied = _mapped(loader, _copied)
     generators = {id(g): g for part in _parts(loader) for g in vars(part).values() if isinstance(g, _GENERATORS)}
     states = [(generator, _state(generator)) for generator in generators.values()]
     try:
@@ -53,23 +53,27 @@ def _mapped_collection(loaders: Any, function: Callable[[Any], Any]) -> Any:
     return function(loaders)
 
 
-def _second(loader: Any) -> Any:
-    """The loader again, with no iterator of its own: one with persistent workers has a single one, and training it."""
+def _copied(loader: Any) -> Any:
+    """A copy of the loader without an iterator; with persistent workers, a loader has one iterator, used by training.
+
+    Raises:
+        ValueError: if the data can be read only once.
+    """
     source = loader.dataset if isinstance(loader, DataLoader) else loader
     if isinstance(source, Iterator):
         raise ValueError(
-            f"{type(source).__name__} can be read only once, and training needs it; give RecalibrateBatchNorm a "
-            "dataloader of its own"
+            f"{type(source).__name__} can be read only once, and training reads it; pass a separate dataloader= to "
+            "RecalibrateBatchNorm"
         )
     if not isinstance(loader, DataLoader):
         return loader
-    second = copy.copy(loader)
-    vars(second).update(_iterator=None, persistent_workers=False)
-    return second
+    copied = copy.copy(loader)
+    vars(copied).update(_iterator=None, persistent_workers=False)
+    return copied
 
 
 def _parts(thing: Any) -> Iterator[Any]:
-    """A loader and what it is made of: everything that usually has a generator."""
+    """A loader and its parts that usually have a random generator."""
     if isinstance(thing, Combined):
         yield from _parts(thing.loaders)
     elif isinstance(thing, (dict, list, tuple)):

@@ -1,1 +1,1 @@
-"""Statistics recomputed from data: passes over batches and processes, what the layers see in them, and the report."""
+"""Recompute BatchNorm statistics from data: passes over the data, estimators, processes and reports."""

@@ -1,4 +1,4 @@
-"""How the batches of a loader reach a model: in what form, on what device, with what bar of progress."""
+"""Pass the batches of a loader to a model: call format, device and progress bar."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Progress = Callable[[Iterable[Any], "int | None"], Iterable[Any]]
 def runner(
     model: nn.Module, forward: Forward | None = None, device: torch.device | str | None = None
 ) -> Callable[[Any], None]:
-    """What runs a batch through the model: moved to the device, then by `forward` or `call`.
+    """A function that moves a batch to the device and calls the model on it, by `forward` or `call`.
 
-    Without a device, tensors go where a wrapper for parallel training would have sent them, or stay where they are.
+    If `device` is None, the tensors move to the first device of a wrapper for parallel training; for any other model
+    they are not moved.
     """
     forward = forward or call
     if device is None and isinstance(model, PARALLEL_WRAPPERS):
-        there = torch.device(model.device_ids[0]) if model.device_ids else None
+        target = torch.device(model.device_ids[0]) if model.device_ids else None
     else:
-        there = None if device is None else torch.device(device)
+        target = None if device is None else torch.device(device)
 
     def run(batch: Any) -> None:
-        forward(model, batch if there is None else moved(batch, there))
+        forward(model, batch if target is None else moved(batch, target))
 
     return run
 
@@ -64,20 +65,20 @@ def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
             f"{type(model).__name__}: a batch that is a mapping is passed as keyword arguments, here {keys}, and "
             f"{error}; give forward=lambda model, batch: ... to call the model in another way"
         ) from None
-    except ValueError:  # there is no signature to see
+    except ValueError:  # the forward has no signature
         return
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The batch with all tensors on the device: in mappings, lists and tuples, and whatever has a ``to``.
+    """The batch with its tensors moved to the device: those in mappings, lists and tuples, and objects with a ``to``.
 
-    Containers keep their class. A ``to`` that returns None has moved its object in place.
+    Containers keep their class. If ``to`` returns None, the object is assumed to be moved in place.
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):
-        there = batch.to(device)
-        return batch if there is None else there
+        result = batch.to(device)
+        return batch if result is None else result
     if isinstance(batch, (list, tuple)):
         return _refilled(batch, [moved(part, device) for part in batch])
     if isinstance(batch, Mapping):
@@ -87,12 +88,12 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def _refilled(container: Any, parts: Any) -> Any:
-    """A container of the same class with other contents; whatever else it has is kept."""
+    """A container of the same class and with the same attributes, and with other contents."""
     if type(container) in (list, tuple, dict):
         return type(container)(parts)
     new: Any
     if isinstance(container, tuple):
-        # Not by its constructor, whose arguments may be others.
+        # A constructor of a subclass may take other arguments.
         new = tuple.__new__(type(container), parts)
         if hasattr(container, "__dict__"):
             vars(new).update(vars(container))
@@ -108,25 +109,25 @@ def _refilled(container: Any, parts: Any) -> Any:
 
 
 def keeping(batches: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
-    """The batches, each also appended to `kept`."""
+    """Yield the batches and append each to `kept`."""
     for batch in batches:
         kept.append(batch)
         yield batch
 
 
 def length(data_loader: Iterable[Any]) -> int | None:
-    """How many batches there are, if that is known."""
+    """The number of batches; None if it is not known."""
     try:
         return len(data_loader) if isinstance(data_loader, Sized) else None
-    except TypeError:  # of a DataLoader over an IterableDataset
+    except TypeError:  # raised by a DataLoader over an IterableDataset
         return None
 
 
 def progress_bar(kind: str | None) -> Progress:
-    """What shows the progress of a loop over an iterable: nothing, or tqdm.
+    """A function that wraps an iterable in a progress bar: None for no bar, or ``"tqdm"``.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: for any other value.
         ImportError: without tqdm.
     """
     if kind is None:

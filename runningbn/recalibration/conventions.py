@@ -1,7 +1,7 @@
-"""Layers with a forward of their own: what their `running_var` means, and evaluating them by given statistics.
+"""BatchNorm subclasses with a custom forward: detect their statistics convention, and run them with given statistics.
 
-What such a layer computes in training cannot be read off, so it is run on scratch buffers, and what its update makes of
-them is compared with the moments of its input. C channels, n elements per channel.
+The update of such a layer is not known from its class. So the layer runs a training step on temporary buffers, and the
+updated buffers are compared with the moments of its input. C channels, n elements per channel.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..ops.state import moments
 
 Moments = tuple[Tensor, Tensor]
 
-# A share of the new batch below this leaves too few digits to tell what is shared.
-_SMALLEST_SHARE = 1e-3
+# Smallest momentum (weight of the new batch) for which rounding leaves enough digits to identify the statistics.
+_MIN_MOMENTUM = 1e-3
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """What a layer's statistics may be of.
+    """Moments of the input of a layer, for one position of the channel dimension.
 
     Attributes:
         mean, var: (C,); var is biased.
         n: elements per channel.
-        dim: where the channels are in the input.
-        narrow: whether the input has 16 bits, and so perhaps what the layer computes from it.
+        dim: the channel dimension of the input.
+        narrow: whether the input has a 16-bit dtype; the layer may then compute in 16 bits, too.
     """
 
     mean: Tensor
@@ -46,10 +46,10 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class Convention:
-    """What a layer keeps of its input.
+    """Which statistics of its input a layer stores.
 
     Attributes:
-        dim: where the channels are in the input.
+        dim: the channel dimension of the input.
         correction: 1 where `running_var` has Bessel's correction, 0 where it is biased.
     """
 
@@ -58,19 +58,19 @@ class Convention:
 
 
 class Arguments:
-    """The arguments of a forward, copied, since a forward may write into its input."""
+    """A copy of the arguments of a forward, since a forward may write into its input."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._args, self._kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
 
     def copies(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Another copy of them."""
+        """Another copy of the arguments."""
         args, kwargs = tree_map_only(Tensor, torch.clone, (self._args, self._kwargs))
         return args, kwargs
 
 
 def candidates(layer: _BatchNorm, x: Tensor) -> list[InputMoments]:
-    """The moments of x for each place that the channels may have: the second dimension, and the last."""
+    """The moments of x for each possible channel dimension: the second and the last."""
     if not x.is_floating_point():
         return []
     dims = [dim for dim in dict.fromkeys((1, x.dim() - 1)) if 0 < dim < x.dim() and x.shape[dim] == layer.num_features]
@@ -80,28 +80,29 @@ def candidates(layer: _BatchNorm, x: Tensor) -> list[InputMoments]:
 
 @torch.no_grad()
 def moments_along(x: Tensor, dim: int) -> Moments:
-    """Mean and biased variance of x, each (C,), for channels in this dimension."""
+    """Mean and biased variance of x, each (C,), with the channels in dimension `dim`."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums, _ = kernels.batch_sums(x.detach().movedim(dim, 1), wide)
     return moments(sums)
 
 
 def batch_moments(x: Tensor, found: InputMoments) -> Moments:
-    """Mean and biased variance of x, as `found` has them, with their gradients."""
+    """Mean and biased variance of x, with gradients, in the channel dimension and dtype of `found`."""
     dims = [dim for dim in range(x.dim()) if dim != found.dim]
     wide = x.to(found.mean.dtype)
     return wide.mean(dims), wide.var(dims, correction=0)
 
 
 @torch.no_grad()
-def learned(
+def detect_convention(
     layer: _BatchNorm, forward: Callable[..., Any], arguments: Arguments, found: Sequence[InputMoments]
 ) -> Convention | None:
-    """The convention by which the layer's own update agrees with one of the moments; None if it does with none.
+    """The convention for which the layer's own update agrees with one of the moments; None if there is no such one.
 
-    An update is taken to be s' = (1 − a)·s + a·t, with a share a that nobody knows: `momentum` may be the share of the
-    new batch or of the old, or be overruled by a schedule. So it is made from two s: from 0, which gives a·t, and from
-    another, which gives a. t is to be the mean, and the variance with or without Bessel's correction: the nearer one.
+    The update is assumed to be s' = (1 − a)·s + a·t. The weight a of the new batch is unknown: `momentum` may be the
+    weight of the new batch or of the old statistics, or a schedule may override it. So the update runs from two values
+    of s: 0 gives a·t, and a second value gives a. t must be the mean, and the variance with or without Bessel's
+    correction, whichever is nearer.
     """
     for momentum in dict.fromkeys((1.0, 0.0, layer.momentum)):
         fits = [(error, c) for one in found for error, c in _fits(layer, forward, arguments, momentum, one)]
@@ -113,21 +114,21 @@ def learned(
 def _fits(
     layer: _BatchNorm, forward: Callable[..., Any], arguments: Arguments, momentum: float | None, x: InputMoments
 ) -> list[tuple[float, Convention]]:
-    """The conventions that the update agrees with, each with the relative error of the variance."""
+    """The conventions that agree with the update, each with the relative error of the variance."""
     narrow = x.narrow or (layer.running_var is not None and is_narrow(layer.running_var))
     rough, eps = (2**-5, 2**-9) if narrow else (1e-3, torch.finfo(torch.float32).eps)
     scale = x.mean.abs() + x.var.sqrt()
     starts = [torch.zeros_like(x.mean), torch.where(scale > 0, scale, 1)]
     starts_var = [torch.zeros_like(x.var), torch.where(x.var > 0, x.var, 1)]
-    ends = [_updated(layer, forward, arguments, momentum, *start) for start in zip(starts, starts_var)]
+    ends = [_after_training_step(layer, forward, arguments, momentum, *start) for start in zip(starts, starts_var)]
     (mean, var), (other_mean, other_var) = ends
     share, share_var = 1 - (other_mean - mean) / starts[1], 1 - (other_var - var) / starts_var[1]
-    if not bool((torch.minimum(share, share_var) > _SMALLEST_SHARE).all()):
+    if not bool((torch.minimum(share, share_var) > _MIN_MOMENTUM).all()):
         return []
     tolerated = rough * (x.var + layer.eps).sqrt() + 16 * eps * x.mean.abs()
     if not bool(((mean / share - x.mean).abs() <= tolerated).all()):
         return []
-    # By E[x²] − E[x]², as some compute it, the variance is off by what cancels.
+    # Layers that compute the variance as E[x²] − E[x]² lose digits to cancellation.
     tolerated = rough * (x.var + layer.eps) + 16 * eps * x.mean.square()
     fits = []
     for correction in (1, 0):
@@ -137,13 +138,13 @@ def _fits(
     return fits
 
 
-def _updated(
+def _after_training_step(
     layer: _BatchNorm, forward: Callable[..., Any], arguments: Arguments, momentum: float | None,
     mean: Tensor, var: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What a step of training makes of these statistics."""
+    """The statistics after one training step that starts from `mean` and `var`."""
     with replaced(layer, mean, var):
-        # Past __setattr__, for a class may make a property of them.
+        # Bypass __setattr__: a subclass may define these as properties.
         vars(layer).update(momentum=momentum, training=True)
         args, kwargs = arguments.copies()
         forward(*args, **kwargs)
@@ -155,7 +156,7 @@ def _updated(
 
 @contextmanager
 def replaced(layer: _BatchNorm, mean: Tensor, var: Tensor) -> Iterator[None]:
-    """The layer with other statistics, in the dtype of its own; its attributes and buffers are put back."""
+    """Use these statistics in the layer, in the dtype of its buffers; then restore its attributes and buffers."""
     own, kept, buffers = vars(layer), dict(vars(layer)), dict(layer._buffers)
     stored, tracked = buffers["running_mean"], buffers.get("num_batches_tracked")
     assert stored is not None

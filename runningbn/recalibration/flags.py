@@ -1,4 +1,4 @@
-"""Training flags of modules: read, set and put back, bit by bit."""
+"""Read, set and restore the `training` flag of every module of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 def training_flags(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Every module of the model and whether it is in training mode."""
-    # Not by `modules()`, which takes as long as the rest of what a batch needs.
+    # `modules()` is avoided: for small batches it takes as long as all other overhead of a batch.
     found, left = {model}, [model]
     while left:
         children = {child for child in left.pop()._modules.values() if child is not None} - found
@@ -17,13 +17,13 @@ def training_flags(model: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def restore_flags(flags: list[tuple[nn.Module, bool]]) -> None:
-    """Put back training flags."""
+    """Restore training flags."""
     for module, training in flags:
         set_training(module, training)
 
 
 def set_training(module: nn.Module, training: bool) -> None:
-    """``module.training = training``, not by the slow way of ``nn.Module.__setattr__`` where that is possible."""
+    """``module.training = training``; where possible without ``nn.Module.__setattr__``, which is slow."""
     own = vars(module)
     if "training" in own:
         own["training"] = training

@@ -1,7 +1,7 @@
-"""Watching the BatchNorm layers of a model at work, without leaving a trace in it.
+"""Context managers that observe the BatchNorm layers of a model and restore the model afterwards.
 
-While a model is observed, its modules are in evaluation mode, and each chosen layer hands its input to an `Observer`.
-Everything is put back afterwards, whatever happens.
+While a model is observed, its modules are in evaluation mode, and an `Observer` runs the forward of each chosen layer.
+Everything is restored on leaving, after an exception as well.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ import torch
 from torch import nn
 
 from .flags import restore_flags, set_training, training_flags
-from .interception import Elsewhere
+from .interception import OutsideUseRecorder
 from .observer import Observer
 
-# What stands around a model for parallel training, and communicates or copies in its forward.
+# Wrappers for parallel training; their forward communicates or copies the model.
 PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
-# Whether this torch can run compiled code uncompiled.
+# Whether this version of torch can run compiled code in eager mode.
 _CAN_BE_EAGER = hasattr(torch.compiler, "set_stance")
 
 
 @contextmanager
-def looking_elsewhere(observer: Observer) -> Iterator[None]:
-    """Let the observer see every operation, where no compiler would have to trace that."""
+def recording_outside_use(observer: Observer) -> Iterator[None]:
+    """Record in `observer.used_outside` the layers whose statistics other code normalises by.
+
+    Does nothing where torch.compile would have to trace the recording.
+    """
     if _CAN_BE_EAGER or "torch._dynamo" not in sys.modules:
-        with Elsewhere(observer.layers, observer.elsewhere):
+        with OutsideUseRecorder(observer.layers, observer.used_outside):
             yield
     else:
         yield
@@ -40,10 +43,10 @@ def looking_elsewhere(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Evaluate the model without gradients, its layers in the hands of the observer; then put everything back.
+    """Evaluate the model without gradients, with the observer running its layers; then restore everything.
 
-    Wrappers for parallel training are stepped around, so that a forward does not communicate, and compiled code is
-    run uncompiled.
+    Wrappers for parallel training are bypassed, so that a forward does not communicate. Compiled code runs in eager
+    mode.
     """
     flags = training_flags(model)
     with ExitStack() as stack:
@@ -54,7 +57,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
                 replace_forward(stack, module, module.module.__call__)
         for number, layer in enumerate(observer.layers):
             replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
-        # Without dynamo in the process nothing is compiled, and importing it would take seconds.
+        # If dynamo is not imported, nothing is compiled; importing it would take seconds.
         if "torch._dynamo" in sys.modules and _CAN_BE_EAGER:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
@@ -63,10 +66,11 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def head_skipped(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[None]:
-    """Leave out what comes after the last of the layers, where the structure says that nothing else depends on it.
+    """Skip the modules after the last of the layers, where the structure shows that nothing else needs their output.
 
-    That is in a ``nn.Sequential``, and in one that is its last part and nowhere else, for then the output is nobody's
-    input. What other modules do with their parts cannot be known. Nothing is left out that has hooks.
+    This holds in a ``nn.Sequential``, and recursively in a ``nn.Sequential`` that is its last part and is used only
+    there. How other modules use their submodules is not known, so nothing is skipped in them. Modules with hooks are
+    not skipped.
     """
     wanted = set(layers)
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
@@ -77,14 +81,14 @@ def head_skipped(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[No
             last = max((i for i, part in enumerate(parts) if wanted.intersection(part.modules())), default=None)
             if last is None or any(_has_hooks(m) for part in parts[last + 1 :] for m in part.modules()):
                 break
-            replace_forward(stack, module, partial(_one_after_another, parts[: last + 1]))
+            replace_forward(stack, module, partial(_run_in_order, parts[: last + 1]))
             module = parts[last]
             if places[module] > 1:
                 break
         yield
 
 
-def _one_after_another(modules: list[nn.Module], input: Any) -> Any:
+def _run_in_order(modules: list[nn.Module], input: Any) -> Any:
     for module in modules:
         input = module(input)
     return input
@@ -95,7 +99,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give a module another forward until the stack is closed."""
+    """Replace the forward of a module until the stack is closed."""
     own = vars(module)
     if "forward" in own:
         stack.callback(own.__setitem__, "forward", own["forward"])
@@ -106,7 +110,7 @@ def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., 
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what loaders and their transforms draw from: the generators of torch, Python and NumPy."""
+    """Restore the random state of torch, Python and NumPy, which loaders and transforms use."""
     numpy_random = sys.modules.get("numpy.random")
     state_of_python = random.getstate()
     state_of_numpy = numpy_random.get_state() if numpy_random else None

@@ -1,4 +1,4 @@
-"""Calls of torch's batch_norm, seen from outside: taken over, or only noted."""
+"""Intercept or record calls of torch's batch_norm."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-# The names of the arguments of the two functions that all of torch's own normalisation goes through.
+# Argument names of the two functions that all of torch's own BatchNorm layers call.
 _ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
 }
 
 
-class TakeOver(TorchFunctionMode):
-    """Lets another function do what ``batch_norm`` is called for with a layer's own statistics.
+class BatchNormInterceptor(TorchFunctionMode):
+    """Replaces the calls of ``batch_norm`` that use the statistics of a layer.
 
     Attributes:
-        reached: whether there was such a call.
-        by_a_part: whether there was one with a view of the statistics instead.
+        intercepted: whether such a call was replaced.
+        uses_slice: whether a call used a view of the statistics; it is not replaced.
 
     Args:
-        running_mean: that of the layer.
-        normalize: of the input, weight, bias and eps.
+        running_mean: the buffer of the layer.
+        normalize: ``normalize(input, weight, bias, eps)``, called in place of ``batch_norm``.
     """
 
     def __init__(
@@ -35,24 +35,24 @@ class TakeOver(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.running_mean, self.normalize = running_mean, normalize
-        self.reached = self.by_a_part = False
+        self.intercepted = self.uses_slice = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARGUMENTS:
             call = dict(zip(_ARGUMENTS[func], args)) | (kwargs or {})
             if call["running_mean"] is self.running_mean:
-                self.reached = True
+                self.intercepted = True
                 return self.normalize(call["input"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5))
-            self.by_a_part |= _share_memory(call["running_mean"], self.running_mean)
+            self.uses_slice |= _share_memory(call["running_mean"], self.running_mean)
         return func(*args, **(kwargs or {}))
 
 
-class Elsewhere(TorchFunctionMode):
-    """Notes the layers whose `running_mean`, or a slice of it, is normalised by outside of the layer's forward.
+class OutsideUseRecorder(TorchFunctionMode):
+    """Records the layers whose `running_mean`, or a slice of it, reaches ``batch_norm`` outside of their own forward.
 
     Args:
-        layers: those that do not call ``batch_norm`` themselves while they are observed.
-        found: where to add their numbers.
+        layers: the observed layers; an `Observer` runs their forwards, so these do not call ``batch_norm``.
+        found: the set to which the indices of the recorded layers are added.
     """
 
     def __init__(self, layers: Sequence[_BatchNorm], found: set[int]) -> None:

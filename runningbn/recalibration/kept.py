@@ -1,4 +1,4 @@
-"""What forward passes change in a model besides its parameters: kept, and put back."""
+"""Save and restore the state of a model that forward passes may change, apart from its parameters."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from .flags import restore_flags, training_flags
 from .ranks import interrupts_deferred, is_sharded
 
-# Of a tensor that is an attribute and no buffer, a copy is kept up to this size in bytes: larger ones are data.
-_LARGEST = 2**24
+# Largest size in bytes up to which the values of a tensor attribute that is no buffer are copied; larger ones are data.
+_MAX_BYTES = 2**24
 
 
 class KeptState:
-    """The buffers, the tensors among the attributes, and the training flags of a model as they are now.
+    """A copy of the buffers, tensor attributes and training flags of a model.
 
-    Buffers are kept with their values, whoever writes to them: observers of quantisation, membrane potentials, banks
-    of features. A tensor that is a plain attribute, or lies in a list or dict that is one, is put back where another
-    took its place, and its values up to 16 MiB. Where such a tensor or a buffer has changed, the other attributes of
-    that module are put back too, since they may say what the tensor means. Parameters, and modules, are not kept; of
-    models whose parameters are spread over processes only buffers and flags, for their wrappers move tensors about.
+    - Buffers are restored with their values, for example of quantisation observers or of memory banks.
+    - A tensor that is a plain attribute, or an entry of a list or dict attribute, is restored if it was replaced. Its
+      values are restored if it has at most 16 MiB.
+    - If a buffer or such a tensor has changed, the other attributes of its module are restored, too, since they may
+      describe the tensor.
+    - Parameters and submodules are not saved. For models whose parameters are sharded over processes, only buffers and
+      flags are saved, since their wrappers replace tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,12 +33,12 @@ class KeptState:
         self._flags = training_flags(model)
         self._modules = [] if is_sharded(model) else [_Attributes(module) for module in modules]
         buffers = [buffer for module in modules for _, buffer in module.named_buffers(recurse=False)]
-        small = [t for part in self._modules for t in part.tensors() if t.nbytes <= _LARGEST]
+        small = [t for part in self._modules for t in part.tensors() if t.nbytes <= _MAX_BYTES]
         unique = {id(tensor): tensor for tensor in (*buffers, *small) if not tensor.is_meta}
         self._values = {key: _Values(tensor) for key, tensor in unique.items()}
 
     def restore(self) -> None:
-        """Put back whatever differs, in place."""
+        """Restore whatever differs, in place."""
         with torch.no_grad():
             changed = {key for key, kept in self._values.items() if kept.restore()}
             for part in self._modules:
@@ -45,7 +47,7 @@ class KeptState:
 
 
 class _Attributes:
-    """The attributes of a module, and what is in the lists and dicts among them."""
+    """The attributes of a module, and copies of the lists and dicts among them."""
 
     def __init__(self, module: nn.Module) -> None:
         self.own = vars(module)
@@ -62,14 +64,14 @@ class _Attributes:
             yield from (value for value in values if isinstance(value, Tensor))
 
     def restore(self, changed: set[int]) -> None:
-        """`changed`: by id, the tensors that had other values."""
+        """`changed`: the ids of the tensors whose values had changed."""
         touched = any(id(tensor) in changed for tensor in self.tensors())
         for container, copy in self.containers:
             if _has_other_tensors(container, copy):
                 touched = True
                 container.clear()
                 (container.update if isinstance(container, dict) else container.extend)(copy)
-        # A forward that observation has put in place is still there if putting it back was interrupted.
+        # `observed` replaces forwards. An interrupt may have kept it from restoring one.
         replaced = self.own.get("forward") is not self.kept.get("forward")
         if touched or replaced or _has_other_tensors(self.own, self.kept):
             self.own.clear()
@@ -84,8 +86,8 @@ class _Values:
         self.version = _version(tensor)
 
     def restore(self) -> bool:
-        """Whether the tensor had changed."""
-        # Not every change counts as a version: `tensor.data` and foreign code write past it.
+        """Restore the values; return whether they had changed."""
+        # Writes through `tensor.data` or by extensions do not increase the version, so values are compared as well.
         if _version(self.tensor) == self.version and _equal(self.tensor, self.copy):
             return False
         if self.tensor.shape != self.copy.shape:
@@ -103,7 +105,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return False
     try:
         return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
-    except (RuntimeError, NotImplementedError):  # sparse, quantised and the like: as their versions say
+    except (RuntimeError, NotImplementedError):  # sparse, quantised and similar tensors: rely on the version alone
         return True
 
 
@@ -112,7 +114,7 @@ def _values(container: Any) -> list[Any]:
 
 
 def _has_other_tensors(now: Any, before: Any) -> bool:
-    """Whether an entry differs that is or was a tensor. A list that has grown collects something, and is no state."""
+    """Whether an entry that is or was a tensor was replaced. A list whose length has changed is not taken as state."""
     if isinstance(now, list):
         pairs = list(zip(now, before)) if len(now) == len(before) else []
     else:
@@ -122,9 +124,9 @@ def _has_other_tensors(now: Any, before: Any) -> bool:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[KeptState]:
-    """Put back the state of the model, and grad mode, when the block is left, however that is.
+    """Restore the state of the model, and grad mode, on leaving the block, after an exception as well.
 
-    An interrupt may come while something inside is putting things back. So it is done here once more.
+    Code inside the block restores state, too, but an interrupt may stop it. So all is restored here once more.
     """
     kept, grad_mode = KeptState(model), torch.is_grad_enabled()
     try:

@@ -1,11 +1,11 @@
-"""What recalibration adds up: moments of batches into moments of all data, with standard errors, in float64.
+"""Combine the moments of batches into moments of all data, with standard errors, in float64.
 
-Shapes: F channels, those of all layers in one vector; B batches. Of each batch, only the mean, variance and number n of
-elements of each channel come here, so float64 costs next to nothing: the sweeps over the data are done elsewhere.
+Shapes: F channels, those of all layers in one vector; B batches. The input is the mean, variance and number n of
+elements of each channel, per batch; the reductions over the data are done by the kernels. So float64 costs little here.
 
-A batch enters as three terms t = (t0, t1, t2) per channel. Their sums T = Σt give the statistics, and the sums of their
-products G = Σ t·tᵀ say how much the statistics would scatter if other batches had been drawn (the ratio estimator of
-survey sampling: Cochran, "Sampling Techniques", 3rd ed., section 2.11). Both are linear, so ranks add up.
+A batch contributes three terms t = (t0, t1, t2) per channel. Their sums T = Σt give the statistics. The sums of their
+products G = Σ t·tᵀ give the standard errors, from the variance between batches (the ratio estimator of survey sampling:
+Cochran, "Sampling Techniques", 3rd ed., section 2.11). T and G are sums, so those of several ranks are added.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..ops.state import nonzero
 
 
 class Estimator(ABC):
-    """How batches become statistics. All arguments and results are (F,) or stacks of such."""
+    """Computes statistics from batches. All arguments and results are (F,) or stacks of such vectors."""
 
     @abstractmethod
     def terms(self, mean: Tensor, var: Tensor, n: Tensor) -> Tensor:
-        """t, (3, F), of a batch with this mean about the pivot, biased variance and n elements; 0 where n is 0."""
+        """t, (3, F), of a batch with n elements, its mean about the pivot and its biased variance; 0 where n is 0."""
 
     @abstractmethod
     def move(self, d: Tensor) -> Tensor:
-        """The matrices M, (3, 3, F), that take t about a pivot to t about that pivot + d."""
+        """The matrices M, (3, 3, F), that transform t about a pivot into t about that pivot + d."""
 
     @abstractmethod
     def moments(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean about the pivot and variance."""
+        """Mean about the pivot, and variance."""
 
     @abstractmethod
     def influence(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of mean and variance by T, each (3, F): a·t is what a batch pulls the statistic by."""
+        """Derivatives a of mean and variance with respect to T, each (3, F): a·t is the influence of a batch."""
 
 
 class Population(Estimator):
@@ -61,7 +61,7 @@ class Population(Estimator):
         return mean, (square - mean * mean).clamp_min(0)
 
     def influence(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the mean (−mean, 1, 0)/T0; of the variance (mean² − var, −2·mean, 1)/T0."""
+        """For the mean (−mean, 1, 0)/T0; for the variance (mean² − var, −2·mean, 1)/T0."""
         mean, var = self.moments(totals)
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         by_mean = torch.stack((-mean, one, zero))
@@ -70,9 +70,9 @@ class Population(Estimator):
 
 
 class MeanOfBatches(Estimator):
-    """Every batch alike: t = (1, mean, unbiased var), the simple means of batch means and of unbiased batch variances.
+    """Batches with equal weight: t = (1, mean, unbiased var), the averages of batch means and unbiased batch variances.
 
-    The variance between batches is not in it. Batches with one element per channel have no variance and are left out.
+    It omits the variance between batches. Batches with one element per channel have no variance and are left out.
 
     Source: Ioffe and Szegedy, "Batch Normalization", ICML 2015, section 3.1.
     """
@@ -83,7 +83,7 @@ class MeanOfBatches(Estimator):
         return torch.stack((counts, counts * mean, counts * var * n / (n - 1).clamp_min(1)))
 
     def move(self, d: Tensor) -> Tensor:
-        """Only the mean has a pivot."""
+        """Only the mean is relative to the pivot."""
         one, zero = torch.ones_like(d), torch.zeros_like(d)
         return _matrix((one, zero, zero), (-d, one, zero), (zero, zero, one))
 
@@ -93,7 +93,7 @@ class MeanOfBatches(Estimator):
         return mean, var
 
     def influence(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the mean (−mean, 1, 0)/T0; of the variance (−var, 0, 1)/T0."""
+        """For the mean (−mean, 1, 0)/T0; for the variance (−var, 0, 1)/T0."""
         mean, var = self.moments(totals)
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         by_mean, by_var = torch.stack((-mean, one, zero)), torch.stack((-var, zero, one))
@@ -102,10 +102,10 @@ class MeanOfBatches(Estimator):
 
 @dataclass
 class Call:
-    """What one call of a layer contributes to a batch.
+    """The moments of the input of one call of a layer.
 
     Attributes:
-        layer: which one, by its number.
+        layer: the index of the layer.
         mean, var: (C,), of its input; var is biased.
         n: elements per channel of the input.
         samples: N of the input.
@@ -123,8 +123,8 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean, var: var is biased for `Population`, Bessel-corrected for `MeanOfBatches`.
-        mean_error, var_error: their standard errors, from the scatter between batches; NaN for a single batch.
-        batches, elements, samples: how much data they are from; all 0 where the layer was not used.
+        mean_error, var_error: their standard errors, from the variance between batches; NaN for a single batch.
+        batches, elements, samples: the amount of data used; all 0 where the layer was not used.
     """
 
     mean: Tensor
@@ -140,9 +140,9 @@ class Accumulator:
     """Adds up batches for all channels of some layers.
 
     Args:
-        channels: C of each layer; the vectors here are those of the layers side by side, F = ΣC.
-        estimator: how batches become statistics.
-        device: where to add up.
+        channels: C of each layer; the vectors of all layers are concatenated, F = ΣC.
+        estimator: computes the statistics.
+        device: of the sums.
     """
 
     def __init__(self, channels: list[int], estimator: Estimator, device: torch.device) -> None:
@@ -154,7 +154,7 @@ class Accumulator:
         self.totals = self._zeros(3, width)
         self.products = self._zeros(3, 3, width)
         self.counts = self._zeros(3, width)  # batches, elements, samples
-        self.not_finite = self._zeros(width)  # batches that were dropped, where they were not finite
+        self.not_finite = self._zeros(width)  # by channel, the number of calls whose moments were not finite
         self.dropped = self._zeros(1)
         self._repeats = torch.tensor(channels, device=self.device)
         self._absent = [
@@ -163,12 +163,12 @@ class Accumulator:
         ]
 
     def add(self, calls: list[Call]) -> Tensor:
-        """Add a batch: all calls that its forward made. One that is not finite anywhere is dropped everywhere.
+        """Add a batch: all calls made in its forward. If any moment is not finite, all of the batch is dropped.
 
-        Nothing here waits for the device.
+        Does not synchronise with the device.
 
         Returns:
-            (), whether the batch was finite.
+            A bool tensor of shape (): whether the batch was finite.
         """
         rounds = self._rounds(calls)
         finite = torch.stack([torch.isfinite(mean + var).all() for mean, var, _, _ in rounds]).all()
@@ -178,7 +178,7 @@ class Accumulator:
         for mean, var, n, samples in rounds:
             self.not_finite += (~torch.isfinite(mean + var)).to(torch.float64)
             mean, var, n = mean.masked_fill(~finite, 0), var.masked_fill(~finite, 0), n * keep
-            # The first mean of a channel is its pivot from then on. float64 has digits to spare for the rest.
+            # The first mean of a channel is its pivot; later means differ little from it, relative to float64 rounding.
             self.pivot = torch.where((self.counts[1] == 0) & (counts[1] == 0) & (n > 0), mean, self.pivot)
             terms += self.estimator.terms(mean - self.pivot, var, n)
             counts[1] += n
@@ -210,7 +210,7 @@ class Accumulator:
         return mean, var, n, samples
 
     def _side_by_side(self, parts: list[Tensor]) -> Tensor:
-        """In float64, converted all at once where they are alike."""
+        """The parts concatenated in float64; converted in one operation if they share device and dtype."""
         alike = len({(part.device, part.dtype) for part in parts}) == 1
         wide = torch.cat(parts if alike else [part.to(self.device, torch.float64) for part in parts])
         return wide.to(self.device, torch.float64)
@@ -219,12 +219,12 @@ class Accumulator:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def pack(self) -> Tensor:
-        """Everything in one vector, to be exchanged between ranks."""
+        """All sums in one vector, to be exchanged between ranks."""
         parts = (self.pivot, self.totals, self.products, self.counts, self.not_finite, self.dropped)
         return torch.cat([part.reshape(-1) for part in parts])
 
     def merged(self, packs: Tensor) -> Accumulator:
-        """What one process would have added up, from the packs of all ranks, (ranks, ·), in their order."""
+        """The accumulator of all data, from the packs of all ranks, (ranks, ·), in order of rank."""
         ranks = [self._unpacked(pack) for pack in packs.to(self.device)]
         new = Accumulator(self.channels, self.estimator, self.device)
         weight = sum((rank.totals[0] for rank in ranks), torch.zeros_like(self.pivot))
@@ -250,7 +250,7 @@ class Accumulator:
         """The statistics of everything added so far."""
         mean, var = self.estimator.moments(self.totals)
         batches = self.counts[0]
-        # Bessel's correction again, now for the number of batches.
+        # Bessel's correction for the number of batches.
         correction = torch.where(batches > 1, batches / (batches - 1).clamp_min(1), torch.nan)
         mean_error, var_error = (
             (torch.einsum("if,ijf,jf->f", a, self.products, a).clamp_min(0) * correction).sqrt()
@@ -259,7 +259,7 @@ class Accumulator:
         return Estimate(self.pivot + mean, var, mean_error, var_error, *self.counts)
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """A vector over all channels, or a stack of them, layer by layer."""
+        """Split a vector over all channels, or a stack of such vectors, by layer."""
         parts: tuple[Tensor, ...] = vector.split(self.channels, dim=-1)
         return parts
 

@@ -1,9 +1,8 @@
-"""What collects the moments of the inputs of BatchNorm layers, and normalises by what it is told to.
+"""Collect the moments of the inputs of BatchNorm layers, and normalise by the batch or by given statistics.
 
-A layer is reached through what it calls: in evaluation, ``nn.BatchNorm``, ``nn.SyncBatchNorm``, the layers of this
-library and most subclasses come down to one call of ``torch.nn.functional.batch_norm`` with their own buffers, and that
-call is taken over. So what a subclass does around it (permuting, casting, an activation) is respected. For one that
-computes by itself, see `subclasses`.
+In evaluation mode, ``nn.BatchNorm``, ``nn.SyncBatchNorm``, the layers of this library and most subclasses make one call
+of ``torch.nn.functional.batch_norm`` with their own buffers. That call is intercepted. So what a subclass does around
+it (permuting, casting, an activation) stays in effect. For subclasses without such a call, see `conventions`.
 """
 
 from __future__ import annotations
@@ -25,34 +24,44 @@ from ..layers.buffers import PooledStatistics
 from ..ops import step as functional
 from ..ops.derived_tensors import is_derived, through_class
 from ..ops.state import moments
-from .conventions import Arguments, Convention, InputMoments, Moments, batch_moments, candidates, learned, replaced
+from .conventions import (
+    Arguments,
+    Convention,
+    InputMoments,
+    Moments,
+    batch_moments,
+    candidates,
+    detect_convention,
+    replaced,
+)
 from .flags import set_training
-from .interception import TakeOver
+from .interception import BatchNormInterceptor
 from .moments import Call
 
-# The forwards that are one call of batch_norm with the layer's own weight, bias and eps.
+# Forwards that consist of one call of batch_norm with the layer's own weight, bias and eps.
 _PLAIN = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 
 class EnoughSeen(BaseException):
-    """Ends a forward pass of which nothing more is needed. Not an Exception, so that models do not swallow it."""
+    """Ends a forward pass early. It is no Exception, so that an ``except Exception`` in a model does not catch it."""
 
 
 class Observer:
-    """Collects the moments of the inputs of some layers and normalises by what it is told to.
+    """Collects the moments of the inputs of some layers, and normalises by the batch or by fixed statistics.
 
-    Where grad mode is on, as inside a model that differentiates in its forward, the layers are differentiable.
+    If grad mode is on, as inside a model that differentiates in its forward, the layers are differentiable. Layers are
+    referred to by their index.
 
     Attributes:
-        layers: by number.
-        so_far: mean and variance of a layer by its number, for batches that have no variance of their own.
-        names: of the layers, for what is said about them.
-        calls: what was seen since `take_calls`, in order.
-        fixed: mean and variance by layer number, for layers that normalise by these and not by their batch.
-        watched: the numbers of the layers to collect from.
-        last: (layer, calls): after so many calls of that layer, `EnoughSeen` is raised.
-        conventions: of the layers that have a forward of their own, once that is known.
-        elsewhere: the numbers of layers whose statistics something else was seen to normalise by, see `Elsewhere`.
+        layers: the observed layers.
+        so_far: returns the mean and variance to use for a batch with a single element per channel.
+        names: of the layers, for messages.
+        calls: the calls since the last `take_calls`, in order.
+        fixed: mean and variance by layer, for layers that normalise by these instead of their batch.
+        watched: the layers to collect from.
+        last: (layer, calls): after this number of calls of that layer, `EnoughSeen` is raised.
+        conventions: by layer, for subclasses with a custom forward, once detected.
+        used_outside: layers whose statistics other code normalises by, see `OutsideUseRecorder`.
     """
 
     def __init__(
@@ -64,19 +73,19 @@ class Observer:
         self.watched: set[int] = set(range(len(layers)))
         self.last: tuple[int, int] | None = None
         self.conventions: dict[int, Convention] = {}
-        self.elsewhere: set[int] = set()
-        self._compute_by_themselves: set[int] = set()
+        self.used_outside: set[int] = set()
+        self._without_batch_norm_call: set[int] = set()
 
     def take_calls(self) -> list[Call]:
-        """The calls since the last time."""
+        """Return and clear `calls`."""
         calls, self.calls = self.calls, []
         return calls
 
     def forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the layer's forward gives, normalised by what the observer says."""
+        """Run the forward of a layer, with the normalisation done by the observer."""
         layer = self.layers[number]
         if getattr(forward, "__func__", None) in _PLAIN:
-            # Nothing else happens in there, and so the detour by torch's function modes is spared.
+            # This forward does nothing else, so no function mode is needed, which is slower.
             x = _input_of_forward(*args, **kwargs)
             layer._check_input_dim(x)
             if type(x) is not Tensor and is_derived(x):
@@ -84,10 +93,10 @@ class Observer:
                 return through_class(compute, layer, x)
             return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
-        # Whoever runs the model may have called train().
+        # The caller may have called train() inside the block.
         set_training(layer, False)
         try:
-            if number not in self._compute_by_themselves:
+            if number not in self._without_batch_norm_call:
                 unknown = number not in self.conventions and self._has_own_class(layer)
                 arguments, seen = Arguments(args, kwargs) if unknown else None, len(self.calls)
                 mask = args[1] if len(args) > 1 else kwargs.get("mask")
@@ -95,18 +104,18 @@ class Observer:
                     normalize = partial(self.normalize, number)
                 else:
                     normalize = partial(self.normalize_real, number, mask)
-                with TakeOver(layer.running_mean, normalize) as taken:
+                with BatchNormInterceptor(layer.running_mean, normalize) as interceptor:
                     y = forward(*args, **kwargs)
-                if taken.by_a_part:
+                if interceptor.uses_slice:
                     raise RuntimeError(
-                        f"{self._called(number)} normalises by a part of running_mean and running_var, as in a network "
-                        "that has others inside; leave it out with layers=..., or recalibrate a network taken out of it"
+                        f"{self._described(number)} normalises by a part of running_mean and running_var, as in a "
+                        "slimmable network; leave it out with layers=..., or recalibrate an extracted sub-network"
                     )
-                if taken.reached:
-                    if arguments is not None and not _in_company():
-                        self._learn_correction(number, forward, arguments, self.calls[seen:])
+                if interceptor.intercepted:
+                    if arguments is not None and not _has_other_processes():
+                        self._detect_correction(number, forward, arguments, self.calls[seen:])
                     return y
-                self._compute_by_themselves.add(number)
+                self._without_batch_norm_call.add(number)
                 if arguments is not None and not torch.is_grad_enabled():
                     args, kwargs = arguments.copies()
             return self._evaluate(number, forward, *args, **kwargs)
@@ -116,7 +125,7 @@ class Observer:
     def normalize_real(
         self, number: int, mask: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        """`normalize` for the elements that a mask says are real, and 0 elsewhere."""
+        """`normalize` for the elements where the mask is True; 0 for the others."""
         y = torch.zeros_like(x)
         samples = int(mask.flatten(1).any(1).sum()) if mask.dim() > 1 else None
         y.movedim(1, -1)[mask] = self.normalize(number, x.movedim(1, -1)[mask], weight, bias, eps, samples)
@@ -125,9 +134,9 @@ class Observer:
     def normalize(
         self, number: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, samples: int | None = None
     ) -> Tensor:
-        """y = (x − mean)·(var + eps)^−½·weight + bias by the batch or by what is fixed; the moments of x are noted.
+        """y = (x − mean)·(var + eps)^−½·weight + bias, with the moments of the batch or `fixed`; records those of x.
 
-        `samples` is N where the first dimension of x does not say it.
+        `samples` is N, if it is not the size of the first dimension of x.
         """
         layer, samples = self.layers[number], len(x) if samples is None else samples
         if x.dim() < 2 or x.shape[1] != layer.num_features or not x.is_floating_point():
@@ -152,20 +161,20 @@ class Observer:
             else:
                 affine = (weight, bias, eps) if by is None else (None, None, 1.0)
                 y, mean, var = kernels.batch_norm(x, *affine, dtype)
-            self._note(Call(number, mean, var, n, samples))
+            self._record(Call(number, mean, var, n, samples))
             if by is None:
                 return y
         elif n == 1:
-            self._note(_single(number, _plain(x.detach()), dtype))
-        # One element normalised by itself would be 0 whatever it is.
+            self._record(_single(number, _plain(x.detach()), dtype))
+        # A single element normalised by its own mean would always be 0.
         mean, var = (moment.to(x.device, dtype) for moment in by or self.so_far(number))
         if differentiates:
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-        # By the operation of evaluation, rounding for rounding: deep layers are to see what they will see there.
+        # The same operation as in evaluation, so that deeper layers get bit for bit the same input.
         return kernels.aten.normalize(x, mean, var, weight, bias, eps) if n else torch.empty_like(x)
 
     def _evaluate(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """For a layer that computes by itself: let it evaluate by the moments of its input, or by what is fixed."""
+        """Evaluate a layer that does not call ``batch_norm``, with the moments of its input or `fixed` as buffers."""
         layer, by = self.layers[number], self.fixed.get(number)
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if x is None:
@@ -173,20 +182,20 @@ class Observer:
         n = x.numel() // layer.num_features
         if n > 1 and (by is None or number in self.watched):
             found = self._moments(number, forward, args, kwargs, x)
-            self._note(Call(number, found.mean, found.var, n, len(x)))
+            self._record(Call(number, found.mean, found.var, n, len(x)))
             if by is None:
                 mean, var = batch_moments(x, found) if torch.is_grad_enabled() else (found.mean, found.var)
                 with replaced(layer, mean, var):
                     return forward(*args, **kwargs)
         elif n == 1:
-            self._note(_single(number, x, torch.promote_types(x.dtype, torch.float32)))
+            self._record(_single(number, x, torch.promote_types(x.dtype, torch.float32)))
         with replaced(layer, *(by or self.so_far(number))):
             return forward(*args, **kwargs)
 
     def _moments(
         self, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
     ) -> InputMoments:
-        """The moments of x that the layer keeps."""
+        """The moments of x in the convention of the layer."""
         layer, known = self.layers[number], self.conventions.get(number)
         found = candidates(layer, x)
         if known is not None:
@@ -194,20 +203,20 @@ class Observer:
         elif all(bool((one.mean + one.var).isfinite().all()) for one in found):
             cause = None
             try:
-                convention = learned(layer, forward, Arguments(args, kwargs), found)
-            except Exception as error:  # whatever its training does with buffers that are not its own
+                convention = detect_convention(layer, forward, Arguments(args, kwargs), found)
+            except Exception as error:  # its training step may fail on the temporary buffers
                 convention, cause = None, error
             if convention is None:
                 raise RuntimeError(
-                    f"{self._called(number)} has a forward of its own that does not call torch's batch_norm, and what "
-                    "it makes of running_mean and running_var in training is not a moving average of the mean and "
+                    f"{self._described(number)} has a custom forward that does not call torch's batch_norm, and its "
+                    "update of running_mean and running_var in training is not a moving average of the mean and "
                     f"variance of its input, {tuple(x.shape)} of {x.dtype}; leave it out with layers=..."
                 ) from cause
             self.conventions[number] = convention
             found = [one for one in found if one.dim == convention.dim]
         if not found:
             raise RuntimeError(
-                f"{self._called(number)}: expected a floating-point input with {layer.num_features} channels in its "
+                f"{self._described(number)}: expected a floating-point input with {layer.num_features} channels in its "
                 f"second or last dimension, got {tuple(x.shape)} of {x.dtype}"
             )
         return found[0]
@@ -216,24 +225,24 @@ class Observer:
         """Whether the class may update its statistics in another way than torch does."""
         return type(layer).forward not in _PLAIN and not isinstance(layer, PooledStatistics)
 
-    def _learn_correction(
+    def _detect_correction(
         self, number: int, forward: Callable[..., Any], arguments: Arguments, calls: list[Call]
     ) -> None:
-        """Whether a layer that evaluates by torch's batch_norm trains as torch does: else its correction is another."""
+        """Detect the convention of a layer that calls torch's batch_norm in evaluation; its training may differ."""
         if len(calls) != 1 or calls[0].n < 2 or not bool((calls[0].mean + calls[0].var).isfinite().all()):
             return
         seen = InputMoments(calls[0].mean, calls[0].var, calls[0].n, narrow=True)
         try:
-            convention = learned(self.layers[number], forward, arguments, [seen])
-        except Exception:  # what it does in training is of no other interest here
+            convention = detect_convention(self.layers[number], forward, arguments, [seen])
+        except Exception:  # the training step is needed only for the convention; the default is used without it
             convention = None
         self.conventions[number] = convention or Convention()
 
-    def _called(self, number: int) -> str:
+    def _described(self, number: int) -> str:
         name, kind = self.names[number] if self.names else "", type(self.layers[number]).__name__
         return f"{name} ({kind})" if name else kind
 
-    def _note(self, call: Call) -> None:
+    def _record(self, call: Call) -> None:
         if call.layer not in self.watched:
             return
         self.calls.append(call)
@@ -241,26 +250,26 @@ class Observer:
             raise EnoughSeen
 
 
-def _in_company() -> bool:
-    """Whether there are other processes, which a layer may wait for in training though they have no batch now."""
+def _has_other_processes() -> bool:
+    """Whether there are other processes. A training step of the layer could wait for one that has no batch now."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _input_of_forward(input: Tensor) -> Tensor:
-    """What a plain forward takes, and nothing else."""
+    """The argument of a plain forward; a TypeError for any other arguments."""
     return input
 
 
 def _inside_torch_func() -> bool:
-    """Whether this runs inside of ``torch.func.grad`` and the like, which take only torch's own functions."""
+    """Whether this runs inside ``torch.func.grad`` or a similar transform, which takes only torch's own functions."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _plain(x: Tensor) -> Tensor:
-    """The tensor under what ``torch.func`` wraps it in for derivatives.
+    """The tensor inside the wrappers of ``torch.func`` for derivatives.
 
     Raises:
-        RuntimeError: under ``torch.func.vmap``, where a batch has no moments of its own.
+        RuntimeError: under ``torch.func.vmap``, where the moments of a batch are not defined.
     """
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):
@@ -272,6 +281,6 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _single(number: int, x: Tensor, dtype: torch.dtype) -> Call:
-    """One element per channel: its own mean, without variance."""
+    """The call for one element per channel: the element is the mean, and the variance is 0."""
     mean = x.detach().reshape(-1).to(dtype)
     return Call(number, mean, torch.zeros_like(mean), 1, 1)

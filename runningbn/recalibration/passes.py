@@ -1,4 +1,4 @@
-"""Passes over the data: what the layers see, added up over batches and processes, and the statistics that it gives."""
+"""Passes over the data: the moments of the layers' inputs, summed over batches and processes, and their statistics."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .selection import Layers, chosen
 logger = logging.getLogger("runningbn")
 
 _ESTIMATORS: dict[str, type[Estimator]] = {"population": Population, "batch": MeanOfBatches}
-# With fewer batches, the scatter between them says too little about their error to stop on it.
-_FEWEST_BATCHES = 8
+# With fewer batches, the estimate of the standard error is too uncertain to stop on it.
+_MIN_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Found:
 
     Attributes:
         mean, var: of its input; var in the convention of the layer's `running_var`.
-        stored: what the buffers will hold: with the prior mixed in, in their dtype.
+        stored: the values to write to the buffers: with the prior mixed in, in their dtype.
         mean_error, var_error: standard errors.
-        batches, samples, elements: the data they are from.
+        batches, samples, elements: the amount of data used.
         residual: see `LayerReport`.
     """
 
@@ -52,10 +52,10 @@ class Found:
 
 
 class Passes:
-    """What the layers see, batch by batch, and the statistics of it.
+    """Collects the moments of the layers' inputs, batch by batch, and computes their statistics.
 
     Attributes:
-        names, layers: what is recalibrated.
+        names, layers: the layers to recalibrate.
         batches: batches seen by this process.
     """
 
@@ -70,14 +70,14 @@ class Passes:
         self.names, self.layers = list(targets), list(targets.values())
         self.prior = prior
         self.batches = 0
-        self.available: int | None = None  # batches that this process has, where it is known
+        self.available: int | None = None  # number of batches that this process has; None if not known
         self.observer = Observer(self.layers, self._so_far, self.names)
         self._model = model
         self._estimator = _ESTIMATORS[variance]()
         self._sums = self._accumulator(range(len(self.layers)))
         self._found: dict[int, Found] = {}
-        self._calls: list[list[int]] = []  # the layers in the order of their calls, batch by batch
-        self._finite: list[Tensor] = []  # (), whether a batch was, batch by batch
+        self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
+        self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
         self._repeated: set[int] = set()  # layers called more than once in some batch
         self._passes = 1
         self._seen = self._dropped = 0  # batches of all processes
@@ -90,7 +90,7 @@ class Passes:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """On leaving, the model is as before. If this process fails inside, so do the others."""
+        """Restore the model on leaving. If this process raises inside, the other processes raise, too."""
         try:
             with state_kept(self._model) as self._kept:
                 yield
@@ -99,7 +99,7 @@ class Passes:
             raise
 
     def end_batch(self) -> None:
-        """Add what the layers saw since the last time as one batch."""
+        """Add the calls since the last `end_batch` as one batch."""
         calls = self.observer.take_calls()
         self._calls.append([call.layer for call in calls])
         self._repeated.update(number for number, times in Counter(self._calls[-1]).items() if times > 1)
@@ -107,37 +107,37 @@ class Passes:
         self._finite.append(self._sums.add(calls) if calls else torch.tensor(True))
 
     def in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, as long as every process has one: for models whose forward communicates.
+        """The batches, while every process has one: for models whose forward communicates.
 
         Raises:
             ValueError: with ``process_group=False``.
         """
-        if self.ranks.leaves_out:
+        if self.ranks.excludes_others:
             raise ValueError("process_group=False: expected a model on one process; this one is sharded over several")
         self._sharded = self.ranks.size > 1
         if self._sharded:
-            logger.warning("the model is sharded: all processes stop with the first that runs out of batches")
+            logger.warning("the model is sharded: all processes stop when the first one has no more batches")
         return self.ranks.in_step(batches)
 
     def collect(
-        self, batches: Iterable[Any], run: Callable[[Any], None], tolerance: float | None = None, settles: bool = False
+        self, batches: Iterable[Any], run: Callable[[Any], None], tolerance: float | None = None, refines: bool = False
     ) -> None:
-        """Run batches until they end or the statistics are known to `tolerance`; then add up over the processes.
+        """Run batches until they end or the standard errors are below `tolerance`; then sum over the processes.
 
         Args:
-            settles: whether `settle` follows.
+            refines: whether `Recalibration.refine` follows.
         """
         own = self._sums
-        next_check = _FEWEST_BATCHES
+        next_check = _MIN_BATCHES
 
         def check(done: bool) -> bool:
             with interrupts_deferred():
                 merged, everyone_done = self._exchange(own, done)
-                # While others go on, all look at the same sums and come to the same end.
+                # All processes check the same merged sums, so they come to the same decision.
                 enough = everyone_done or (tolerance is not None and self._known_to(tolerance, merged))
                 if enough:
                     self._sums = merged
-                    self.ranks.open &= settles
+                    self.ranks.open &= refines
             return enough
 
         enough = False
@@ -145,7 +145,7 @@ class Passes:
             run(batch)
             self.end_batch()
             if tolerance is not None and self.batches == next_check:
-                # In proportion to what was seen, for checking waits for the device and for the other processes.
+                # The interval grows by a quarter each time: a check waits for the device and the other processes.
                 next_check += (next_check + 3) // 4
                 enough = check(done=False)
                 if enough:
@@ -156,7 +156,7 @@ class Passes:
         self._found = self._statistics(self._sums, range(len(self.layers)))
 
     def _exchange(self, sums: Accumulator, done: bool) -> tuple[Accumulator, bool]:
-        """The sums of all processes, and whether all are done."""
+        """The sums over all processes, and whether all processes are done."""
         count, width, packed = len(self.layers), len(self._old[0]), len(sums.pack())
         messages = self.ranks.exchange(self._message(sums, done))
         status, means, variances, packs = messages.split([3 + 2 * count, width, width, packed], dim=1)
@@ -165,7 +165,7 @@ class Passes:
         self._seen = int(batches.sum())
         self._available = None if available.isnan().any() else int(available.sum())
         self._repeated = {number for number in range(count) if repeated[:, number].any()}
-        # Of a layer that computes by itself, only a process that had a batch for it knows how.
+        # The convention of a subclass with a custom forward is known only to processes that had a batch for it.
         self._biased = {number for number in range(count) if (corrections[:, number] == 0).any()}
         if self.ranks.size == 1:
             return sums, done
@@ -181,7 +181,7 @@ class Passes:
         return torch.cat([torch.tensor(status, dtype=torch.float64, device=sums.device), *self._old, sums.pack()])
 
     def _correction(self, number: int) -> float:
-        """1 if the layer's `running_var` has Bessel's correction, as far as this process knows; 0 if not."""
+        """1 if the layer's `running_var` has Bessel's correction, 0 if not; 1 if this process has not detected it."""
         layer = self.layers[number]
         if isinstance(layer, PooledStatistics):
             return float(layer.corrects_variance)
@@ -190,10 +190,8 @@ class Passes:
     def _known_to(self, tolerance: float, sums: Accumulator) -> bool:
         found = self._statistics(sums, range(len(self.layers)))
         reports = [self._report(number, one) for number, one in found.items()]
-        # NaN, from a single batch, is not below anything.
-        return bool(reports) and all(
-            one.batches >= _FEWEST_BATCHES and one.standard_error <= tolerance for one in reports
-        )
+        # The standard error of a single batch is NaN, and comparisons with it are False.
+        return bool(reports) and all(one.batches >= _MIN_BATCHES and one.standard_error <= tolerance for one in reports)
 
     def _check_sums(self) -> None:
         if self._seen == 0:
@@ -202,14 +200,16 @@ class Passes:
         if self._dropped and not self._sums.counts[1].any():
             raise RuntimeError(f"all {self._dropped} batches were not finite, first in {self._first_not_finite()}")
         if not self._sums.counts[1].any():
-            read = ", which something else than their own forward normalises by" if self.observer.elsewhere else ""
-            raise ValueError(f"no batch reached any of the layers {', '.join(self.names)}{read}")
+            outside = (
+                "; code outside of their forward normalises by their statistics" if self.observer.used_outside else ""
+            )
+            raise ValueError(f"no batch reached any of the layers {', '.join(self.names)}{outside}")
         for name, elements in zip(self.names, self._sums.split(self._sums.counts[1])):
             if elements[0] == 1 and not self.prior:
                 raise ValueError(f"{name} saw a single element per channel in all, which has no variance")
 
     def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, Found]:
-        """What the sums of these layers come to, for those that were used."""
+        """The statistics of these layers from their sums, for the layers that were used."""
         estimate = sums.estimate()
         parts = zip(*(sums.split(vector) for vector in (*estimate, sums.totals[0])))
         found = {}
@@ -225,7 +225,7 @@ class Passes:
         return found
 
     def _with_prior(self, number: int, mean: Tensor, var: Tensor, samples: float) -> Moments:
-        """What to store: the moments, mixed with the old ones of `prior` samples, in the dtype of the buffers."""
+        """The values to store: the moments mixed with the old statistics as `prior` samples, in the buffers' dtype."""
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
@@ -236,7 +236,7 @@ class Passes:
         return mean.to(layer.running_mean), var.to(layer.running_var)
 
     def _so_far(self, number: int) -> Moments:
-        """The statistics of a layer as collected until now; before the first batch, those that it has."""
+        """The statistics of a layer from the batches collected so far; before the first batch, those in its buffers."""
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
@@ -260,11 +260,11 @@ class Passes:
 
     def _first_not_finite(self) -> str:
         not_finite = [number for number, part in enumerate(self._sums.split(self._sums.not_finite)) if bool(part.any())]
-        calls = list(dict.fromkeys(number for way in self._calls for number in way))
+        calls = list(dict.fromkeys(number for order in self._calls for number in order))
         return self.names[min(not_finite, key=lambda n: (calls.index(n) if n in calls else len(calls), n))]
 
     def _flat(self, name: str) -> Tensor:
-        """A buffer of all layers, side by side, float64."""
+        """A buffer of all layers, concatenated, float64."""
         parts = [layer._buffers[name].to(self._sums.device, torch.float64) for layer in self.layers]  # type: ignore[union-attr]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""From batches to the statistics that evaluation shows, and writing what came out."""
+"""Refine the statistics layer by layer for ``normalize="population"``, and write the results to the layers."""
 
 from __future__ import annotations
 
@@ -25,63 +25,68 @@ from .selection import left_alone
 
 logger = logging.getLogger("runningbn")
 
-# How far statistics may be from what evaluation shows: the mean in std, the variance relative to itself.
-_SETTLED = 1e-4
-# How often all layers are gone through until they have settled.
-_MOST_ROUNDS = 3
+# Largest residual at convergence: of the mean in std, of the variance relative to itself.
+_TOLERANCE = 1e-4
+# Maximal number of passes through all layers.
+_MAX_ROUNDS = 3
 
 
 class Recalibration(Passes):
-    """Statistics being collected. `precise_bn` gives one; `update_bn_stats` works with one.
+    """A recalibration in progress, as `precise_bn` yields it.
 
     Attributes:
-        report: what came out, once the ``with`` of `precise_bn` is left; None before.
+        report: the results, after the ``with`` block of `precise_bn`; None before.
         batches: batches seen by this process.
     """
 
     report: StatsReport | None = None
 
-    def settle(self, batches: Sequence[Any], run: Callable[[Any], None], show: Progress) -> None:
-        """From statistics by batches to those that evaluation shows, layer by layer in the order of their calls.
+    def refine(self, batches: Sequence[Any], run: Callable[[Any], None], show: Progress) -> None:
+        """Replace the statistics by the moments of the layers' inputs in evaluation, layer by layer in call order.
 
-        What a layer sees in evaluation depends only on the statistics of those before it. With these fixed, one pass
-        over the data, up to the layer, gives its own. A last pass, with all of them fixed, measures what is left. If
-        the model has taken other ways than before, or a layer sees what depends on its own statistics, that is too
-        much, and the layers are gone through once more.
+        The input of a layer in evaluation depends only on the statistics of the layers before it. With these fixed, one
+        pass over the data, up to the layer, gives its statistics. A last pass, with all statistics fixed, measures the
+        residuals. They may exceed the tolerance if the order of the calls has changed, or if the input of a layer
+        depends on its own statistics. The layers are then processed once more.
         """
-        everything = range(len(self.layers))
-        for attempt in range(_MOST_ROUNDS):
-            order, first = self._agree_on_order()
+        every_layer = range(len(self.layers))
+        for attempt in range(_MAX_ROUNDS):
+            order, first = self._call_order()
             for number in show(order, len(order)):
-                # Where nothing comes before a layer, what it saw by batches was right already.
+                # The input of a layer without layers before it does not depend on how others normalise.
                 if number not in first or number in self._repeated or attempt > 0:
                     sums = self._pass(batches, run, [number], up_to=None if attempt > 0 else number)
                     self._found.update(self._statistics(self._exchange(sums, done=True)[0], [number]))
                 self.observer.fixed[number] = self._found[number].stored
-            sums = self._pass(batches, run, everything)
+            sums = self._pass(batches, run, every_layer)
             with interrupts_deferred():
-                evaluated = self._statistics(self._exchange(sums, done=True)[0], everything)
+                evaluated = self._statistics(self._exchange(sums, done=True)[0], every_layer)
                 for number, now in evaluated.items():
                     kept = self._found.get(number, now)
-                    left = _distance(kept, now, self.layers[number].eps)
-                    self._found[number] = replace(now, mean=kept.mean, var=kept.var, stored=kept.stored, residual=left)
+                    residual = _distance(kept, now, self.layers[number].eps)
+                    self._found[number] = replace(
+                        now, mean=kept.mean, var=kept.var, stored=kept.stored, residual=residual
+                    )
                 new = evaluated.keys() - self.observer.fixed.keys()
-                settled = self._left() <= _SETTLED and not new
-                self.ranks.open &= not settled and attempt + 1 < _MOST_ROUNDS
-            if settled:
+                converged = self._largest_residual() <= _TOLERANCE and not new
+                self.ranks.open &= not converged and attempt + 1 < _MAX_ROUNDS
+            if converged:
                 return
         logger.warning(
-            "normalize='population' has not settled: evaluation shows moments off by %.1e, most in %s. Do the batches "
-            "stay the same while they are kept, and is the model deterministic in evaluation? Does what a layer sees "
-            "depend on its own statistics, as where weights are scaled by them and then rounded?",
-            self._left(),
+            "normalize='population' has not converged: in evaluation, moments differ from the statistics by up to "
+            "%.1e, in %s. Possible causes: the batches change while they are kept, the model is not deterministic in "
+            "evaluation, or the input of a layer depends on its own statistics, as where weights are scaled by them "
+            "and then rounded.",
+            self._largest_residual(),
             self.names[max(self._found, key=self._residual)],
         )
 
     def finish(self) -> StatsReport:
-        """Write the statistics and report; the layers are as before if that is interrupted."""
+        """Write the statistics and return the report; if interrupted, the layers are restored."""
         before = [(self.layers[number], self._statistics_of(self.layers[number])) for number in sorted(self._found)]
-        missed = {name: self._why(number) for number, name in enumerate(self.names) if number not in self._found}
+        missed = {
+            name: self._reason_missed(number) for number, name in enumerate(self.names) if number not in self._found
+        }
         report = StatsReport(
             [self._report(number, found) for number, found in sorted(self._found.items())],
             [name for name, reason in missed.items() if not reason],
@@ -103,67 +108,69 @@ class Recalibration(Passes):
     def _pass(
         self, batches: Sequence[Any], run: Callable[[Any], None], numbers: Sequence[int], up_to: int | None = None
     ) -> Accumulator:
-        """The sums of some layers over the same batches again; of this process."""
-        # Every pass starts from the same state, but for the statistics, which other modules may read.
+        """The sums of some layers over the kept batches; of this process.
+
+        If `up_to` is given, each forward ends after the last call of that layer.
+        """
+        # Every pass starts from the same state. Only the statistics are new, since other modules may read them.
         self._kept.restore()
         for number, found in self._found.items():
-            _show(self.layers[number], found.stored)
+            _write_views(self.layers[number], found.stored)
         sums = self._accumulator(numbers)
         self._passes += 1
         places = {number: place for place, number in enumerate(numbers)}
         self.observer.watched = set(numbers)
         whole = up_to is None or self._sharded
-        ways: list[list[int]] = []
-        for batch, way, finite in zip(batches, self._calls, self._finite):
-            skipped = not bool(finite) or (not whole and up_to not in way)
+        orders: list[list[int]] = []
+        for batch, order, finite in zip(batches, self._calls, self._finite):
+            skipped = not bool(finite) or (not whole and up_to not in order)
             if skipped and not self._sharded:
-                ways.append([])
+                orders.append([])
                 continue
-            self.observer.last = None if whole or up_to is None else (up_to, way.count(up_to))
+            self.observer.last = None if whole or up_to is None else (up_to, order.count(up_to))
             with suppress(EnoughSeen):
                 run(batch)
             calls = [replace(call, layer=places[call.layer]) for call in self.observer.take_calls()]
-            ways.append([numbers[call.layer] for call in calls])
+            orders.append([numbers[call.layer] for call in calls])
             if calls and not skipped:
                 sums.add(calls)
         self.observer.last = None
         if len(numbers) == len(self.layers):
-            self._calls = ways
+            self._calls = orders
         return sums
 
-    def _agree_on_order(self) -> tuple[list[int], set[int]]:
-        """The layers that were used, none before one that some batch, on any process, calls before it; and the first.
+    def _call_order(self) -> tuple[list[int], set[int]]:
+        """A topological order of the used layers by their calls, in all batches and processes; and the first layers.
 
-        The first are those with none before them.
+        The first layers are those that no layer is called before.
         """
         count = len(self.layers)
         follows = torch.zeros(count, count, dtype=torch.float64)
-        for way in self._calls:
-            ahead = list(dict.fromkeys(way))
-            for one, next_one in pairwise(ahead):
+        for calls in self._calls:
+            for one, next_one in pairwise(dict.fromkeys(calls)):
                 follows[one, next_one] = 1
-        told = self.ranks.exchange(follows.flatten()).amax(0).view(count, count)
-        before = {number: set(told[:, number].nonzero().flatten().tolist()) for number in self._found}
-        first = {number for number, ahead in before.items() if not ahead}
+        merged = self.ranks.exchange(follows.flatten()).amax(0).view(count, count)
+        before = {number: set(merged[:, number].nonzero().flatten().tolist()) for number in self._found}
+        first = {number for number, previous in before.items() if not previous}
         order: list[int] = []
         while len(order) < len(before):
             left = [number for number in before if number not in order]
             free = [number for number in left if before[number] <= set(order)]
-            # Ways that contradict each other leave none free.
+            # If batches call layers in contradicting orders, the relation has a cycle, and `free` may be empty.
             order.append(min(free or left))
         return order, first
 
-    def _left(self) -> float:
-        """The largest residual of the layers that do not feed themselves."""
+    def _largest_residual(self) -> float:
+        """The largest residual of the layers that are called once per forward."""
         return max(map(self._residual, self._found), default=0.0)
 
     def _residual(self, number: int) -> float:
         return 0.0 if number in self._repeated else self._found[number].residual
 
-    def _why(self, number: int) -> str:
-        """Why a layer was not updated, where it is not just that no batch reached it."""
-        if number in self.observer.elsewhere:
-            return "normalised by outside of the layer's own forward, in whole or in part, which is not observed"
+    def _reason_missed(self, number: int) -> str:
+        """Why a layer was not updated; empty if no batch reached it."""
+        if number in self.observer.used_outside:
+            return "code outside of the layer's forward normalises by its statistics, which is not observed"
         if self._sums.split(self._sums.counts[1])[number].any():
             return "a single element per channel in every batch, which has no variance"
         return ""
@@ -175,8 +182,8 @@ class Recalibration(Passes):
 
 
 @torch.no_grad()
-def _show(layer: _BatchNorm, statistics: Moments) -> None:
-    """Let `running_mean` and `running_var` be these for a while."""
+def _write_views(layer: _BatchNorm, statistics: Moments) -> None:
+    """Write `running_mean` and `running_var`, without the state of this library's layers."""
     for name, value in zip(VIEW, statistics):
         buffer = layer._buffers[name]
         assert buffer is not None
@@ -188,11 +195,11 @@ def _write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     if isinstance(layer, PooledStatistics):
         layer.replace_statistics(mean, var)
         return
-    _show(layer, (mean, var))
+    _write_views(layer, (mean, var))
 
 
 def _distance(one: Found, other: Found, eps: float) -> float:
-    """The largest difference between two statistics of a layer: of means in std, of variances relative to them."""
+    """The largest difference between two statistics of a layer: of means in std, of variances relative to `other`."""
     scale = other.var + eps
     by_mean = (one.mean - other.mean).abs() / scale.sqrt()
     by_var = (one.var - other.var).abs() / scale

@@ -1,4 +1,4 @@
-"""What the processes of a recalibration tell each other: their sums, and whether they failed."""
+"""Communication between the processes of a recalibration: their sums, and whether one failed."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from ..ops.pooling import check_synchronisation
 
 logger = logging.getLogger("runningbn")
 
-# Seconds to wait for other processes without a word.
-_PATIENCE = 10.0
+# Seconds of waiting for other processes after which a warning is logged.
+_WARN_AFTER = 10.0
 
 
 class OtherProcessError(RuntimeError):
-    """Another process failed, so this one does not go on either."""
+    """Another process failed, so this one stops as well."""
 
 
 class Ranks:
     """The processes of a group. Without ``torch.distributed``, or with a group of one, nothing is communicated.
 
-    Every rank calls `exchange` equally often, or `fail` instead of one of these calls: then all raise. All messages are
-    of one width, since a rank that fails cannot know which one the others are at, and gloo aborts at unequal lengths.
+    Every rank calls `exchange` equally often, or `fail` in place of one of these calls; then all ranks raise. All
+    messages have the same length: a rank that fails does not know which exchange the others have reached, and gloo
+    aborts at unequal lengths.
 
     Attributes:
         size: the number of ranks.
-        leaves_out: whether there are processes that do not take part though nobody named a group.
-        open: whether the others will take part in another exchange.
+        excludes_others: whether there are other processes, which ``group=False`` leaves out.
+        open: whether the other ranks will take part in another exchange.
 
     Args:
         group: the process group; None for all processes; False for this one alone.
@@ -50,11 +51,11 @@ class Ranks:
         self.group, self.width = group, width
         initialized = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size(group) if initialized and group is not False else 1
-        self.leaves_out = initialized and group is False and dist.get_world_size() > 1
+        self.excludes_others = initialized and group is False and dist.get_world_size() > 1
         self.open = self.size > 1
 
     def exchange(self, vector: Tensor) -> Tensor:
-        """The vectors of all ranks, (ranks, ·), in their order; one collective. Nothing happens to a group of one.
+        """The vectors of all ranks, (ranks, ·), in order of rank; one collective, none in a group of one.
 
         Raises:
             OtherProcessError: if a rank failed.
@@ -64,19 +65,19 @@ class Ranks:
         return self._gather(vector, None).to(vector.device)[:, : len(vector)]
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others in the place of an exchange, if they wait for one."""
+        """Send the error to the other ranks, in place of an exchange, if they wait for one."""
         if not self.open:
             return
         try:
-            said = f"{type(error).__name__}: {error}"
-        except Exception:  # whatever is wrong with the error, the others must not wait
-            said = type(error).__name__
-        # Whatever goes wrong now, the error itself is what the caller wants to see.
+            message = f"{type(error).__name__}: {error}"
+        except Exception:  # str(error) may raise; the others must not wait
+            message = type(error).__name__
+        # Errors in the communication are suppressed, so that the caller sees the original one.
         with suppress(Exception):
-            self._gather(torch.zeros(0, dtype=torch.float64), said)
+            self._gather(torch.zeros(0, dtype=torch.float64), message)
 
     def in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches as long as every rank has one; one collective a batch."""
+        """The batches, while every rank has one; one collective per batch."""
         source, missing = iter(batches), object()
         while True:
             batch = next(source, missing)
@@ -89,32 +90,32 @@ class Ranks:
         message[0] = error is not None
         message[1 : len(vector) + 1] = vector
         gathered = [torch.empty_like(message) for _ in range(self.size)]
-        with _told_while_waiting(self.size):
+        with _warning_while_waiting(self.size):
             dist.all_gather(gathered, message, group=self.group)
             vectors = torch.stack(gathered)
             failed = vectors[:, 0].nonzero().flatten().tolist()
         if failed:
             self.open = False
-            said: list[Any] = [None] * self.size
-            dist.all_gather_object(said, error, self.group)
-            words = "; ".join(f"rank {rank}: {said[rank]}" for rank in failed)
-            raise OtherProcessError(f"recalibration failed on another process, nothing was changed here ({words})")
+            errors: list[Any] = [None] * self.size
+            dist.all_gather_object(errors, error, self.group)
+            causes = "; ".join(f"rank {rank}: {errors[rank]}" for rank in failed)
+            raise OtherProcessError(f"recalibration failed on another process, nothing was changed here ({causes})")
         return vectors[:, 1:]
 
     def _device(self) -> torch.device:
-        """Where the group's backend wants its tensors; gloo and MPI work on the CPU."""
+        """The device for the tensors of the group's backend: CUDA for NCCL, the CPU for gloo and MPI."""
         if "nccl" in str(dist.get_backend(self.group)):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
 
 @contextmanager
-def _told_while_waiting(size: int) -> Iterator[None]:
-    """Warn if the block takes long: a rank that never calls would be waited for until the group's timeout."""
-    timer = threading.Timer(_PATIENCE, logger.warning, (
-        "recalibration has been waiting for %g s for other processes: it needs all %d of the group to call it, each "
-        "with its own data. If some have more data than this one, that is all. To recalibrate in this process alone, "
-        "pass process_group=False.", _PATIENCE, size,
+def _warning_while_waiting(size: int) -> Iterator[None]:
+    """Log a warning if the block takes long: without a call by every rank, it waits until the group's timeout."""
+    timer = threading.Timer(_WARN_AFTER, logger.warning, (
+        "recalibration has been waiting for %g s for other processes: all %d of the group must call it, each with its "
+        "own data. No action is needed if the others only have more data. To recalibrate in this process alone, "
+        "pass process_group=False.", _WARN_AFTER, size,
     ))  # fmt: skip
     timer.daemon = True
     timer.start()
@@ -126,7 +127,7 @@ def _told_while_waiting(size: int) -> Iterator[None]:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C wait until the end: what the ranks agree on has to be noted before anything else happens."""
+    """Defer Ctrl-C to the end of the block, so that the result of an exchange is recorded on every rank."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield

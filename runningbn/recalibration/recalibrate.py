@@ -1,7 +1,7 @@
 """update_bn_stats: recompute the statistics of the BatchNorm layers of any model, exactly.
 
-The steps: choose the layers, run batches through the model while an `Observer` collects the moments of their inputs,
-add these up over batches and processes, and write what came out. Only the last step changes the model.
+Steps: choose the layers; run batches through the model while an `Observer` collects the moments of their inputs; sum
+these over batches and processes; write the statistics. Only the last step changes the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .batches import Forward, keeping, length, progress_bar, runner
-from .hooks import head_skipped, looking_elsewhere, observed, random_state_kept
+from .hooks import head_skipped, observed, random_state_kept, recording_outside_use
 from .procedures import Recalibration
 from .ranks import is_sharded
 from .report import StatsReport
@@ -43,70 +43,68 @@ def update_bn_stats(
 ) -> StatsReport:
     r"""Recompute the statistics of the BatchNorm layers of a model from data, exactly.
 
-    For every layer that `get_bn_modules` lists: of ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, their subclasses, and of
-    this library. Over all n elements x of a channel that reach the layer while a batch runs,
+    Updates every layer that `get_bn_modules` lists: ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, their subclasses, and
+    layers of this library. Over all n elements x of a channel in the inputs of the layer,
 
     .. math::
         m = \frac{1}{n} \sum x, \qquad v = \frac{1}{n - 1} \sum (x - m)^2
 
-    (1/n in RunningBatchNorm, which normalises by it, and in subclasses whose own update leaves the correction out),
-    added up in float64 from the moments of the batches. m and v become `running_mean` and `running_var`, written in
-    place. Nothing else of the model changes: other buffers, training flags and tensors kept as attributes are put back.
-    If anything fails, Ctrl-C included, nothing changes at all. The random state of torch, Python and NumPy is
-    afterwards as before.
+    (1/n in RunningBatchNorm, which normalises by it, and in subclasses whose own update has no Bessel's correction),
+    accumulated in float64 from the moments of the batches. m and v are written in place to `running_mean` and
+    `running_var`. Nothing else in the model changes: other buffers, training flags and tensor attributes are restored,
+    and so is the random state of torch, Python and NumPy. If an error or Ctrl-C stops it, nothing changes at all.
 
-    While a batch runs, the model evaluates, without gradients unless its forward turns them on: dropout and the like
-    are off, and only the layers concerned normalise by their batches. Layers in evaluation mode inside a model in
-    training mode, and those with ``track_running_stats=False``, are frozen and stay so: the report lists them. A
-    layer called several times in a forward pools its calls; an unused one keeps its statistics; a batch with infinities
-    or NaNs in some layer is left out of all of them, with a warning. A batch of one element per channel is normalised
-    by the statistics collected before it.
+    The batches run in evaluation mode, without gradients unless the forward turns them on: dropout is off, and only the
+    layers to update normalise by their batches. Layers in evaluation mode inside a model in training mode, and those
+    with ``track_running_stats=False``, are frozen: they are not updated, and the report lists them. Several calls of a
+    layer in one forward are pooled. An unused layer keeps its statistics. A batch with infinities or NaNs in some layer
+    is left out in all of them, with a warning. A batch of one element per channel is normalised by the statistics
+    collected before it.
 
-    With ``torch.distributed`` initialised, every process brings its own part of the data, of whatever length, and all
-    end with the statistics of the whole. They communicate once, at the end (and once for each check of `tolerance`, or
-    each pass of ``normalize="population"``); if one fails, all raise. Wrappers for parallel training are stepped
-    around. Models whose forward communicates (FSDP) go on as long as every process has a batch.
+    With ``torch.distributed`` initialised, every process uses its own part of the data, of any length, and all get the
+    statistics of the whole. They communicate once, at the end (and once for each check of `tolerance`, or each pass of
+    ``normalize="population"``); if one fails, all raise. Wrappers for parallel training are bypassed. Models whose
+    forward communicates (FSDP) use batches while every process has one.
 
     Args:
         model: any module. It may be in training or in evaluation mode.
-        data_loader: batches: a tensor is what the model is called with; of a list or tuple, the first element is; a
-            mapping is passed as keyword arguments; anything else is passed as it is. At most `num_iters` are drawn.
-        num_iters: batches to use, of each process; None for all there are. A loader may have fewer.
+        data_loader: batches. The model is called with the first element of a list or tuple, with a mapping as keyword
+            arguments, and with anything else, such as a tensor, as it is. At most `num_iters` batches are drawn.
+        num_iters: number of batches for each process; None for all. A loader may have fewer.
         progress: None, or ``"tqdm"`` for a progress bar.
         forward: ``forward(model, batch)`` to call the model in another way.
-        device: where to move the tensors in a batch, nested ones too; by default they stay where they are.
-        normalize: what the layers normalise by while their statistics are collected:
+        device: the device to move the tensors in a batch to, nested ones included; by default they are not moved.
+        normalize: how the layers normalise while their statistics are collected:
 
-            - ``"batch"``: each by its batch, as in training; one pass. The deeper a layer, and the smaller or the less
-              alike the batches, the more its input differs from that in evaluation.
-            - ``"population"``: each by the final statistics of those before it. The statistics are then exactly the
-              moments of what evaluation shows to each layer, to 1e-4, whatever the batch size; what is left is measured
-              with the new statistics in place, and reported. Every pass starts from the same state of the model, for
-              modules that remember. The batches are kept in
-              memory and about half as many passes are made as there are layers. (If all data fit into one batch,
-              ``"batch"`` gives the same in one pass, up to Bessel's correction.)
-        variance: ``"population"``, all data as one sample as above; ``"batch"``, the simple means of the batches' means
-            and of their Bessel-corrected variances, which leaves out the variance between batches.
+            - ``"batch"``: by the batch, as in training; one pass over the data. The input of a layer then differs from
+              that in evaluation, more so in deeper layers and with smaller or more dissimilar batches.
+            - ``"population"``: by the final statistics of the layers before. The statistics are then the moments of
+              each layer's input in evaluation, to 1e-4, for any batch size. The residual is measured with the new
+              statistics in place, and reported. Every pass starts from the same state of the model, for stateful
+              modules. The batches are kept in memory, and the number of passes is about half the number of layers. (If
+              all data fit into one batch, ``"batch"`` gives the same in one pass, up to Bessel's correction.)
+        variance: ``"population"``, all data as one sample as above; ``"batch"``, the averages of the batches' means and
+            of their Bessel-corrected variances, which omits the variance between batches.
         layers: which of ``get_bn_modules(model)`` to update: ``layers(name, module)`` or a collection of names or
-            modules. The others evaluate.
+            modules. The others use their statistics, as in evaluation.
         tolerance: stop when, in every layer, the standard errors of mean and std are below this fraction of the std
-            (root mean square over channels, std = √(var + eps)). They are estimated from the scatter between batches,
-            so batches must be independent, and are not believed before 8 of them.
+            (root mean square over channels, std = √(var + eps)). They are estimated from the variance between batches,
+            so batches must be independent. At least 8 batches are used.
         prior: N pseudo-samples of the old statistics to mix in: with w = N/(N + samples),
             m = w·m₀ + (1 − w)·m₁ and v = w·v₀ + (1 − w)·v₁ + w·(1 − w)·(m₀ − m₁)².
-        process_group: of the processes that share the data; None for all; False for this process alone, on its own
-            data and without a word to the others.
+        process_group: the processes that share the data; None for all; False for this process alone, without
+            communication.
 
     Returns:
         A `StatsReport`: prints as a table of how far each layer moved, and can ``undo()``.
 
     Raises:
         ValueError: for a loader without a batch, an argument out of its range, a layer that cannot be updated, or,
-            without `prior`, a layer that saw a single element per channel in all.
-        TypeError: for something that is not a module, or a mapping that does not fit the model's forward.
+            without `prior`, a layer with a single element per channel in all data.
+        TypeError: for an argument that is not a module, or a mapping that does not fit the model's forward.
         ImportError: for ``progress="tqdm"`` without tqdm.
-        RuntimeError: if every batch was not finite, another process failed, or a layer computes by itself and what it
-            makes of its statistics in training is no moving average of the moments of its input.
+        RuntimeError: if no batch was finite, if another process failed, or for a subclass with a custom forward whose
+            update in training is not a moving average of the moments of its input.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; the first four arguments are those of
     fvcore's function. `prior`: Schneider et al., "Improving robustness against common corruptions by covariate shift
@@ -125,18 +123,18 @@ def update_bn_stats(
     """
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
-        _warn_of_nothing("update_bn_stats", model)
+        _warn_no_layers("update_bn_stats", model)
         return StatsReport([], skipped=left_alone(model, ()))
     with recalibration.transaction(), random_state_kept(model):
         _check(normalize, variance, num_iters, tolerance)
         show, run_plain = progress_bar(progress), runner(model, forward, device)
 
         def run(batch: Any) -> None:
-            # Between batches the model is its own, for a loader may use it.
-            short = nullcontext() if forward else head_skipped(model, recalibration.layers)
-            # What is used elsewhere shows in the first batch; to look at every operation takes time.
-            looking = nullcontext() if recalibration.batches else looking_elsewhere(recalibration.observer)
-            with observed(model, recalibration.observer), short, looking:
+            # The model is observed only while a batch runs: the loader may use the model between batches.
+            skipping = nullcontext() if forward else head_skipped(model, recalibration.layers)
+            # Recording sees every operation, which takes time, so it is done for the first batch only.
+            recording = nullcontext() if recalibration.batches else recording_outside_use(recalibration.observer)
+            with observed(model, recalibration.observer), skipping, recording:
                 run_plain(batch)
 
         recalibration.available = length(data_loader)
@@ -144,10 +142,10 @@ def update_bn_stats(
         if is_sharded(model):
             batches = recalibration.in_step(batches)
         kept: list[Any] = []
-        settles = normalize == "population"
-        recalibration.collect(keeping(batches, kept) if settles else batches, run, tolerance, settles)
-        if settles:
-            recalibration.settle(kept, run, show)
+        refines = normalize == "population"
+        recalibration.collect(keeping(batches, kept) if refines else batches, run, tolerance, refines)
+        if refines:
+            recalibration.refine(kept, run, show)
     return recalibration.finish()
 
 
@@ -160,11 +158,11 @@ def precise_bn(
     prior: float = 0.0,
     process_group: Any = None,
 ) -> Iterator[Recalibration]:
-    """Recompute statistics from all forward passes made inside the ``with``; for a loop of one's own.
+    """Recompute statistics from all forward passes made inside the ``with`` block; for custom loops.
 
-    As `update_bn_stats` with ``normalize="batch"``, which has the arguments. Inside, the model evaluates without
-    gradients and must be called at least once; each call of it is a batch. On leaving, the statistics are written and
-    ``report`` is there; after an exception, the model is as it was.
+    Works as `update_bn_stats` with ``normalize="batch"``, which documents the arguments. Inside the block, the model is
+    in evaluation mode without gradients and must be called at least once; each call is a batch. On leaving, the
+    statistics are written and ``report`` is set. After an exception, the model is unchanged.
 
     Yields:
         A `Recalibration`.
@@ -185,7 +183,7 @@ def precise_bn(
     """
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
-        _warn_of_nothing("precise_bn", model)
+        _warn_no_layers("precise_bn", model)
         recalibration.report = StatsReport([], skipped=left_alone(model, ()))
         yield recalibration
         return
@@ -206,12 +204,12 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
 
     These are the ``nn.BatchNorm*d``, ``nn.SyncBatchNorm``, subclasses of them and layers of this library that have
     running statistics and ``track_running_stats=True``. If the model itself or one of them is in training mode, those
-    in evaluation mode are frozen and not among them; otherwise all are.
+    in evaluation mode are frozen and not listed; otherwise all are listed.
 
     Raises:
-        TypeError: for something that is not a module.
+        TypeError: for an argument that is not a module.
 
-    Source: fvcore's function of this name, which leaves out everything in evaluation mode.
+    Source: fvcore's function of this name, which leaves out all layers in evaluation mode.
 
     Example:
         >>> from torch import nn
@@ -223,7 +221,7 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
     return list(updatable(model).values())
 
 
-def _warn_of_nothing(function: str, model: nn.Module) -> None:
+def _warn_no_layers(function: str, model: nn.Module) -> None:
     reasons = by_reason(left_alone(model, ()))
     found = f"no layer is updated in {type(model).__name__}:\n{reasons}" if reasons else (
         f"there is no BatchNorm layer to update in {type(model).__name__}"
@@ -239,7 +237,7 @@ def _check(normalize: str, variance: str, num_iters: int | None, tolerance: floa
     if normalize not in ("batch", "population"):
         raise ValueError(f"normalize: expected 'batch' or 'population', got {normalize!r}")
     if normalize == "population" and variance == "batch":
-        raise ValueError("normalize='population' settles on moments of all data: it needs variance='population'")
+        raise ValueError("normalize='population' needs variance='population', got variance='batch'")
     if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
         raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
     if tolerance is not None and not tolerance > 0:

@@ -1,4 +1,4 @@
-"""What a recalibration found: as numbers, as a table, as a plot, and taken back."""
+"""The report of a recalibration: numbers, table, plot, and undo."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .text import by_reason, counted, table
 
 @dataclass(frozen=True)
 class LayerShift:
-    """From one layer's old statistics to new ones. C channels; the tensors are (C,), float64, on the CPU.
+    """The old and the new statistics of one layer. C channels; the tensors are (C,), float64, on the CPU.
 
     Attributes:
         name: of the layer in the model.
         mean, var: the new statistics, as `running_mean` and `running_var` hold them.
-        old_mean, old_var: those before.
+        old_mean, old_var: the old statistics.
         eps: of the layer.
     """
 
@@ -33,7 +33,7 @@ class LayerShift:
 
     @property
     def std(self) -> Tensor:
-        """(var + eps)^½, what the layer divides by, and the unit of the numbers below."""
+        """(var + eps)^½, by which the layer divides; the unit of the distances below."""
         return (self.var + self.eps).sqrt()
 
     @property
@@ -43,7 +43,7 @@ class LayerShift:
 
     @property
     def std_shift(self) -> float:
-        """Absolute log(std/old std), about the relative change of the std, root mean square over channels."""
+        """log(std/old std), approximately the relative change of the std, root mean square over channels."""
         return _rms(torch.log(self.std.square() / (self.old_var + self.eps)) / 2)
 
     @property
@@ -59,18 +59,18 @@ class LayerShift:
 
 @dataclass(frozen=True)
 class LayerReport(LayerShift):
-    """How a recalibration moved the statistics of one layer, and how well it knows the new ones.
+    """How a recalibration changed the statistics of one layer, with the standard errors of the new statistics.
 
     Attributes:
-        mean_error, var_error: standard errors of the new statistics; NaN where they come from a single batch.
-        batches, samples, elements: how much data the layer saw: batches, the sum of N, and elements per channel.
-        residual: with ``normalize="population"``, how far the moments that evaluation shows are from `mean` and `var`,
-            the largest distance of means in std, or of variances in var; NaN otherwise.
+        mean_error, var_error: standard errors of the new statistics; NaN for a single batch.
+        batches, samples, elements: amount of data that reached the layer: batches, the sum of N, elements per channel.
+        residual: with ``normalize="population"``, the difference between `mean`, `var` and the moments of the layer's
+            input in evaluation: the largest over channels, of means in std, of variances in var; NaN otherwise.
         feeds_itself: whether it was called more than once in a forward pass.
         correction: 1 where var has Bessel's correction n/(n − 1), as in torch's layers; 0 where it is biased, as in
-            RunningBatchNorm and in subclasses that compute it so.
-        computes_itself: whether it is of a class with a forward of its own, whose update in training was compared with
-            the moments of its input.
+            RunningBatchNorm and in subclasses that compute a biased variance.
+        computes_itself: whether it is a subclass with a custom forward, whose convention was detected by comparing its
+            update in training with the moments of its input.
     """
 
     mean_error: Tensor
@@ -102,9 +102,9 @@ class LayerReport(LayerShift):
 
 @dataclass
 class StatsReport:
-    """What `update_bn_stats` did. Prints as a table; `layers` has the numbers; `undo()` takes it back.
+    """The result of `update_bn_stats`. Prints as a table; `layers` has the numbers; `undo()` restores the statistics.
 
-    As a context manager it undoes itself on leaving, to evaluate with other statistics and go back::
+    As a context manager it calls `undo()` on leaving, to evaluate with other statistics for a while::
 
         with update_bn_stats(model, loader):
             evaluate(model)
@@ -113,10 +113,10 @@ class StatsReport:
         layers: one `LayerReport` each, in the order of the model.
         unused: names of layers that no batch reached; they keep their statistics.
         batches: batches used, of all processes.
-        not_finite: batches left out since something in them was not finite.
+        not_finite: batches left out because of infinities or NaNs.
         passes: forward passes over the data; more than 1 for ``normalize="population"``.
-        available: batches that there were, of all processes, used or not; None where loaders do not tell.
-        skipped: whatever else has `running_mean` and `running_var` and was not updated: the reason by name.
+        available: number of batches in the loaders of all processes; None if a loader has no length.
+        skipped: other modules with `running_mean` and `running_var` that were not updated: the reason by name.
 
     Raises:
         KeyError: ``report[name]`` for a layer that was not updated.
@@ -142,10 +142,10 @@ class StatsReport:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back, bit for bit, the statistics from before. Doing so again changes nothing more.
+        """Restore the old statistics, bit for bit. May be called repeatedly.
 
         Raises:
-            RuntimeError: if a layer no longer has the buffers that it had, as after a conversion.
+            RuntimeError: if a layer no longer has these buffers, as after a conversion.
         """
         for layer, buffers in self._before:
             if any(layer._buffers.get(name) is None for name in buffers):
@@ -160,14 +160,14 @@ class StatsReport:
         self.undo()
 
     def __getitem__(self, name: str) -> LayerReport:
-        """The report of the layer of this name."""
+        """The report of the layer with this name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise KeyError(name)
 
     def __str__(self) -> str:
-        """A table, the layers that moved farthest first."""
+        """A table, sorted by how far the layers moved, the farthest first."""
         header = ("layer", "batches", "elements", "mean moved/std", "var new/old", "std. error/std")
         rows = [
             (
@@ -188,17 +188,17 @@ class StatsReport:
             batches = f"{self.batches:,} of {counted(self.available, 'batch')}"
         lines.append(f"{counted(len(self.layers), 'layer')} updated from {batches}{passes}")
         measured = [layer for layer in self.layers if layer.residual == layer.residual]
-        settled = [layer.residual for layer in measured if not layer.feeds_itself]
-        if settled:
+        residuals = [layer.residual for layer in measured if not layer.feeds_itself]
+        if residuals:
             lines.append(
-                f"evaluation shows these statistics to within {max(settled):.1e} (of the std, of the variance)"
+                f"moments in evaluation match these statistics to within {max(residuals):.1e} (of std and variance)"
             )
         for layer in measured:
             if layer.feeds_itself:
-                lines.append(f"{layer.name} is called repeatedly and feeds itself: to within {layer.residual:.1e} only")
+                lines.append(f"{layer.name} is called several times per forward: to within {layer.residual:.1e} only")
         biased = [layer.name for layer in self.layers if layer.computes_itself and not layer.correction]
         if biased:
-            lines.append(f"variance without Bessel's correction, as the layer itself computes it: {', '.join(biased)}")
+            lines.append(f"variance without Bessel's correction, as in the layer's own update: {', '.join(biased)}")
         if self.not_finite:
             lines.append(f"{counted(self.not_finite, 'batch')} left out: not finite")
         if self.unused:
@@ -208,10 +208,10 @@ class StatsReport:
         return "\n".join(lines)
 
     def plot(self, path: Any = None) -> Any:
-        """How far each layer moved, in the order of the model, with error bars of two standard errors.
+        """Plot how far each layer moved, in the order of the model, with error bars of two standard errors.
 
         Args:
-            path: where to save the figure, if anywhere.
+            path: file to save the figure to; None to not save it.
 
         Returns:
             The ``matplotlib.figure.Figure``.
@@ -251,7 +251,7 @@ class StatsReport:
 
 
 def restore(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Write buffers back, in place."""
+    """Restore buffers, in place."""
     for name, value in buffers.items():
         buffer = layer._buffers[name]
         assert buffer is not None

@@ -1,4 +1,4 @@
-"""Which layers of a model a recalibration is about."""
+"""Select the layers of a model to recalibrate."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def updatable(model: nn.Module) -> dict[str, _BatchNorm]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_tracking(m)}
-    # Other modules do not count: dropout left on in an evaluating model does not freeze its layers.
+    # Flags of other modules are ignored: dropout in training mode inside a model in evaluation mode freezes no layer.
     in_training = model.training or any(layer.training for layer in layers.values())
     return {name: layer for name, layer in layers.items() if layer.training or not in_training}
 
 
 def _is_tracking(layer: _BatchNorm) -> bool:
-    """Whether it has running statistics, and training would update them."""
+    """Whether the layer has running statistics that training would update."""
     buffers = layer.running_mean, layer.running_var
     usable = all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
     return usable and layer.track_running_stats
 
 
 def left_alone(model: nn.Module, updated: Iterable[nn.Module]) -> dict[str, str]:
-    """Why whatever else has running statistics is not updated, by its first name."""
+    """The other modules with running statistics: by first name, the reason why each is not updated."""
     known, possible = set(updated), set(updatable(model).values())
     return {
         name: _reason(module, possible)
@@ -44,7 +44,7 @@ def left_alone(model: nn.Module, updated: Iterable[nn.Module]) -> dict[str, str]
 
 def _reason(module: nn.Module, possible: Collection[nn.Module]) -> str:
     if module in possible:
-        return "not among the layers asked for"
+        return "not among the requested layers"
     if isinstance(module, _BatchNorm):
         if not module.track_running_stats:
             return "frozen (track_running_stats=False)"
@@ -53,17 +53,17 @@ def _reason(module: nn.Module, possible: Collection[nn.Module]) -> str:
         return "frozen (in evaluation mode while the model is in training mode)"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: recalibrate the model before scripting it"
-    # What torch.export leaves of a module has only its buffers.
+    # torch.export replaces modules by plain ones that only have buffers.
     if type(module) is nn.Module or type(module).__name__ == "InterpreterModule":
         return "exported: recalibrate the model before exporting it"
-    return f"{type(module).__name__} is no nn.BatchNorm"
+    return f"{type(module).__name__} is not an nn.BatchNorm"
 
 
 def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:
-    """The layers to recalibrate: all that can be, or those asked for.
+    """The layers to recalibrate: all updatable ones, or those requested.
 
     Raises:
-        ValueError: for a layer that was asked for and cannot be, or a model that has lazy modules.
+        ValueError: for a requested layer that cannot be updated, or a model with lazy modules.
     """
     found = updatable(model)
     lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
@@ -82,8 +82,9 @@ def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:
         name = names.get(wanted) if isinstance(wanted, nn.Module) else aliases.get(wanted)  # type: ignore[call-overload]
         if name is None:
             raise ValueError(
-                f"layers: {wanted!r} is none of get_bn_modules(model): not in the model, no BatchNorm, without running "
-                f"statistics, or frozen (in evaluation mode while the model is in training mode); those are {[*found]}"
+                f"layers: expected names or modules of get_bn_modules(model), {[*found]}, got {wanted!r}: not in the "
+                "model, not a BatchNorm, without running statistics, or frozen (in evaluation mode while the model is "
+                "in training mode)"
             )
         picked.add(name)
     return {name: layer for name, layer in found.items() if name in picked}

@@ -1,4 +1,4 @@
-"""How reports are worded: tables, numbers with their nouns, lists of reasons."""
+"""Format text for reports: tables, counts with nouns, names grouped by reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns side by side, the first to the left and the others to the right."""
+    """A table as text, with the first column aligned to the left and the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
@@ -15,13 +15,13 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun, in the plural unless it is 1."""
+    """A number and a noun, in the plural unless the number is 1."""
     plural = noun + ("es" if noun.endswith("ch") else "s")
     return f"{number:,} {noun if number == 1 else plural}"
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """Names with the reason that they share, one reason a line."""
+    """Names grouped by reason, one reason per line."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name or "the model itself")

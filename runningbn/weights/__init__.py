@@ -1,1 +1,1 @@
-"""Centred weights: the layers, what feeds what, and the functions that put them in and take them out."""
+"""Centred weights: the layers, the detection of the layers to centre, and the functions that convert a model."""

@@ -1,4 +1,4 @@
-"""Which layers are centred, and why others are not."""
+"""Choose the layers to centre, with the reason why others are not centred."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch.nn.utils import parametrize
 from ..recalibration.batches import Forward
 from ..recalibration.text import counted
 from .layers import CENTERED, CenteredWeights, filter_means
-from .uses import Uses, watched
+from .uses import Uses, trace_uses
 
 Where = Callable[[str, nn.Module], bool]
 
-# The layers that take out a constant in a channel, which is what the mean of a filter adds to it.
+# Layers that remove a constant offset per channel.
 NORMALISATIONS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
 
 logger = logging.getLogger("runningbn")
@@ -30,34 +30,34 @@ logger = logging.getLogger("runningbn")
 
 @dataclass
 class Plan:
-    """What to do with a model.
+    """The layers of a model to centre.
 
     Attributes:
-        offsets: of the filters of every layer to centre.
-        left_alone: the reasons, by name.
-        wanted: whether one of these would be centred if it were built otherwise.
+        offsets: the layers to centre, each with the offsets of its filters.
+        left_alone: the other layers by name, each with the reason.
+        warns: whether a layer feeds only normalisation layers but is left alone for its class, hooks or weight.
     """
 
     offsets: dict[nn.Module, Tensor] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
-    wanted: bool = False
+    warns: bool = False
 
-    def carry_out(self) -> None:
-        """Centre the layers and report it."""
+    def apply(self) -> None:
+        """Centre the layers and log the result."""
         for layer, offset in self.offsets.items():
             layer.__class__ = CENTERED[type(layer)]
             layer.register_buffer("weight_offset", offset)
-        level = logging.WARNING if self.wanted or not self.offsets else logging.INFO
+        level = logging.WARNING if self.warns or not self.offsets else logging.INFO
         report(level, f"center_weights: {counted(len(self.offsets), 'layer')} centred", self.left_alone)
 
 
 @dataclass
 class Choice:
-    """What is asked for. None means all that there are when it is decided, as layers may have been replaced by then.
+    """The request. None means all layers that the model has when the decision is made.
 
     Attributes:
-        layers: those that may be centred.
-        normalisations: the normalisation layers that these have to feed.
+        layers: layers that may be centred.
+        normalisations: the normalisation layers that they must feed.
         depthwise: whether depthwise convolutions may be centred.
     """
 
@@ -66,13 +66,13 @@ class Choice:
     depthwise: bool = False
 
     def layers_in(self, model: nn.Module) -> list[nn.Module]:
-        """The layers that may be centred and are not yet."""
+        """The layers that may be centred and are not centred yet."""
         chosen = None if self.layers is None else set(self.layers)
         layers = layers_of(model, tuple(CENTERED), lambda name, layer: chosen is None or layer in chosen)
         return [layer for layer in layers if not isinstance(layer, CenteredWeights)]
 
     def plan(self, model: nn.Module, forward: Forward, batch: Any) -> Plan:
-        """Decide by one pass. The model is as before afterwards."""
+        """Decide by one forward pass. The model is restored afterwards."""
         lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
         if lazy:
             raise RuntimeError(f"center_weights: {lazy[0]} is not initialised yet; run a batch through the model first")
@@ -80,15 +80,15 @@ class Choice:
         if normalisations is None:
             normalisations = layers_of(model, NORMALISATIONS)
         owners = Counter(id(p) for module in model.modules() for p in set(module._parameters.values()))
-        # Before the pass, which puts sharded weights together.
+        # Before the pass, in which sharded weights are gathered.
         built = {layer: _reason_in_build(layer, owners) for layer in layers}
-        uses = watched(model, layers, normalisations, forward, batch)
+        uses = trace_uses(model, layers, normalisations, forward, batch)
         plan, names = Plan(), names_of(model)
         for layer in layers:
             reason = _reason_in_use(layer, uses) or _reason_in_shape(layer, self.depthwise)
             if reason is None:
                 reason = built[layer] or _reason_in_weight(layer, uses)
-                plan.wanted |= reason is not None
+                plan.warns |= reason is not None
             if reason is None:
                 plan.offsets[layer] = _offset(layer, uses)
             else:
@@ -97,7 +97,7 @@ class Choice:
 
 
 def _reason_in_use(layer: nn.Module, uses: Uses) -> str | None:
-    """Why a layer does not feed normalisation layers alone, or None."""
+    """Why a layer does not feed only normalisation layers, or None."""
     outputs = uses.outputs[layer]
     if not outputs:
         return "it was not called"
@@ -109,7 +109,7 @@ def _reason_in_use(layer: nn.Module, uses: Uses) -> str | None:
 
 
 def _reason_in_shape(layer: Any, depthwise: bool) -> str | None:
-    """Why the filters of a layer are not to be centred, or None."""
+    """Why the filters of a layer should not be centred, or None."""
     groups = getattr(layer, "groups", 1)
     if groups > 1 and groups == layer.in_channels and not depthwise:
         return "it is depthwise"
@@ -122,7 +122,7 @@ def _reason_in_build(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
     if parametrize.is_parametrized(layer):
         return "it is parametrised"
     if "forward" in vars(layer):
-        return "it has a forward of its own"
+        return "it has a custom forward"
     if type(layer) not in CENTERED:
         return f"{type(layer).__name__} is a subclass of {_torch_class(layer).__name__}"
     if layer._forward_hooks or layer._forward_pre_hooks:
@@ -130,13 +130,13 @@ def _reason_in_build(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
     weight = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
-    return "its weight is that of another layer, too" if owners[id(weight)] > 1 else None
+    return "its weight is shared with another layer" if owners[id(weight)] > 1 else None
 
 
 def _reason_in_weight(layer: nn.Module, uses: Uses) -> str | None:
-    """What else would see the difference between the weight and the filters, or None."""
+    """Which other operations use the weight, which would no longer be the filters, or None."""
     others = uses.weight_used_by[layer]
-    return f"its weight goes to {', '.join(sorted(others))}, too" if others else None
+    return f"its weight is also used by {', '.join(sorted(others))}" if others else None
 
 
 def _torch_class(layer: nn.Module) -> type[nn.Module]:
@@ -144,8 +144,8 @@ def _torch_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def _offset(layer: nn.Module, uses: Uses) -> Tensor:
-    """0 for the filters of a layer that feeds fresh layers only, and otherwise the means that they have, (O,)."""
-    # In inference mode, it would be a tensor that can never be loaded into.
+    """The offsets, (O,): 0 for a layer that feeds only fresh layers, the means of its filters otherwise."""
+    # An inference tensor could not be loaded into.
     with torch.inference_mode(False), torch.no_grad():
         means = filter_means(layer)
         fed = set[nn.Module]().union(*(output.normalised_by for output in uses.outputs[layer]))
@@ -153,7 +153,7 @@ def _offset(layer: nn.Module, uses: Uses) -> Tensor:
 
 
 def _is_fresh(layer: nn.Module) -> bool:
-    """Whether a normalisation layer has running statistics, and has seen no data."""
+    """Whether a normalisation layer has running statistics that were never updated."""
     mean, var, batches = (getattr(layer, name, None) for name in ("running_mean", "running_var", "num_batches_tracked"))
     if mean is None or var is None or batches is None or mean.is_meta:
         return False
@@ -161,7 +161,7 @@ def _is_fresh(layer: nn.Module) -> bool:
 
 
 def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Where | None = None) -> list[nn.Module]:
-    """The layers of some kinds, each once; those that `where` says so for, by any of their names."""
+    """The layers of some classes, each once; if `where` is given, those for which it returns True for any name."""
     named = model.named_modules(remove_duplicate=False)
     found = [layer for name, layer in named if isinstance(layer, kinds) and (where is None or where(name, layer))]
     return list(dict.fromkeys(found))
@@ -173,7 +173,7 @@ def names_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def report(level: int, line: str, left_alone: Mapping[str, str]) -> None:
-    """Log a line, and after it the names of what was left alone, by reason."""
+    """Log a line, followed by the names of the layers left alone, grouped by reason."""
     if left_alone:
         names: dict[str, list[str]] = {}
         for name, reason in left_alone.items():

@@ -1,4 +1,4 @@
-"""The layers that `center_weights` makes, and their formula; none is meant to be constructed."""
+"""The layers that `center_weights` creates; not meant to be constructed directly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 
 def by_filter(layer: nn.Module) -> tuple[Tensor, list[int]]:
-    """A view of the weight in which every filter has axes of its own, and the axes within a filter.
+    """A view of the weight in which filters have separate axes, and the axes within a filter.
 
-    The view is the weight itself, (O, I/groups, *). That of a transposed convolution, (I, O/groups, *), is viewed as
-    (groups, I/groups, O/groups, *).
+    The weight, (O, I/groups, *), is returned as it is. That of a transposed convolution, (I, O/groups, *), is viewed
+    as (groups, I/groups, O/groups, *).
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if isinstance(layer, _ConvTransposeNd):
@@ -31,10 +31,10 @@ def filter_means(layer: nn.Module) -> Tensor:
 
 
 class CenteredWeights(nn.Module):
-    """A layer whose filters are v − mean(v) + offset, v being the parameter `weight`.
+    """A layer whose filters are v − mean(v) + offset, where v is the parameter `weight`.
 
-    The mean is over the inputs and positions of each filter. The buffer `weight_offset`, (O,), has a number per filter.
-    A checkpoint without it is one of the plain layer: its filters are taken as they are.
+    The mean is over the inputs and positions of each filter. The buffer `weight_offset`, (O,), has one value per
+    filter. A checkpoint without it is from a plain layer: the offsets are then the means of its filters.
     """
 
     weight: Tensor
@@ -44,7 +44,7 @@ class CenteredWeights(nn.Module):
         """v − mean(v) + offset, in the shape of `weight`."""
         weight, axes = by_filter(self)
         shape = [1 if axis in axes else size for axis, size in enumerate(weight.shape)]
-        # One sum and one addition over the weight, forward and backward. As the formula is written, twice as many.
+        # One reduction and one addition over the weight, forward and backward; the literal formula needs two of each.
         fan_in = weight.numel() // self.weight_offset.numel()
         shift = torch.add(self.weight_offset, weight.sum(axes).flatten(), alpha=-1 / fan_in)
         return (weight + shift.view(shape)).reshape(self.weight.shape)
@@ -61,7 +61,7 @@ class CenteredWeights(nn.Module):
             if offset in missing_keys:
                 missing_keys.remove(offset)
             means = filter_means(self).detach()
-            # Of a sharded weight, means are sharded, too; the forward pass sees the whole weight.
+            # The means of a sharded weight are sharded, too, but the forward pass has the whole weight.
             self.weight_offset = means.full_tensor() if hasattr(means, "full_tensor") else means
 
 
@@ -69,7 +69,7 @@ class CenteredLinear(CenteredWeights, nn.Linear):
     """``nn.Linear`` with centred filters."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """That of ``nn.Linear``."""
+        """As ``nn.Linear``, with the centred filters."""
         return F.linear(input, self.centered_weight(), self.bias)
 
 

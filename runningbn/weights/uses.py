@@ -1,4 +1,4 @@
-"""What a forward pass does with the outputs of some layers: seen from the tensors, in one pass that leaves no trace."""
+"""Trace how a forward pass uses the outputs and weights of some layers, without changing the model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..recalibration.observer import Observer
 
 
 class Output:
-    """What became of a tensor that a layer returned.
+    """The uses of a tensor that a layer returned.
 
     Attributes:
-        normalised_by: the normalisation layers that it is the input of.
-        used_by: what else takes it, by the name of the operation.
+        normalised_by: the normalisation layers that take it as input.
+        used_by: the names of the other operations that use it.
     """
 
     def __init__(self) -> None:
@@ -32,14 +32,14 @@ class Output:
 
 
 class Uses(TorchDispatchMode):
-    """Sees every operation of a forward pass.
+    """Records the operations of a forward pass that use the outputs or weights of layers.
 
     Attributes:
         outputs: of each layer, one for each call.
-        weight_used_by: the operations outside a layer that take its weight.
+        weight_used_by: for each layer, the operations outside of it that use its weight.
 
     Args:
-        layers: whose outputs to look after.
+        layers: the layers to trace.
     """
 
     def __init__(self, layers: Collection[nn.Module]) -> None:
@@ -47,7 +47,7 @@ class Uses(TorchDispatchMode):
         self.outputs: dict[nn.Module, list[Output]] = {layer: [] for layer in layers}
         self.weight_used_by: dict[nn.Module, set[str]] = {layer: set() for layer in layers}
         self._owners = {id(layer._parameters.get("weight")): layer for layer in layers}
-        # By identity, and weakly: not all activations are to stay in memory.
+        # By identity, with weak references, so that activations are freed as usual.
         self._followed = WeakTensorKeyDictionary()
         self._running: list[nn.Module] = []
         self._normalised: list[Tensor] = []
@@ -63,7 +63,7 @@ class Uses(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def run_layer(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A forward whose output is followed from then on."""
+        """Run the forward of a layer and trace its output from then on."""
         self._running.append(layer)
         try:
             y = forward(*args, **kwargs)
@@ -75,7 +75,7 @@ class Uses(TorchDispatchMode):
         return y
 
     def run_normalisation(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A forward that may do with its input what it likes."""
+        """Run the forward of a normalisation layer; operations in it that use its input are not recorded."""
         inputs = list(_tensors(args, kwargs))[:1]
         for x in inputs:
             if (output := self._followed.get(x)) is not None:
@@ -87,7 +87,7 @@ class Uses(TorchDispatchMode):
             self._normalised = before
 
     def end(self) -> None:
-        """Whatever is still there now was returned to the caller, or is kept somewhere."""
+        """Record a use by the caller for tensors that still exist: they were returned, or are stored somewhere."""
         for output in self._followed.values():
             output.used_by.add("the caller")
 
@@ -100,21 +100,21 @@ def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
             yield from _tensors(argument, {})
 
 
-def watched(
+def trace_uses(
     model: nn.Module, layers: Collection[nn.Module], normalisations: Collection[nn.Module], forward: Forward, batch: Any
 ) -> Uses:
-    """Run a batch through the model, in evaluation and without gradients, and put everything back."""
+    """Run a batch through the model, in evaluation mode and without gradients, and restore the model."""
     uses = Uses(layers)
     results = []
 
     def run(model: nn.Module, batch: Any) -> None:
-        # A copy, since a model may write into its input, and will be given the same once more.
+        # A copy, since the model may write into its input, and the same batch is used again.
         results.append(forward(model, tree_map_only(Tensor, torch.clone, batch)))
 
     with ExitStack() as stack:
-        # In inference mode, operations would arrive before they are taken apart.
+        # In inference mode, composite operations would reach the dispatch mode undecomposed.
         stack.enter_context(torch.inference_mode(False))
-        # Under autocast, casts of weights are kept for later use, and those made here have no gradients.
+        # Autocast caches casts of weights; those made here have no gradients and must not be reused.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(random_state_kept(model))
         stack.enter_context(_buffers_kept(model))
