@@ -22,10 +22,7 @@ CONSTANT, CUMULATIVE, HORIZON, SQUARE_ROOT, GIVEN = range(len(RULES))
 
 
 class RuleCode(NamedTuple):
-    """A rule as kernels take it: its number in `RULES`, and up to three arguments.
-
-    Padded by ones: their bits are as wide an integer as those of other arguments, which Triton compiles for.
-    """
+    """A rule as kernels take it: its number in `RULES`, and up to three arguments."""
 
     rule: int
     first: float = 1.0
@@ -86,9 +83,9 @@ class Constant(MomentumRule):
         """The float, (C,)."""
         return torch.full_like(samples, self.value)
 
-    def code(self) -> RuleCode:
+    def code(self) -> RuleCode | None:
         """One argument, the float."""
-        return RuleCode(CONSTANT, float(self.value))
+        return RuleCode(CONSTANT, float(self.value)) if type(self) is Constant else None
 
 
 @dataclass(frozen=True)
@@ -99,9 +96,9 @@ class Cumulative(MomentumRule):
         """1/t, (C,)."""
         return 1 / (steps + 1)
 
-    def code(self) -> RuleCode:
+    def code(self) -> RuleCode | None:
         """No argument."""
-        return RuleCode(CUMULATIVE)
+        return RuleCode(CUMULATIVE) if type(self) is Cumulative else None
 
 
 @dataclass(frozen=True)

@@ -664,7 +664,7 @@ def test_the_weight_of_a_batch_without_float64(_slow_float64: None, samples: int
     """a = 1 − exp(−N/h) for N/h from 1/128 to 40, on either side of where the series ends."""
     rule = Horizon(samples=128, start=128, fraction=1)
     state = empty_state(1)
-    triton.training_forward(batch((samples, 1), 1), None, None, EPS, state, rule, True, True, LAW)
+    triton.training_forward(batch((samples, 1), 1), None, None, state, StepSpec(Mode.EXACT, EPS, rule, LAW), True)
     torch.testing.assert_close(state.debias.item(), -math.expm1(-samples / 128), rtol=4e-7, atol=0)
 
 

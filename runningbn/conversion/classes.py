@@ -126,9 +126,9 @@ BY_DIMENSIONS: dict[int, type[_BatchNorm]] = {
 def instance_of_both(ours: type[PooledStatistics], origin: type[nn.Module]) -> type[PooledStatistics]:
     """A class derived from `ours` and `origin`.
 
-    This is `ours` itself if it is a subclass of `origin`, if `origin` is a ``nn.SyncBatchNorm`` with torch's forward, or if no class can be
-    derived from both. If `wraps_forward(origin)`, `origin` is the first base, so that its ``super().forward`` is that
-    of `ours`.
+    This is `ours` itself if it is a subclass of `origin`, if `origin` is a ``nn.SyncBatchNorm`` with torch's forward,
+    or if no class can be derived from both. If `wraps_forward(origin)`, `origin` is the first base, so that its
+    ``super().forward`` is that of `ours`.
     """
     if issubclass(ours, origin) or (issubclass(origin, nn.SyncBatchNorm) and not wraps_forward(origin)):
         return ours

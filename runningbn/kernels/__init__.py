@@ -21,6 +21,7 @@ from ..momentum import Momentum, rule_of
 from ..ops.state import GradientState, LayerState
 from . import aten, cpu, triton
 from .contract import Backend, Centred, FusedBackend, Gradients, GradientSums, Reduction
+from .layout import is_addressable
 
 FUSED: dict[str, FusedBackend] = {"triton": triton, "cpu": cpu}
 BACKENDS: dict[str, Backend] = {**FUSED, "aten": aten}
@@ -98,9 +99,8 @@ def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: LayerSta
     first = state.statistics.shift
     if rule_of(momentum).code() is None or x.numel() == 0 or len(first) != x.shape[1]:
         return None
-    # Backends go by addresses, which say nothing of the device: torch's own operations refuse the mix.
     device = x.device
-    if first.device != device or any(t is not None and t.device != device for t in (weight, bias)):
+    if first.device != device or not (is_addressable(weight, device) and is_addressable(bias, device)):
         return None
     return _prepared(backend_for(x, first.dtype), state.forward_buffers)
 
@@ -143,14 +143,14 @@ def normalize(
     centred: Centred | None = None,
 ) -> Tensor:  # fmt: skip
     """See `Backend.normalize`."""
-    return backend_for(x, mean.dtype).normalize(x, mean, var, weight, bias, eps, centred)
+    return _backend_beside(x, mean.dtype, weight, bias).normalize(x, mean, var, weight, bias, eps, centred)
 
 
 def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.batch_norm`."""
-    return backend_for(x, dtype).batch_norm(x, weight, bias, eps, dtype)
+    return _backend_beside(x, dtype, weight, bias).batch_norm(x, weight, bias, eps, dtype)
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> GradientSums:
@@ -162,12 +162,21 @@ def input_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
 ) -> Tensor:
     """See `Backend.input_gradient`."""
-    return _backend_for_both(dy, x, mean.dtype).input_gradient(dy, x, mean, rstd, weight, m0, m1)
+    backend = _backend_for_both(dy, x, mean.dtype)
+    backend = backend if is_addressable(weight, x.device) else aten
+    return backend.input_gradient(dy, x, mean, rstd, weight, m0, m1)
 
 
 def batch_norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Gradients:
     """See `Backend.batch_norm_gradients`."""
-    return _backend_for_both(dy, x, mean.dtype).batch_norm_gradients(dy, x, mean, rstd, weight)
+    backend = _backend_for_both(dy, x, mean.dtype)
+    backend = backend if is_addressable(weight, x.device) else aten
+    return backend.batch_norm_gradients(dy, x, mean, rstd, weight)
+
+
+def _backend_beside(x: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> Backend:
+    backend = backend_for(x, dtype)
+    return backend if is_addressable(weight, x.device) and is_addressable(bias, x.device) else aten
 
 
 def _backend_for_both(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Backend:

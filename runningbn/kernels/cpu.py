@@ -75,6 +75,7 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
         # Subclasses and modes want to see operations, and may have no memory.
         and type(x) in (Tensor, Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
+        and x.layout is torch.strided
         # A negated view and a tensor of zeros do not mean what lies at their address.
         and not (x.is_neg() or x._is_zerotensor())
         and x.numel() > 0
@@ -179,6 +180,7 @@ def training_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor, mode: Mode, prepared: Prepared | None, needs_dx: bool
 ) -> Gradients:
     """The gradients: by running means of the two sums where these are given, which are updated first."""
+    rows = rows.contiguous()  # saved-tensor hooks may return other strides
     data = data_of(x)
     result = _Result.of(dy, data, SUMS | APPLY if needs_dx else SUMS, rows.dtype)
     weight = vector_or_none(weight, x)

@@ -13,9 +13,9 @@ from ..momentum import GIVEN, RuleCode, rule_of
 from ..ops.law import Law
 from ..ops.spec import Mode, StepSpec
 from ..ops.state import NoiseState, State, Sums
-from .cpu_library import DTYPES, Backward, Forward
+from .cpu_library import DTYPES, STAGES, Backward, Forward
 
-SUMS, UPDATE, APPLY = 1, 2, 4
+SUMS, UPDATE, APPLY = (1 << i for i in range(len(STAGES)))
 CODES = {getattr(torch, name.lower()): code for code, name in enumerate(DTYPES)}
 # The dtype of the statistics beside data of a dtype.
 STATISTICS = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
@@ -33,31 +33,35 @@ class Data(NamedTuple):
     inner: int
 
 
-class LayerCall:
-    """A call with all that stays from step to step in a layer.
-
-    Attributes:
-        pointers: where its buffers lie.
-        call: the call.
-        spec: the step that it describes.
-    """
-
-    __slots__ = ("call", "pointers", "spec")
-
-    def __init__(self, pointers: tuple[int, ...]) -> None:
-        self.pointers, self.spec, self.call = pointers, None, Forward()
-        set_fields(self.call, FORWARD_BUFFERS, pointers)
+class _Described(NamedTuple):
+    """A call, and the step that it does."""
 
     spec: StepSpec | None
+    call: Forward
+
+
+class LayerCall:
+    """A call with all that stays from step to step in a layer, whose buffers lie at `pointers`."""
+
+    __slots__ = ("_described", "pointers")
+
+    def __init__(self, pointers: tuple[int, ...]) -> None:
+        call = Forward()
+        set_fields(call, FORWARD_BUFFERS, pointers)
+        self.pointers, self._described = pointers, _Described(None, call)
 
     def forward(self, spec: StepSpec) -> Forward:
         """A call that does this step; to be completed."""
-        call = Forward.from_buffer_copy(self.call)
-        if self.spec != spec:
+        # Read once and replaced as a whole: other threads may be here, too.
+        described = self._described
+        call = Forward.from_buffer_copy(described.call)
+        if described.spec != spec:
             rule = rule_of(spec.momentum)
-            describe_update(call, spec.mode, rule.whole_batches, rule.code() or GIVEN_WEIGHT, spec.law)
+            code = rule.code()
+            assert code is not None, "`kernels.fused` has asked"
+            describe_update(call, spec.mode, rule.whole_batches, code, spec.law)
             call.eps = spec.eps
-            self.call, self.spec = Forward.from_buffer_copy(call), spec
+            self._described = _Described(spec, Forward.from_buffer_copy(call))
         return call
 
 

@@ -24,6 +24,7 @@ from .building import library_in, why_not_built
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 # In the order of their codes.
 DTYPES = ("FLOAT32", "BFLOAT16", "FLOAT64")
+STAGES = ("SUMS", "UPDATE", "APPLY")  # bits
 _KINDS: dict[str, Any] = {"I": ctypes.c_int64, "P": ctypes.c_size_t, "R": ctypes.c_double}
 _GEOMETRY = [("I", name) for name in ("dtype", "stages", "threads", "rows", "outer", "channels", "inner")]
 
@@ -45,7 +46,7 @@ _BACKWARD = [
     *_pointers("m0", "m1", "kappa_mean", "kappa_var", *GradientState._fields),
     *_pointers("trust", "offset", "batch_std", "pooled_count"),
 ]  # fmt: skip
-_INTERFACE = " ".join((*DTYPES, *RULES, *(f"{kind}:{name}" for kind, name in (*_FORWARD, *_BACKWARD))))
+_INTERFACE = " ".join((*DTYPES, *RULES, *STAGES, *(f"{kind}:{name}" for kind, name in (*_FORWARD, *_BACKWARD))))
 
 
 class _Call(ctypes.Structure):

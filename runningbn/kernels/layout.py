@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import weakref
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_rows(x: Tensor) -> bool:
@@ -58,24 +60,53 @@ def laid_out_like(x: Tensor, data: Tensor) -> Tensor:
     return x if x.stride() == data.stride() else torch.empty_like(data, dtype=x.dtype).copy_(x)
 
 
+def is_addressable(tensor: Tensor | None, device: torch.device) -> bool:
+    """Whether a kernel on this device can take a parameter by its address, or has none to take.
+
+    Subclasses and meta tensors have no memory of their own, and a negated view and a tensor of zeros do not mean what
+    lies at their address.
+    """
+    return tensor is None or (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.device == device
+        and tensor.data_ptr() != 0
+        and not (tensor.is_neg() or tensor._is_zerotensor())
+    )
+
+
+class _Known(NamedTuple):
+    addresses: tuple[int, ...]
+    sizes: list[int]
+    buffers: list[weakref.ref[Tensor]]
+
+
 def addresses(buffers: tuple[Tensor, ...]) -> tuple[int, ...] | None:
     """Where the buffers of a layer lie, if they are memory as kernels update it; None otherwise."""
-    found = tuple([tensor.data_ptr() for tensor in buffers])
+    found, sizes = tuple([tensor.data_ptr() for tensor in buffers]), [tensor.numel() for tensor in buffers]
     known = _known.get(id(buffers[0]))
-    # The same tensors at the same place as when they were looked at, so at least their storage is what it was.
-    if known is not None and known[0] == found and all(map(is_, [tensor() for tensor in known[1]], buffers)):
+    # The same tensors, as large as they were and at the same place as when all was looked at.
+    if (
+        known is not None
+        and known.addresses == found
+        and known.sizes == sizes
+        and all(map(is_, [tensor() for tensor in known.buffers], buffers))
+    ):
         return found
+    if 0 in found:
+        # torch itself would crash on these.
+        if any(t.data_ptr() == 0 and type(t) in (Tensor, Parameter) and t.numel() and not t.is_meta for t in buffers):
+            raise RuntimeError("a buffer of the layer has no memory: its storage was freed")
+        return None
     if not are_vectors(buffers):
         return None
     if len(_known) >= _MOST_KNOWN:
         _known.clear()
-    _known[id(buffers[0])] = found, [weakref.ref(tensor) for tensor in buffers]
+    _known[id(buffers[0])] = _Known(found, sizes, [weakref.ref(tensor) for tensor in buffers])
     return found
 
 
-# Looking at a dozen tensors takes longer than a small batch. By the identity of the first buffer, what was found:
-# addresses, and the tensors themselves.
-_known: dict[int, tuple[tuple[int, ...], list[weakref.ref[Tensor]]]] = {}
+# By the identity of the first buffer. Looking at all of a dozen tensors takes longer than a small batch.
+_known: dict[int, _Known] = {}
 _MOST_KNOWN = 4096
 
 
@@ -89,5 +120,6 @@ def are_vectors(buffers: tuple[Tensor, ...]) -> bool:
         (t.dtype is first.dtype and t.shape == first.shape if t.dim() else t.dtype is torch.int64)
         and t.device == first.device
         and t.is_contiguous()
+        and type(t) in (Tensor, Parameter)
         for t in buffers
     )

@@ -72,6 +72,7 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
         # Subclasses and modes want to see operations, and may have no memory.
         and type(x) in (Tensor, Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
+        and x.layout is torch.strided
         # A negated view and a tensor of zeros do not mean what lies at their address.
         and not (x.is_neg() or x._is_zerotensor())
         and x.numel() > 0
@@ -125,6 +126,7 @@ def training_backward(
     needs_dx: bool,
 ) -> Gradients:  # fmt: skip
     """The gradients: by running means of the two sums where these are given, which are updated first."""
+    rows = rows.contiguous()  # saved-tensor hooks may return other strides
     kernels, channels = _kernels(), x.shape[1]
     data, in_rows = laid_out(x)
     of_y = laid_out_like(dy, data)

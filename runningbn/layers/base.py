@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import step as functional
 from ..ops.masks import blank, check_mask, fill
 from ..ops.pooling import RankGroup, ranks_of
+from ..ops.step import normalize_by_batch
 from .buffers import is_narrow
 from .state_dicts import LoadableStatistics
 
@@ -81,7 +81,7 @@ class Layer(LoadableStatistics):
         if mean is None or (self.training and not self.track_running_stats):
             if ranks is not None or mask is not None:
                 dtype = torch.float32 if is_narrow(x) else x.dtype
-                return functional.normalize_by_batch(x, weight, bias, self.eps, dtype, ranks, mask)
+                return normalize_by_batch(x, weight, bias, self.eps, dtype, ranks, mask)
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
         weight = None if weight is None else weight.to(mean.dtype)

@@ -1,6 +1,6 @@
 """The statistics as buffers of a module: registering, seeding, checkpoints, dtypes.
 
-What the layers share and what has nothing to do with normalising. See `statistics.State` for the buffers.
+What the layers share and what has nothing to do with normalising. See `state.State` for the buffers.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class PooledStatistics(_BatchNorm):
     # Whether to pool over the processes of a group in training.
     sync = False
     _group = GroupReference()
-    # During a load, torch assigns buffer after buffer; the state is seeded when it is through.
-    _loading = False
+    # While torch assigns buffer after buffer, in a load or to a replica, statistics are set as they come.
+    _assigns_all = False
 
     def __init__(
         self,
@@ -196,13 +196,19 @@ class PooledStatistics(_BatchNorm):
         reseeds = name in VIEW and isinstance(value, Tensor) and "sums" in self._buffers
         if name == "momentum":
             check_momentum(value)
-        if not reseeds or self._loading:
+        if not reseeds or self._assigns_all:
             super().__setattr__(name, value)
             return
         if value.dim() != 1:
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {tuple(value.shape)}")
         super().__setattr__(name, plain(value.detach()).to(self._buffers["sums"].dtype, copy=True))  # type: ignore[union-attr]
         self._follow_assignment()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """As torch does. The replica on the device of the layer has its buffers, and so updates them."""
+        replica = super()._replicate_for_data_parallel()
+        replica._assigns_all = True
+        return replica
 
     def _follow_assignment(self) -> None:
         """Seed the state by an assigned mean or variance.

@@ -9,9 +9,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..ops import step as functional
 from ..ops.derived_tensors import is_derived, through_class
 from ..ops.spec import Mode, StepSpec
+from ..ops.step import training_step
 from .base import Layer
 
 
@@ -34,7 +34,7 @@ class PreciseBatchNorm(Layer):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         weight, bias = self._weight_and_bias()
         spec = StepSpec(Mode.BATCH, self.eps, self.momentum)
-        return functional.training_step(input, weight, bias, spec, self._layer_state(False), ranks, mask)
+        return training_step(input, weight, bias, spec, self._layer_state(False), ranks, mask)
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..momentum import Horizon, Momentum
-from ..ops import step as functional
 from ..ops.derived_tensors import is_derived, through_class
 from ..ops.law import MAX_LAG, Law
 from ..ops.spec import Mode, StepSpec
+from ..ops.step import training_step
 from .base import Layer
 from .buffers import TRAINING
 
@@ -141,7 +141,7 @@ class RunningBatchNorm(Layer):
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, sync=sync, process_group=process_group,
         )  # fmt: skip
-        self.gradient, self.max_lag = check_gradient(gradient), check_max_lag(max_lag)
+        self.gradient, self.max_lag = gradient, max_lag
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise (N, C, *); in training, let it enter the state first. `mask`, (N, *), is True where it is real."""
@@ -157,7 +157,14 @@ class RunningBatchNorm(Layer):
         spec = StepSpec(mode, self.eps, self.momentum, self._law())
         weight, bias = self._weight_and_bias()
         state = self._layer_state(mode is Mode.RUNNING)
-        return functional.training_step(input, weight, bias, spec, state, ranks, mask)
+        return training_step(input, weight, bias, spec, state, ranks, mask)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "gradient":
+            check_gradient(value)
+        elif name == "max_lag":
+            check_max_lag(value)
+        super().__setattr__(name, value)
 
     def _law(self) -> Law:
         return Law(self.max_lag)

@@ -46,13 +46,13 @@ class LoadableStatistics(PooledStatistics):
             state_dict[prefix + "num_batches_tracked"] = _whole(state_dict[prefix + "num_batches_tracked"])
         before = {name: (buffer, buffer.clone()) for name, buffer in self._buffers.items() if buffer is not None}
         errors = len(error_msgs)
-        self._loading = True
+        self._assigns_all = True
         try:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
         finally:
-            del self._loading
+            del self._assigns_all
         if len(error_msgs) > errors:
             # torch loads what fits. Statistics of two sources would contradict each other, so here it is all or none.
             for name, (buffer, values) in before.items():

@@ -32,7 +32,7 @@ from .update import is_recomputation
 
 
 class FusedStep(Function):
-    """y and its gradients by a backend that updates the state meanwhile; see `functional` for what they are."""
+    """y and its gradients by a backend that updates the state meanwhile; see `step` for what they are."""
 
     @staticmethod
     def forward(
@@ -137,7 +137,7 @@ class Normalize(Function):
             if state is None:
                 gradients = exact_gradients(dy, x, weight, coefficients, needs_dx, ranks)
             else:
-                gradients = running_gradients(dy, x, weight, coefficients, state, needs_dx, ranks, n)
+                gradients = running_gradients(dy, x, weight, coefficients, state, needs_dx, ranks=ranks, n=n)
             found = _affine_gradients(ctx, weight, gradients)
         if twice:
             found = refuse_second_derivative(POOLED_TWICE if state is None else RUNNING_TWICE, dy, x, found)

@@ -62,7 +62,8 @@ def _is_asked(x: Tensor) -> bool:
 
 def _has_default_function(cls: Any) -> bool:
     default: Any = Tensor
-    return cls.__torch_function__.__func__ is default.__torch_function__.__func__
+    function = cls.__torch_function__
+    return getattr(function, "__func__", function) is default.__torch_function__.__func__
 
 
 def _only_adds(x: Tensor) -> bool:

@@ -52,7 +52,7 @@ def exact_gradients(
 
 def running_gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, coefficients: Coefficients, state: GradientState, needs_dx: bool,
-    ranks: RankGroup | None = None, n: Tensor | None = None,
+    *, ranks: RankGroup | None = None, n: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """dx, from the running means of the sums, and this rank's Σdy and Σdy·z, which enter `state`."""
     mean, rstd = coefficients.mean, coefficients.rstd

@@ -24,6 +24,8 @@ dtype of the statistics (float32 or float64).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -57,28 +59,39 @@ def training_step(
         mask: (N, *), True for the elements that count, see `masks`; None for all.
     """
     _refuse_transforms(x, weight, bias)
+    _check_buffers(x, state)
     fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
     if fused is not None:
         y: Tensor = FusedStep.apply(x, weight, bias, spec, fused, state.gradient)
         return y
-    if len(state.statistics.shift) != x.shape[1]:
-        mean, var, shift = state.statistics.running_mean, state.statistics.running_var, state.statistics.shift
-        raise RuntimeError(
-            f"running_mean and running_var of {len(mean)} and {len(var)} channels, and a state of {len(shift)}: assign "
-            "both as attributes of the layer, not their .data, to resize it"
-        )
     with torch.no_grad():
         reduction, samples = _reduce(x, state.statistics.shift.dtype, ranks, mask)
         rule = rule_of(spec.momentum)
-        of_batch = rule.weight(samples, state.statistics.samples, state.statistics.steps)
-        var, coefficients = update(state, Batch(reduction.sums, samples, of_batch, rule.whole_batches), spec)
+        share = rule.weight(samples, state.statistics.samples, state.statistics.steps)
+        # A rule of somebody else's may return a number, or a tensor of another shape or dtype.
+        share = torch.as_tensor(share).to(reduction.sums.shift).expand_as(reduction.sums.shift)
+        var, coefficients = update(state, Batch(reduction.sums, samples, share, rule.whole_batches), spec)
         n = None
         if ranks is not None or mask is not None:
             n = reduction.sums.count
             if spec.mode is Mode.BATCH:
                 coefficients = _with_kappa(coefficients, n)
-    pooling = Pooling(ranks, reduction.centred)
-    return _normalize(x, weight, bias, spec.eps, pooling, n, var, coefficients, state.gradient, mask)
+    statistics = _Statistics(var, coefficients, Pooling(ranks, reduction.centred), n, state.gradient)
+    return _normalize(x, weight, bias, spec.eps, statistics, mask)
+
+
+def _check_buffers(x: Tensor, state: LayerState) -> None:
+    """Before anything is changed: the buffers of a layer are beside x, and all of as many channels."""
+    shift, channels = state.statistics.shift, x.shape[1]
+    if shift.device != x.device:
+        raise RuntimeError(f"expected an input on {shift.device}, where the layer is, got one on {x.device}")
+    if len(shift) == len(state.statistics.running_mean) == len(state.statistics.running_var) == channels:
+        return
+    lengths = ", ".join(f"{name} {len(getattr(state.statistics, name))}" for name in ("running_mean", "running_var"))
+    raise RuntimeError(
+        f"buffers of different numbers of channels: {lengths}, the state {len(shift)}, the input {channels}. To resize "
+        "a layer, assign running_mean and running_var as attributes, not their .data"
+    )
 
 
 def _refuse_transforms(*inputs: Tensor | None) -> None:
@@ -110,7 +123,7 @@ def normalize_by_batch(
         mean, var = moments(reduction.sums)
         n = reduction.sums.count
         coefficients = _with_kappa(Coefficients(mean, (var + eps).rsqrt()), n)
-    return _normalize(x, weight, bias, eps, Pooling(ranks, reduction.centred), n, var, coefficients, None, mask)
+    return _normalize(x, weight, bias, eps, _Statistics(var, coefficients, Pooling(ranks, reduction.centred), n), mask)
 
 
 def normalize_by_itself(
@@ -118,16 +131,26 @@ def normalize_by_itself(
 ) -> Tensor:
     """Normalise by the mean and the variance of x, which are known, with the gradient that this has."""
     coefficients = Coefficients(mean, (var + eps).rsqrt())
-    return _normalize(x, weight, bias, eps, Pooling(), None, var, coefficients, None, None)
+    return _normalize(x, weight, bias, eps, _Statistics(var, coefficients))
+
+
+class _Statistics(NamedTuple):
+    """What a batch is normalised by, and what its backward goes by; see `Normalize` for the names."""
+
+    var: Tensor
+    coefficients: Coefficients
+    pooling: Pooling = Pooling()
+    n: Tensor | None = None
+    gradient: GradientState | None = None
 
 
 def _normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pooling: Pooling, n: Tensor | None,
-    var: Tensor, coefficients: Coefficients, gradient: GradientState | None, mask: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, by: _Statistics, mask: Tensor | None = None
+) -> Tensor:
     if mask is not None:
-        x = fill(x, mask, coefficients.mean)
-    y: Tensor = Normalize.apply(x, weight, bias, eps, pooling, n, var, *coefficients, *(gradient or ()))
+        x = fill(x, mask, by.coefficients.mean)
+    tensors = *by.coefficients, *(by.gradient or ())
+    y: Tensor = Normalize.apply(x, weight, bias, eps, by.pooling, by.n, by.var, *tensors)
     return y if mask is None else blank(y, mask)
 
 

@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import kernels
 from ..layers.buffers import PooledStatistics
-from ..ops import step as functional
 from ..ops.derived_tensors import is_derived, through_class
 from ..ops.state import moments
+from ..ops.step import normalize_by_itself
 from .conventions import (
     Arguments,
     Convention,
@@ -157,7 +157,7 @@ class Observer:
                 if by is None and transformed:
                     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
                 elif by is None:
-                    y = functional.normalize_by_itself(x, weight, bias, eps, mean, var)
+                    y = normalize_by_itself(x, weight, bias, eps, mean, var)
             else:
                 affine = (weight, bias, eps) if by is None else (None, None, 1.0)
                 y, mean, var = kernels.batch_norm(x, *affine, dtype)

@@ -92,13 +92,13 @@ const char *runningbn_initialize(ParallelFor function, const char *most) {
     return instruction_set;
 }
 
-/* What cpu.py compares with its own, so that it never calls a library that was built from other sources. */
+/* What cpu_library.py compares with its own, so that it never calls a library that was built from other sources. */
 #define AS_NAME(name) #name " "
 #define AS_INTEGER(name) "I:" #name " "
 #define AS_POINTER(name) "P:" #name " "
 #define AS_DOUBLE(name) "R:" #name " "
 const char *runningbn_interface(void) {
-    return DTYPES(AS_NAME) RULES(AS_NAME) FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
+    return DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME) FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
         BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE);
 }
 

@@ -2,8 +2,8 @@
 
    REAL is the dtype of the statistics: float for float and bfloat16 data, double for double data. All sums are double.
 
-   Codes and fields are listed by macros, from which the names come that cpu.py compares with its own when it loads the
-   library. Every field is 8 bytes: I an integer, P a pointer, R a double. */
+   Codes and fields are listed by macros, from which the names come that cpu_library.py compares with its own when it loads
+   the library. Every field is 8 bytes: I an integer, P a pointer, R a double. */
 
 #ifndef RUNNINGBN_CPU_H
 #define RUNNINGBN_CPU_H
@@ -20,7 +20,12 @@
 #define AS_ENUM(name) name,
 enum { DTYPES(AS_ENUM) };
 enum { RULES(AS_ENUM) };
-enum { SUMS = 1, UPDATE = 2, APPLY = 4 }; /* stages */
+/* Bits. */
+#define STAGES(X) X(SUMS) X(UPDATE) X(APPLY)
+#define AS_PLACE(name) PLACE_OF_##name,
+#define AS_BIT(name) name = 1 << PLACE_OF_##name,
+enum { STAGES(AS_PLACE) };
+enum { STAGES(AS_BIT) };
 
 /* - `rows`: whether x is (outer, channels) rather than (outer, channels, inner).
    - `weight`, `bias`: REAL, or NULL.
@@ -31,8 +36,8 @@ enum { SUMS = 1, UPDATE = 2, APPLY = 4 }; /* stages */
      APPLY alone; NULL if they are not needed.
    - From `by_state` on: the update. Without UPDATE it is not looked at. `updates` is 0 in a recomputation.
    - `batch_weight`: REAL, for GIVEN.
-   - From `shift` on: the statistics.State. `num_batches_tracked` is one int64, all others are REAL.
-   - From `noise` on: with running gradients the statistics.NoiseState, otherwise NULL. */
+   - From `shift` on: the state.State. `num_batches_tracked` is one int64, all others are REAL.
+   - From `noise` on: with running gradients the state.NoiseState, otherwise NULL. */
 #define FORWARD_FIELDS(I, P, R)                                                                                   \
     I(dtype) I(stages) I(threads) I(rows) I(outer) I(channels) I(inner)                                           \
     P(x) P(y) P(weight) P(bias) R(eps)                                                                            \
@@ -49,7 +54,7 @@ enum { SUMS = 1, UPDATE = 2, APPLY = 4 }; /* stages */
    - `batch_sum_dy`, `batch_sum_dy_xhat`: results of SUMS, or arguments of UPDATE without it. REAL.
    - `m0`, `m1`: dx = weight·rstd·(dy − m0 − z·m1). With running means they are results of UPDATE, unless NULL; without,
      they are arguments, or where NULL kappa times the sums of the batch; kappa NULL is 1/n.
-   - From `sum_dy` on: the statistics.GradientState, or NULL.
+   - From `sum_dy` on: the state.GradientState, or NULL.
    - `pooled_count`: elements per channel over all ranks, or NULL: then as here. */
 #define BACKWARD_FIELDS(I, P, R)                                                                                  \
     I(dtype) I(stages) I(threads) I(rows) I(outer) I(channels) I(inner)                                           \

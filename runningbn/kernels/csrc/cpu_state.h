@@ -143,7 +143,7 @@ TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *s
                             if (of_state < f->variance_floor && (double)AT(f->samples) < f->warmup_samples)
                                 of_state = f->variance_floor;
                         } else {
-                            /* Bessel's correction for weighted elements, see statistics.unbiased. */
+                            /* Bessel's correction for weighted elements, see state.unbiased. */
                             const double uncorrected = 1 - (double)AT(f->count_sqrs) / (count * count);
                             of_state /= largest(uncorrected, EPSILON);
                         }
