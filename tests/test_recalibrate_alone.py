@@ -10,7 +10,7 @@ from processes import ranks
 from recalibration_models import mlp, recalibrated, rows
 
 from runningbn import precise_bn, update_bn_stats
-from runningbn import ranks as ranks_module
+from runningbn.recalibration import ranks as ranks_module
 
 # ---------------------------------------------------------------------------------------------------- one process alone
 
