@@ -270,7 +270,7 @@ def test_other_layers_of_the_model_are_converted(to):
 def test_reason_at_the_root_has_a_name_too(caplog):
     with caplog.at_level(logging.INFO, logger="runningbn"):
         batchnormify(Doubling(3))
-    assert "the model itself (Doubling has a forward" in caplog.messages[0]
+    assert "the model itself (Doubling has a custom forward" in caplog.messages[0]
 
 
 @each_of_ours

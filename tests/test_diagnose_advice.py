@@ -208,7 +208,7 @@ def test_small_batches():
     found = diagnose(model, batches, None)
     assert names(found) == ["nothing", "few"]
     assert found.advice[1] == (
-        "Batches of 2 are small; for training from scratch, take RunningBatchNorm with centred weights "
+        "Batches of 2 are small; for training from scratch, use RunningBatchNorm with centred weights "
         "(batchnormify(model, center_weights=True))."
     )
 

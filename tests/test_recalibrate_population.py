@@ -172,7 +172,7 @@ def test_layer_that_feeds_itself_is_exempt_and_reported():
     model, data = Recurrent(), rows(128)
     report = update_bn_stats(model, data.split(16), normalize="population")
     assert [layer.name for layer in report.layers if layer.feeds_itself] == ["norm"]
-    assert "norm is called repeatedly" in str(report)
+    assert "norm is called several times per forward" in str(report)
     assert_evaluation_shows(model, [data], only=["before.1", "before.4", "after.1", "after.4"])
 
 

@@ -21,7 +21,7 @@ METADATA = ".metadata"
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor: its offsets, its shape, and the byte range of its ``torch.save`` file within a file."""
+    """A block of a tensor: offsets, shape, and the byte range of its ``torch.save`` file inside another file."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
