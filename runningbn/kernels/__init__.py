@@ -97,6 +97,8 @@ class Fused(NamedTuple):
 def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: LayerState, momentum: Momentum) -> Fused | None:
     """A backend that can do a whole training step on these, if any."""
     first = state.statistics.shift
+    if torch.compiler.is_compiling():
+        return None
     if rule_of(momentum).code() is None or x.numel() == 0 or len(first) != x.shape[1]:
         return None
     device = x.device
@@ -163,20 +165,21 @@ def input_gradient(
 ) -> Tensor:
     """See `Backend.input_gradient`."""
     backend = _backend_for_both(dy, x, mean.dtype)
-    backend = backend if is_addressable(weight, x.device) else aten
+    backend = backend if backend is aten or is_addressable(weight, x.device) else aten
     return backend.input_gradient(dy, x, mean, rstd, weight, m0, m1)
 
 
 def batch_norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Gradients:
     """See `Backend.batch_norm_gradients`."""
     backend = _backend_for_both(dy, x, mean.dtype)
-    backend = backend if is_addressable(weight, x.device) else aten
+    backend = backend if backend is aten or is_addressable(weight, x.device) else aten
     return backend.batch_norm_gradients(dy, x, mean, rstd, weight)
 
 
 def _backend_beside(x: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> Backend:
     backend = backend_for(x, dtype)
-    return backend if is_addressable(weight, x.device) and is_addressable(bias, x.device) else aten
+    takes_all = backend is aten or (is_addressable(weight, x.device) and is_addressable(bias, x.device))
+    return backend if takes_all else aten
 
 
 def _backend_for_both(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Backend:
