@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ PACKAGE = Path(runningbn.__file__).parent
 # Where the model is changed and put back. What puts back at last, `kept.py`, defers signals, which this does not send.
 NAMES = ("recalibrate.py", "passes.py", "procedures.py", "hooks.py", "observer.py")
 FILES = {str(PACKAGE / "recalibration" / name) for name in NAMES}
+
+
+@pytest.fixture(autouse=True)
+def _compiles_again() -> Iterator[None]:
+    """At the end of a with statement, an exception may come before its exit, and torch's stance then stays."""
+    yield
+    if hasattr(torch.compiler, "set_stance"):
+        torch.compiler.set_stance("default")
 
 
 def interrupted(model: nn.Module, at: int, normalize: str) -> int:

@@ -77,7 +77,7 @@ def test_a_layer_that_is_half_resized_says_so_and_changes_nothing(to, way):
     else:
         layer.running_mean.data, layer.running_var.data = layer.running_mean[KEPT], layer.running_var[KEPT]
     before = buffers_of(layer)
-    with pytest.raises(RuntimeError, match=r"assign both as attributes of the layer, not their \.data"):
+    with pytest.raises(RuntimeError, match=r"assign running_mean and running_var as attributes, not their \.data"):
         layer(images(1, 3))
     assert_identical(buffers_of(layer), before)
 

@@ -51,7 +51,7 @@ def merge_statistics(
             were seeded from statistics of unknown weight.
 
     Returns:
-        A dict of the statistics only: `running_mean`, `running_var`, `num_batches_tracked` (the sum), and the state of
+        The statistics, as a dict with `running_mean`, `running_var`, `num_batches_tracked` (the sum), and the state of
         this library's layers, in the dtypes and on the devices of the first state. Parameters, and the buffers that
         training keeps about gradients, are not merged: ``model.load_state_dict({**averaged, **merged})``.
 

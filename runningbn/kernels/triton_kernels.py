@@ -34,7 +34,7 @@ _RULE = ["batch_samples", "eps", *_LAW, "rule_a", "rule_b", "rule_c"]
 
 @triton.jit(do_not_specialize=[*_SIZES, *_RULE])
 def batch_statistics(
-    x, scratch, counter, weight, bias, coefficients, state, noise,
+    x, scratch, counter, weight, bias, packed, state, noise,
     outer, channels, inner, splits, tiles, batch_samples, eps: tl.int64,
     max_lag: tl.int64, lag_noise: tl.int64, trust_noise: tl.int64, window: tl.int64,
     variance_floor: tl.int64, warmup_samples: tl.int64, rule_a: tl.int64, rule_b: tl.int64, rule_c: tl.int64,
@@ -49,7 +49,7 @@ def batch_statistics(
         scratch: (3·splits + 3, C): partial sums, then mean, slope and base of `affine_map`, both written here.
         counter: (blocks of channels,), int32, zero before and after.
         weight, bias: (C,) or None.
-        coefficients: (2, 4 or 5, C), written: see the package.
+        packed: (2, 4 or 5, C), written: see the package.
         state: the buffers of a `State`, updated where UPDATES, and taken as they are elsewhere.
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
         eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
@@ -108,12 +108,12 @@ def batch_statistics(
                     _number(lag_noise, W), _number(trust_noise, W), _number(window, W), c, exists, dtype, UPDATES, W,
                 )  # fmt: skip
             mean, var = coefficients[0], coefficients[1]
-            _store_rows(coefficients, 2, coefficients, channels, c, exists)
+            _store_rows(packed, 2, coefficients, channels, c, exists)
         else:
             var = squares / n
         rstd = 1 / tl.sqrt(var + _number(eps, W))
-        tl.store(coefficients + c, mean.to(dtype), mask=exists)
-        tl.store(coefficients + channels + c, rstd.to(dtype), mask=exists)
+        tl.store(packed + c, mean.to(dtype), mask=exists)
+        tl.store(packed + channels + c, rstd.to(dtype), mask=exists)
         _store_affine(scratch + 3 * step, mean, rstd, weight, bias, channels, c, exists, W)
 
 
@@ -139,7 +139,7 @@ def affine_map(
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_statistics(
-    dy, x, scratch, counter, weight, coefficients, sums, gradient,
+    dy, x, scratch, counter, weight, packed, sums, gradient,
     outer, channels, inner, splits, tiles,
     BY_STATE: tl.constexpr, ROWS: tl.constexpr, DIVISOR: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
@@ -151,7 +151,7 @@ def gradient_statistics(
         scratch: (2·splits + 3, C): partial sums, then the rows of `input_gradient`, both written here.
         counter: (blocks of channels,), int32, zero before and after.
         weight: (C,) or None.
-        coefficients: (2, C) or, where BY_STATE, (4 or 5, C): what the forward left.
+        packed: (2, C) or, where BY_STATE, (4 or 5, C): what the forward left.
         sums: (2, C), written: Σdy and Σdy·z.
         gradient: the buffers of a `GradientState`, updated, or None for the exact gradient.
         WIDE: as in `batch_statistics`.
@@ -162,7 +162,7 @@ def gradient_statistics(
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     c = block * BC + tl.arange(0, BC)
     exists = c < channels
-    mean = tl.load(coefficients + c, mask=exists, other=0)[None, :, None]
+    mean = tl.load(packed + c, mask=exists, other=0)[None, :, None]
     first = tl.zeros([BN, BC, BS], dtype)
     second = tl.zeros([BN, BC, BS], dtype)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, _number_of_tiles(outer, inner, BN, BS))):
@@ -186,22 +186,19 @@ def gradient_statistics(
             row = scratch + p.to(tl.int64) * channels + c[None, :]
             sum_dy += tl.sum(_shared(row, known, W), 0)
             sum_dy_xhat += tl.sum(_shared(row + step, known, W), 0)
-        rstd = _wide(coefficients + channels, c, exists, W)
+        rstd = _wide(packed + channels, c, exists, W)
         sum_dy_xhat *= rstd
         tl.store(sums + c, sum_dy.to(dtype), mask=exists)
         tl.store(sums + channels + c, sum_dy_xhat.to(dtype), mask=exists)
         n = (outer.to(tl.int64) * inner).to(W)
         if gradient is not None:
-            trust, offset = (
-                _wide(coefficients + 2 * channels, c, exists, W),
-                _wide(coefficients + 3 * channels, c, exists, W),
-            )
-            std = _wide(coefficients + 4 * channels, c, exists, W)
+            trust, offset = _wide(packed + 2 * channels, c, exists, W), _wide(packed + 3 * channels, c, exists, W)
+            std = _wide(packed + 4 * channels, c, exists, W)
             m0, m1 = _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists, W)
         elif BY_STATE:
             kappa_mean, kappa_var = (
-                _wide(coefficients + 2 * channels, c, exists, W),
-                _wide(coefficients + 3 * channels, c, exists, W),
+                _wide(packed + 2 * channels, c, exists, W),
+                _wide(packed + 3 * channels, c, exists, W),
             )
             # A channel that was not finite has sums that are not either, and its κ is 0.
             m0 = tl.where(kappa_mean == 0, 0, kappa_mean * sum_dy)
@@ -219,7 +216,7 @@ def gradient_statistics(
 
 @triton.jit(do_not_specialize=[*_SIZES, "splits_of_sums"])
 def input_gradient(
-    dy, x, dx, scratch, coefficients, outer, channels, inner, splits, tiles, splits_of_sums,
+    dy, x, dx, scratch, packed, outer, channels, inner, splits, tiles, splits_of_sums,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """dx = weight·rstd·(dy − m0 − z·m1), by the last rows of `scratch`, from the end as `affine_map` does.
@@ -231,7 +228,7 @@ def input_gradient(
     c = block * BC + tl.arange(0, BC)
     exists = c < channels
     row = scratch + 2 * splits_of_sums.to(tl.int64) * channels + c
-    mean = tl.load(coefficients + c, mask=exists, other=0)[None, :, None]
+    mean = tl.load(packed + c, mask=exists, other=0)[None, :, None]
     scale = tl.load(row, mask=exists, other=0)[None, :, None]
     slope = tl.load(row + channels, mask=exists, other=0)[None, :, None]
     constant = tl.load(row + 2 * channels, mask=exists, other=0)[None, :, None]
