@@ -51,10 +51,10 @@ _MOST_LAYERS = 4096
 
 
 class Prepared(NamedTuple):
-    """The buffers of a layer, and the call that goes with them."""
+    """The buffers of a layer, and where they lie."""
 
     buffers: tuple[Tensor, ...]
-    layer: LayerCall
+    pointers: tuple[int, ...]
 
 
 def unavailable() -> str | None:
@@ -86,14 +86,16 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
 def prepare(buffers: tuple[Tensor, ...]) -> Prepared | None:
     """The buffers of a layer as a training step takes them; None if they are no memory that the library can update."""
     pointers = addresses(buffers)
-    if pointers is None:
-        return None
+    return None if pointers is None else Prepared(buffers, pointers)
+
+
+def _call_of_layer(pointers: tuple[int, ...]) -> LayerCall:
     layer = _layers.get(pointers[0])
     if layer is None or layer.pointers != pointers:
         if len(_layers) >= _MOST_LAYERS:
             _layers.clear()
         layer = _layers[pointers[0]] = LayerCall(pointers)
-    return Prepared(buffers, layer)
+    return layer
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> Reduction:
@@ -166,7 +168,7 @@ def training_forward(
     if updates or mode.by_state:
         stages |= UPDATE
     weight, bias = vector_or_none(weight, x), vector_or_none(bias, x)
-    call = prepared.layer.forward(spec)
+    call = _call_of_layer(prepared.pointers).forward(spec)
     set_data(call, data, stages, data.x.data_ptr(), y.data_ptr(), pointer_of(weight), pointer_of(bias))
     set_rows(call, mode.coefficients, rows)
     call.updates, call.batch_samples = updates, len(x)
@@ -189,7 +191,7 @@ def training_backward(
     if prepared is not None:
         _note_change(prepared.buffers)
         call.stages |= UPDATE
-        set_fields(call, GradientState._fields, prepared.layer.pointers)
+        set_fields(call, GradientState._fields, prepared.pointers)
     library().backward(call)
     return result.gradients
 
