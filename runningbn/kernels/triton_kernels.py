@@ -16,11 +16,14 @@ only the mean of a batch, a few operations, is in float64.
 import triton
 import triton.language as tl
 
+from ..momentum import RULES
+from ..ops.law import Law
+
 # Rules for the weight of a batch, see momentum.py.
-CONSTANT = tl.constexpr(0)
-CUMULATIVE = tl.constexpr(1)
-HORIZON = tl.constexpr(2)
-SQUARE_ROOT = tl.constexpr(3)
+CONSTANT = tl.constexpr(RULES.index("CONSTANT"))
+CUMULATIVE = tl.constexpr(RULES.index("CUMULATIVE"))
+HORIZON = tl.constexpr(RULES.index("HORIZON"))
+SQUARE_ROOT = tl.constexpr(RULES.index("SQUARE_ROOT"))
 
 # torch.finfo(...).tiny, eps and max of float32 and float64. A tile of constants is float32 unless it cannot be, which
 # all of these then are exactly.
@@ -28,7 +31,7 @@ _TINY32, _EPS32, _MAX32 = (tl.constexpr(2.0**-126), tl.constexpr(2.0**-23), tl.c
 _TINY64, _EPS64, _MAX64 = (tl.constexpr(2.0**-1022), tl.constexpr(2.0**-52), tl.constexpr((2 - 2.0**-52) * 2.0**1023))
 
 _SIZES = ["outer", "channels", "inner", "splits", "tiles"]
-_LAW = ["max_lag", "lag_noise", "trust_noise", "window", "variance_floor", "warmup_samples"]
+_LAW = list(Law._fields)
 _RULE = ["batch_samples", "eps", *_LAW, "rule_a", "rule_b", "rule_c"]
 
 
@@ -49,7 +52,7 @@ def batch_statistics(
         scratch: (3·splits + 3, C): partial sums, then mean, slope and base of `affine_map`, both written here.
         counter: (blocks of channels,), int32, zero before and after.
         weight, bias: (C,) or None.
-        packed: (2, 4 or 5, C), written: see the package.
+        packed: the coefficients, (R, C), written; see `spec.Mode`.
         state: the buffers of a `State`, updated where UPDATES, and taken as they are elsewhere.
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
         eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
@@ -151,7 +154,7 @@ def gradient_statistics(
         scratch: (2·splits + 3, C): partial sums, then the rows of `input_gradient`, both written here.
         counter: (blocks of channels,), int32, zero before and after.
         weight: (C,) or None.
-        packed: (2, C) or, where BY_STATE, (4 or 5, C): what the forward left.
+        packed: the coefficients, (R, C), that the forward left.
         sums: (2, C), written: Σdy and Σdy·z.
         gradient: the buffers of a `GradientState`, updated, or None for the exact gradient.
         WIDE: as in `batch_statistics`.
