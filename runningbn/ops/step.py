@@ -59,11 +59,11 @@ def training_step(
         mask: (N, *), True for the elements that count, see `masks`; None for all.
     """
     _refuse_transforms(x, weight, bias)
-    _check_buffers(x, state)
     fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
     if fused is not None:
         y: Tensor = FusedStep.apply(x, weight, bias, spec, fused, state.gradient)
         return y
+    _check_buffers(x, state)
     with torch.no_grad():
         reduction, samples = _reduce(x, state.statistics.shift.dtype, ranks, mask)
         rule = rule_of(spec.momentum)
