@@ -101,8 +101,7 @@ def fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: LayerSta
         return None
     if rule_of(momentum).code() is None or x.numel() == 0 or len(first) != x.shape[1]:
         return None
-    device = x.device
-    if first.device != device or not (is_addressable(weight, device) and is_addressable(bias, device)):
+    if first.device != x.device or not (is_addressable(weight, x) and is_addressable(bias, x)):
         return None
     return _prepared(backend_for(x, first.dtype), state.forward_buffers)
 
@@ -165,20 +164,20 @@ def input_gradient(
 ) -> Tensor:
     """See `Backend.input_gradient`."""
     backend = _backend_for_both(dy, x, mean.dtype)
-    backend = backend if backend is aten or is_addressable(weight, x.device) else aten
+    backend = backend if backend is aten or is_addressable(weight, x) else aten
     return backend.input_gradient(dy, x, mean, rstd, weight, m0, m1)
 
 
 def batch_norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Gradients:
     """See `Backend.batch_norm_gradients`."""
     backend = _backend_for_both(dy, x, mean.dtype)
-    backend = backend if backend is aten or is_addressable(weight, x.device) else aten
+    backend = backend if backend is aten or is_addressable(weight, x) else aten
     return backend.batch_norm_gradients(dy, x, mean, rstd, weight)
 
 
 def _backend_beside(x: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> Backend:
     backend = backend_for(x, dtype)
-    takes_all = backend is aten or (is_addressable(weight, x.device) and is_addressable(bias, x.device))
+    takes_all = backend is aten or (is_addressable(weight, x) and is_addressable(bias, x))
     return backend if takes_all else aten
 
 

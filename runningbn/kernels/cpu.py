@@ -27,6 +27,7 @@ from .cpu_calls import (
     UPDATE,
     Data,
     LayerCall,
+    addresses_of_rows,
     data_of,
     describe_update,
     like_data,
@@ -34,7 +35,6 @@ from .cpu_calls import (
     pointers_of,
     set_data,
     set_fields,
-    set_rows,
     vector_for,
     vector_or_none,
 )  # fmt: skip
@@ -170,7 +170,7 @@ def training_forward(
     weight, bias = vector_or_none(weight, x), vector_or_none(bias, x)
     call = _call_of_layer(prepared.pointers).forward(spec)
     set_data(call, data, stages, data.x.data_ptr(), y.data_ptr(), pointer_of(weight), pointer_of(bias))
-    set_rows(call, mode.coefficients, rows)
+    set_fields(call, mode.coefficients, addresses_of_rows(rows))
     call.updates, call.batch_samples = updates, len(x)
     if updates:
         _note_change(prepared.buffers)
@@ -183,17 +183,18 @@ def training_backward(
 ) -> Gradients:
     """The gradients: by running means of the two sums where these are given, which are updated first."""
     rows = rows.contiguous()  # saved-tensor hooks may return other strides
-    data = data_of(x)
-    result = _Result.of(dy, data, SUMS | APPLY if needs_dx else SUMS, rows.dtype)
-    weight = vector_or_none(weight, x)
-    call = result.call(data, weight)
-    set_rows(call, mode.coefficients, rows)
+    data, weight = data_of(x), vector_or_none(weight, x)
+    stages = SUMS | APPLY if needs_dx else SUMS
     if prepared is not None:
         _note_change(prepared.buffers)
-        call.stages |= UPDATE
-        set_fields(call, GradientState._fields, prepared.pointers)
-    library().backward(call)
-    return result.gradients
+        stages |= UPDATE
+    mean, rstd, *others = addresses_of_rows(rows)
+    prepared_call = _backward_call(dy, data, stages, weight, mean, rstd, rows.dtype)
+    set_fields(prepared_call.call, mode.coefficients[2:], others)
+    if prepared is not None:
+        set_fields(prepared_call.call, GradientState._fields, prepared.pointers)
+    library().backward(prepared_call.call)
+    return prepared_call.gradients
 
 
 def update(mode: Mode, state: LayerState, batch: Batch, law: Law, updates: bool) -> tuple[Tensor, ...]:
@@ -251,36 +252,34 @@ class _Vectors(NamedTuple):
     m1: Tensor | None = None
 
 
-class _Result(NamedTuple):
-    """What a backward call writes: dx where it is asked for, and the sums, which stay empty where they are not."""
+class _BackwardCall(NamedTuple):
+    """A call, what it writes, and the gradient that it reads, which has to live until it is done."""
 
-    dy: Tensor
-    stages: int
+    call: Backward
     gradients: Gradients
+    dy: Tensor
 
-    @classmethod
-    def of(cls, dy: Tensor, data: Data, stages: int, dtype: torch.dtype) -> _Result:
-        dx = torch.empty_like(data.x) if stages & APPLY else None
-        sums = torch.empty(data.channels, dtype=dtype), torch.empty(data.channels, dtype=dtype)
-        return cls(like_data(dy, data.x), stages, Gradients(dx, *sums))
 
-    def call(self, data: Data, weight: Tensor | None) -> Backward:
-        call, (dx, sum_dy, sum_dy_xhat) = Backward(), self.gradients
-        pointers = self.dy.data_ptr(), data.x.data_ptr(), pointer_of(dx), pointer_of(weight)
-        set_data(call, data, self.stages, *pointers)
-        call.batch_sum_dy, call.batch_sum_dy_xhat = sum_dy.data_ptr(), sum_dy_xhat.data_ptr()
-        return call
+def _backward_call(
+    dy: Tensor, data: Data, stages: int, weight: Tensor | None, mean: int, rstd: int, dtype: torch.dtype
+) -> _BackwardCall:
+    """`mean` and `rstd` are addresses. dx is made where it is asked for; the sums stay empty where they are not."""
+    dy, dx = like_data(dy, data.x), torch.empty_like(data.x) if stages & APPLY else None
+    sum_dy, sum_dy_xhat = torch.empty(data.channels, dtype=dtype), torch.empty(data.channels, dtype=dtype)
+    call = Backward()
+    inputs = dy.data_ptr(), data.x.data_ptr(), pointer_of(dx), pointer_of(weight), mean, rstd
+    set_data(call, data, stages, *inputs, sum_dy.data_ptr(), sum_dy_xhat.data_ptr())
+    return _BackwardCall(call, Gradients(dx, sum_dy, sum_dy_xhat), dy)
 
 
 def _gradients(dy: Tensor, x: Tensor, stages: int, weight: Tensor | None, vectors: _Vectors) -> Gradients:
-    data = data_of(x)
+    data, weight = data_of(x), vector_or_none(weight, x)
     vectors = _Vectors(*(vector_or_none(vector, x) for vector in vectors))  # type: ignore[arg-type]
-    weight = vector_or_none(weight, x)
-    result = _Result.of(dy, data, stages, STATISTICS[x.dtype])
-    call = result.call(data, weight)
-    set_fields(call, _Vectors._fields, [pointer_of(vector) for vector in vectors])
-    library().backward(call)
-    return result.gradients
+    mean, rstd, m0, m1 = (pointer_of(vector) for vector in vectors)
+    prepared_call = _backward_call(dy, data, stages, weight, mean, rstd, STATISTICS[x.dtype])
+    prepared_call.call.m0, prepared_call.call.m1 = m0, m1
+    library().backward(prepared_call.call)
+    return prepared_call.gradients
 
 
 def _note_change(buffers: tuple[Tensor, ...]) -> None:

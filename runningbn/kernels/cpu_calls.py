@@ -121,12 +121,10 @@ def set_fields(call: Forward | Backward, names: Iterable[str], values: Iterable[
         setattr(call, name, value)
 
 
-def set_rows(call: Forward | Backward, names: tuple[str, ...], rows: Tensor) -> None:
-    """Set the fields of these names to the rows of a contiguous tensor."""
-    pointer, size = rows.data_ptr(), rows.shape[1] * rows.element_size()
-    for name in names:
-        setattr(call, name, pointer)
-        pointer += size
+def addresses_of_rows(rows: Tensor) -> range:
+    """The addresses of the rows of a contiguous tensor."""
+    first, size = rows.data_ptr(), rows.shape[1] * rows.element_size()
+    return range(first, first + len(rows) * size, size)
 
 
 def pointer_of(tensor: Tensor | None) -> int:

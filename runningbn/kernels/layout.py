@@ -60,16 +60,17 @@ def laid_out_like(x: Tensor, data: Tensor) -> Tensor:
     return x if x.stride() == data.stride() else torch.empty_like(data, dtype=x.dtype).copy_(x)
 
 
-def is_addressable(tensor: Tensor | None, device: torch.device) -> bool:
-    """Whether a kernel on this device can take a parameter by its address, or has none to take.
+def is_addressable(tensor: Tensor | None, x: Tensor) -> bool:
+    """Whether a kernel on the device of x can take a parameter by its address, or has none to take.
 
     Subclasses and meta tensors have no memory of their own, and a negated view and a tensor of zeros do not mean what
     lies at their address.
     """
     return tensor is None or (
         type(tensor) in (Tensor, Parameter)
-        and tensor.device == device
         and tensor.data_ptr() != 0
+        and tensor.is_cpu == x.is_cpu
+        and tensor.get_device() == x.get_device()
         and not (tensor.is_neg() or tensor._is_zerotensor())
     )
 

@@ -68,6 +68,7 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether x, with statistics in `dtype`, is memory that the kernels can work on."""
     return (
         (x.is_cuda or x.is_cpu)
+        and _can_use(x.get_device())
         and _STATISTICS.get(x.dtype) is dtype
         # Subclasses and modes want to see operations, and may have no memory.
         and type(x) in (Tensor, Parameter)
@@ -77,7 +78,6 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
         and not (x.is_neg() or x._is_zerotensor())
         and x.numel() > 0
         and (x.dim() < 2 or (x.shape[1] <= MOST_CHANNELS and x.numel() // x.shape[1] <= LARGEST_SIZE))
-        and _can_use(x.get_device())
     )
 
 
