@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedBuffer
 
 from ..recalibration.batches import Forward, call
-from ..recalibration.selection import chosen, left_alone
+from ..recalibration.selection import chosen, has_statistics, left_alone
 from ..recalibration.text import by_reason
 from .measure import Metric, Subject, measure, of_layer, score
 from .result import Diagnosis, MetricValues
@@ -110,12 +109,7 @@ def diagnose(
 def _with_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
     """All BatchNorm layers with running statistics, frozen or not, by their first name."""
     chosen(model, None)  # raises if it is not a module or not initialised
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_usable(m)}
-
-
-def _is_usable(layer: _BatchNorm) -> bool:
-    buffers = layer.running_mean, layer.running_var
-    return all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and has_statistics(m)}
 
 
 def _lacks_statistics(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from ..ops.law import Law
 from ..ops.spec import Mode, StepSpec
 from ..ops.state import NoiseState, State, Sums
 from .cpu_library import DTYPES, STAGES, Backward, Forward
+from .layout import laid_out_like
 
 SUMS, UPDATE, APPLY = (1 << i for i in range(len(STAGES)))
 CODES = {getattr(torch, name.lower()): code for code, name in enumerate(DTYPES)}
@@ -97,11 +98,7 @@ def data_of(x: Tensor) -> Data:
 
 def like_data(dy: Tensor, data: Tensor) -> Tensor:
     """A gradient in the dtype and layout of dense data."""
-    if dy.dtype is not data.dtype:
-        dy = dy.to(data.dtype)
-    if data.is_contiguous():
-        return dy.contiguous()
-    return dy if dy.stride() == data.stride() else torch.empty_like(data).copy_(dy)
+    return laid_out_like(dy if dy.dtype is data.dtype else dy.to(data.dtype), data)
 
 
 def vector_for(vector: Tensor, like: Tensor) -> Tensor:

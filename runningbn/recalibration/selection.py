@@ -27,9 +27,13 @@ def updatable(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def _is_tracking(layer: _BatchNorm) -> bool:
     """Whether the layer has running statistics that training would update."""
+    return has_statistics(layer) and layer.track_running_stats
+
+
+def has_statistics(layer: _BatchNorm) -> bool:
+    """Whether the layer has running statistics, and they have values."""
     buffers = layer.running_mean, layer.running_var
-    usable = all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
-    return usable and layer.track_running_stats
+    return all(isinstance(b, Tensor) and not isinstance(b, UninitializedBuffer) and not b.is_meta for b in buffers)
 
 
 def left_alone(model: nn.Module, updated: Iterable[nn.Module]) -> dict[str, str]:
