@@ -104,7 +104,8 @@ def test_interruption_ends_with_130_and_one_line(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "at least 1"),
+        (["--seeds", "0"], "expected an integer of at least 1, got 0"),
+        (["--seeds", "2.5"], "expected an integer of at least 1, got 2.5"),
         (["--output", "figure.jpg"], ".png"),
         (["--output", "no/such/folder/figure.png"], "no folder"),
     ],

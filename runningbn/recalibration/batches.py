@@ -17,6 +17,12 @@ Forward = Callable[[nn.Module, Any], object]
 Progress = Callable[[Iterable[Any], "int | None"], Iterable[Any]]
 
 
+def check_num_iters(num_iters: object) -> None:
+    """Raise a ValueError unless this is a number of batches, or None for all."""
+    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
+        raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
+
+
 def runner(
     model: nn.Module, forward: Forward | None = None, device: torch.device | str | None = None
 ) -> Callable[[Any], None]:

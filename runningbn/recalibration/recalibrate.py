@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .batches import Forward, keeping, length, progress_bar, runner
+from .batches import Forward, check_num_iters, keeping, length, progress_bar, runner
 from .hooks import head_skipped, observed, random_state_kept, recording_outside_use
 from .procedures import Recalibration
 from .ranks import is_sharded
@@ -238,7 +238,6 @@ def _check(normalize: str, variance: str, num_iters: int | None, tolerance: floa
         raise ValueError(f"normalize: expected 'batch' or 'population', got {normalize!r}")
     if normalize == "population" and variance == "batch":
         raise ValueError("normalize='population' needs variance='population', got variance='batch'")
-    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
-        raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
+    check_num_iters(num_iters)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected None or a positive number, got {tolerance!r}")
