@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import inspect
 import subprocess
 import sys
@@ -90,6 +92,45 @@ def test_imports_go_one_way(path):
 
 def test_the_top_shows_the_plan():
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 14
+
+
+# More than these are told apart by their names: keyword-only arguments, named tuples, dataclasses.
+MOST_BY_POSITION = 7
+
+
+def is_compiled_by_triton(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Its arguments are those of a kernel on a device, which has no keywords."""
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_function_takes_many_arguments_by_position(path):
+    many = []
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_compiled_by_triton(function):
+            names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+            given = names[1:] if names[:1] in (["self"], ["cls"], ["ctx"]) else names
+            if len(given) > MOST_BY_POSITION:
+                many.append((function.name, given))
+    assert many == []
+
+
+def test_no_dataclass_takes_many_fields_by_position():
+    # Named tuples are what is flattened for kernels and operators: their order is part of a schema.
+    many, found = {}, 0
+    for path in FILES:
+        if module_of(path) in ("integrations.lightning", "kernels.triton_kernels", "demo.experiment", "demo.command"):
+            continue  # for packages that need not be there
+        module = importlib.import_module(f"runningbn.{module_of(path)}")
+        for cls in vars(module).values():
+            if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__:
+                parameters = inspect.signature(cls).parameters.values()
+                by_position = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY]
+                found += 1
+                if len(by_position) > MOST_BY_POSITION:
+                    many[cls.__name__] = by_position
+    assert found > 30
+    assert many == {}
 
 
 def test_only_one_file_is_long():

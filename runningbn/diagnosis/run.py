@@ -93,15 +93,15 @@ def diagnose(
     if not found:
         raise ValueError(f"no batch reached any of the layers {', '.join(subject.names)}")
     return Diagnosis(
-        tuple(found),
-        tuple(name for number, name in enumerate(subject.names) if number not in measured.used),
-        tuple(name for name, module in model.named_modules() if _lacks_statistics(module)),
-        left_alone(model, subject.layers),
-        len(batches),
-        measured.recomputed.comparison.result(),
-        measured.batch.comparison.result(),
-        values,
-        normalize,
+        layers=tuple(found),
+        unused=tuple(name for number, name in enumerate(subject.names) if number not in measured.used),
+        without_statistics=tuple(name for name, module in model.named_modules() if _lacks_statistics(module)),
+        skipped=left_alone(model, subject.layers),
+        batches=len(batches),
+        recomputed=measured.recomputed.comparison.result(),
+        batch=measured.batch.comparison.result(),
+        metric=values,
+        normalize=normalize,
     )
 
 

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .kept import state_kept
 from .moments import Accumulator, Estimator, MeanOfBatches, Population
 from .observer import Observer
 from .ranks import Ranks, interrupts_deferred
-from .report import LayerReport
+from .report import Certainty, LayerReport
 from .selection import Layers, chosen
 
 logger = logging.getLogger("runningbn")
@@ -28,27 +28,25 @@ _ESTIMATORS: dict[str, type[Estimator]] = {"population": Population, "batch": Me
 _MIN_BATCHES = 8
 
 
-@dataclass(frozen=True)
-class Found:
-    """The statistics of one layer; tensors are (C,), float64.
+@dataclass(frozen=True, kw_only=True)
+class Found(Certainty):
+    """The statistics of one layer while a recalibration runs; tensors are (C,), float64, on the device of the layer.
+
+    Users get a `LayerReport` of it, with the stored values and the old ones on the CPU.
 
     Attributes:
         mean, var: of its input; var in the convention of the layer's `running_var`.
         stored: the values to write to the buffers: with the prior mixed in, in their dtype.
-        mean_error, var_error: standard errors.
-        batches, samples, elements: the amount of data used.
-        residual: see `LayerReport`.
     """
 
     mean: Tensor
     var: Tensor
     stored: Moments
-    mean_error: Tensor
-    var_error: Tensor
-    batches: int
-    samples: int
-    elements: int
-    residual: float = float("nan")
+
+    def certainty_on_cpu(self) -> dict[str, Any]:
+        """The fields of `Certainty` by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(Certainty)}
+        return {name: _on_cpu(value) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 class Passes:
@@ -220,8 +218,16 @@ class Passes:
             if number not in self._biased and isinstance(self._estimator, Population):
                 var = var * n / (n - 1).clamp_min(1)
             stored = self._with_prior(number, mean, var, float(samples[0]))
-            counts = int(batches[0]), int(samples[0]), int(n)
-            found[number] = Found(mean, var, stored, mean_error, var_error, *counts)
+            found[number] = Found(
+                mean=mean,
+                var=var,
+                stored=stored,
+                mean_error=mean_error,
+                var_error=var_error,
+                batches=int(batches[0]),
+                samples=int(samples[0]),
+                elements=int(n),
+            )
         return found
 
     def _with_prior(self, number: int, mean: Tensor, var: Tensor, samples: float) -> Moments:
@@ -250,13 +256,19 @@ class Passes:
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        tensors = (*found.stored, layer.running_mean, layer.running_var, found.mean_error, found.var_error)
-        mean, var, old_mean, old_var, *errors = (t.detach().to("cpu", torch.float64, copy=True) for t in tensors)
+        mean, var = map(_on_cpu, found.stored)
         return LayerReport(
-            self.names[number], mean, var, old_mean, old_var, layer.eps, errors[0], errors[1],
-            found.batches, found.samples, found.elements, found.residual, number in self._repeated,
-            correction=int(number not in self._biased), computes_itself=number in self.observer.conventions,
-        )  # fmt: skip
+            name=self.names[number],
+            mean=mean,
+            var=var,
+            old_mean=_on_cpu(layer.running_mean),
+            old_var=_on_cpu(layer.running_var),
+            eps=layer.eps,
+            feeds_itself=number in self._repeated,
+            correction=int(number not in self._biased),
+            computes_itself=number in self.observer.conventions,
+            **found.certainty_on_cpu(),
+        )
 
     def _first_not_finite(self) -> str:
         not_finite = [number for number, part in enumerate(self._sums.split(self._sums.not_finite)) if bool(part.any())]
@@ -273,3 +285,8 @@ class Passes:
         first = layers[0].running_mean if layers else None
         device = torch.device("cpu") if first is None else first.device
         return Accumulator([layer.num_features for layer in layers], self._estimator, device)
+
+
+def _on_cpu(vector: Tensor) -> Tensor:
+    """A copy, in float64."""
+    return vector.detach().to("cpu", torch.float64, copy=True)

@@ -88,12 +88,15 @@ class Recalibration(Passes):
             name: self._reason_missed(number) for number, name in enumerate(self.names) if number not in self._found
         }
         report = StatsReport(
-            [self._report(number, found) for number, found in sorted(self._found.items())],
-            [name for name, reason in missed.items() if not reason],
-            self._seen - self._dropped, self._dropped, self._passes, self._available,
-            {name: reason for name, reason in missed.items() if reason} | left_alone(self._model, self.layers),
-            before,
-        )  # fmt: skip
+            layers=[self._report(number, found) for number, found in sorted(self._found.items())],
+            unused=[name for name, reason in missed.items() if not reason],
+            batches=self._seen - self._dropped,
+            not_finite=self._dropped,
+            passes=self._passes,
+            available=self._available,
+            skipped={name: reason for name, reason in missed.items() if reason} | left_alone(self._model, self.layers),
+            _before=before,
+        )
         if self._dropped:
             logger.warning("batches left out, not finite: %d, first in %s", self._dropped, self._first_not_finite())
         try:

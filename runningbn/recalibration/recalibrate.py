@@ -124,7 +124,7 @@ def update_bn_stats(
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
         _warn_no_layers("update_bn_stats", model)
-        return StatsReport([], skipped=left_alone(model, ()))
+        return StatsReport(layers=[], skipped=left_alone(model, ()))
     with recalibration.transaction(), random_state_kept(model):
         _check(normalize, variance, num_iters, tolerance)
         show, run_plain = progress_bar(progress), runner(model, forward, device)
@@ -184,7 +184,7 @@ def precise_bn(
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
         _warn_no_layers("precise_bn", model)
-        recalibration.report = StatsReport([], skipped=left_alone(model, ()))
+        recalibration.report = StatsReport(layers=[], skipped=left_alone(model, ()))
         yield recalibration
         return
     with recalibration.transaction(), observed(model, recalibration.observer):
