@@ -19,6 +19,7 @@ PACKAGE = Path(runningbn.__file__).parent
 # Each module may import those before it. A package stands for all its modules that are not named by themselves: the
 # kernels return the state's types, and the rest of a training step is made of them.
 ORDER = [
+    "ops.compat",
     "ops.state",
     "momentum",
     "ops.law",
@@ -88,6 +89,57 @@ def test_imports_go_one_way(path):
         return  # a package in parts, whose __init__ says what it is
     allowed = ORDER[: ORDER.index(place(own)) + 1]
     assert {place(module) for module in imported_modules(path) if module} <= set(allowed)
+
+
+def private_names_of_torch(tree: ast.AST) -> set[str]:
+    """The full names that a file takes from torch of which a part is private, through imports of any form."""
+    imported, found = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias for alias in node.names if alias.name.split(".")[0] == "torch"]
+            imported |= {alias.asname or "torch": alias.name if alias.asname else "torch" for alias in names}
+            found |= {alias.name for alias in names}
+    found |= set(imported.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if root in imported:
+                found.add(f"{imported[root]}.{rest}")
+    return {name for name in found if private_parts(name)}
+
+
+def private_parts(name: str) -> list[str]:
+    return [part for part in name.split(".") if part[:1] == "_" and part[:2] != "__"]
+
+
+def is_base_class(name: str) -> bool:
+    """`_BatchNorm` and its like, which torch's documentation and other libraries name, too."""
+    return name.startswith("torch.nn.modules.") and all(part[1].isupper() for part in private_parts(name))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_of_torch_stand_in_one_file(path):
+    private = private_names_of_torch(ast.parse(path.read_text(encoding="utf-8")))
+    assert all(map(is_base_class, private)) or module_of(path) == "ops.compat", private
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch._C._x()",
+        "import torch as t\nt._C._x()",
+        "import torch._dynamo",
+        "import torch.nn as nn\nnn._x",
+        "from torch import _C",
+        "from torch._C import x as y",
+        "from torch.autograd import forward_ad\nforward_ad._current_level",
+        "def f():\n    import torch\n    torch.cuda._lazy_init()",
+    ],
+)
+def test_private_names_are_seen_however_they_are_imported(code):
+    assert private_names_of_torch(ast.parse(code))
 
 
 def test_the_top_shows_the_plan():

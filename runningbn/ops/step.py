@@ -28,20 +28,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import kernels
 from ..kernels.contract import Reduction
 from ..momentum import rule_of
 from .autograd import FusedStep, Normalize, Pooling
+from .compat import are_transformed
 from .masks import blank, fill, real_sums
 from .pooling import RankGroup, pool
 from .spec import Coefficients, Mode, StepSpec
 from .state import Batch, GradientState, LayerState, Sums, moments, without_empty
 from .update import update
 
-# Whether torch.func is at work; it has no public name. Dynamo knows it, too.
-_transforms_active = torch._C._are_functorch_transforms_active
+TRANSFORMED = (
+    "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
+    "...) or forward-mode differentiation. Call eval() on the layer, or "
+    "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
+)
 
 
 def training_step(
@@ -57,8 +60,14 @@ def training_step(
         state: the buffers of the layer, updated in place; `state.gradient` in backward.
         ranks: the processes to pool the batch over.
         mask: (N, *), True for the elements that count, see `masks`; None for all.
+
+    Raises:
+        RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
+            differentiation.
     """
-    _refuse_transforms(x, weight, bias)
+    # Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
+    if are_transformed(x, weight, bias):
+        raise RuntimeError(TRANSFORMED)
     fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
     if fused is not None:
         y: Tensor = FusedStep.apply(x, weight, bias, spec, fused, state.gradient)
@@ -92,25 +101,6 @@ def _check_buffers(x: Tensor, state: LayerState) -> None:
         f"buffers of different numbers of channels: {lengths}, the state {len(shift)}, the input {channels}. To resize "
         "a layer, assign running_mean and running_var as attributes, not their .data"
     )
-
-
-def _refuse_transforms(*inputs: Tensor | None) -> None:
-    """Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
-
-    Raises:
-        RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
-            differentiation.
-    """
-    transformed = _transforms_active()
-    # Private, but torch has no other sign that is cheap.
-    if not transformed and forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        transformed = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
-    if transformed:
-        raise RuntimeError(
-            "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
-            "...) or forward-mode differentiation. Call eval() on the layer, or "
-            "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
-        )
 
 
 def normalize_by_batch(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.contract import GradientSums
+from .compat import current_backward
 from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
 from .spec import Coefficients, Mode, StepSpec
 from .state import Batch, GradientState, LayerState, NoiseState, State, Sums, combine, moments, nonzero, unbiased
@@ -137,7 +138,7 @@ def is_recomputation() -> bool:
     """Whether this thread is inside a backward pass, where a forward is one that activation checkpointing repeats."""
     # There is no public sign of it; torch.utils.checkpoint itself asks the same function. Asked here, inside the
     # operators, it holds for compiled code, too.
-    return bool(torch._C._current_graph_task_id() != -1)
+    return bool(current_backward() != -1)
 
 
 def _enter(state: State, batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.compat import compiler_is_loaded
 from .flags import restore_flags, set_training, training_flags
 from .interception import OutsideUseRecorder
 from .observer import Observer
@@ -34,7 +35,7 @@ def recording_outside_use(observer: Observer) -> Iterator[None]:
 
     Does nothing where torch.compile would have to trace the recording.
     """
-    if _CAN_BE_EAGER or "torch._dynamo" not in sys.modules:
+    if _CAN_BE_EAGER or not compiler_is_loaded():
         with OutsideUseRecorder(observer.layers, observer.used_outside):
             yield
     else:
@@ -57,8 +58,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
                 replace_forward(stack, module, module.module.__call__)
         for number, layer in enumerate(observer.layers):
             replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
-        # If dynamo is not imported, nothing is compiled; importing it would take seconds.
-        if "torch._dynamo" in sys.modules and _CAN_BE_EAGER:
+        if _CAN_BE_EAGER and compiler_is_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         yield

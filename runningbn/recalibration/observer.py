@@ -16,11 +16,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import kernels
 from ..layers.buffers import PooledStatistics
+from ..ops.compat import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    outside_transforms,
+    peek_interpreter_stack,
+)
 from ..ops.derived_tensors import is_derived, through_class
 from ..ops.state import moments
 from ..ops.step import normalize_by_itself
@@ -152,7 +158,7 @@ class Observer:
             weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
         if n > 1 and (by is None or number in self.watched):
             if differentiates:
-                with temporarily_clear_interpreter_stack() if transformed else nullcontext():
+                with outside_transforms() if transformed else nullcontext():
                     mean, var = moments(kernels.batch_sums(_plain(x.detach()), dtype).sums)
                 if by is None and transformed:
                     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
@@ -262,7 +268,7 @@ def _input_of_forward(input: Tensor) -> Tensor:
 
 def _inside_torch_func() -> bool:
     """Whether this runs inside ``torch.func.grad`` or a similar transform, which takes only torch's own functions."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -271,12 +277,12 @@ def _plain(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: under ``torch.func.vmap``, where the moments of a batch are not defined.
     """
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
             raise RuntimeError(
                 "under torch.func.vmap a BatchNorm layer cannot be updated; leave it out with layers=..."
             )
-        x = torch._C._functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     return x
 
 
