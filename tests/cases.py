@@ -141,7 +141,7 @@ def each_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
 
 
 def names_of(*values: Any) -> dict[str, Any]:
-    """Dtypes or cases by the names they have in the names of tests."""
+    """Values by the names they have in the names of tests."""
     return {getattr(value, "id", str(value).removeprefix("torch.")): value for value in values}
 
 
