@@ -41,6 +41,7 @@ def made_up(accuracies, losses=(0.5, 0.5, 0.5), situation=SITUATIONS[0].name):
 # ----------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_quick_demo_prints_a_full_table_and_a_sentence_and_writes_the_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "QUICK_STEPS", 4)
     figure, numbers = tmp_path / "figure.png", tmp_path / "numbers.json"
@@ -269,6 +270,7 @@ def test_settings_are_put_back_after_an_interruption(monkeypatch):
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before
 
 
+@pytest.mark.slow
 def test_other_processes_give_the_same_numbers_in_the_order_of_the_jobs():
     short = [replace(situation, steps=3) for situation in SITUATIONS[1:2]]
     heard = []

@@ -27,8 +27,16 @@ ALL = {case.id: case for case in (*FROM_TRANSFORMERS, *ELSEWHERE)}
 # Their only BatchNorm layers are frozen ones, so there is nothing to train or recompute.
 TRAINABLE = {id: case for id, case in ALL.items() if id not in FROZEN}
 
-each_model = pytest.mark.parametrize("case", ALL.values(), ids=ALL)
-each_trainable = pytest.mark.parametrize("case", TRAINABLE.values(), ids=TRAINABLE)
+# Every eighth stands for all where time is short.
+QUICK = tuple(ALL)[::8]
+
+
+def each_of(cases: dict[str, RealModel]) -> pytest.MarkDecorator:
+    marks = {id: () if id in QUICK else pytest.mark.slow for id in cases}
+    return pytest.mark.parametrize("case", [pytest.param(case, id=id, marks=marks[id]) for id, case in cases.items()])
+
+
+each_model, each_trainable = each_of(ALL), each_of(TRAINABLE)
 each_of_ours = pytest.mark.parametrize("to", OURS)
 
 
