@@ -97,7 +97,10 @@ def test_only_one_file_is_long():
     assert long == ["triton_kernels.py"]
 
 
-@pytest.mark.parametrize("heavy", ["matplotlib", "rich", "sklearn", "triton", "tqdm", "hypothesis", "lightning"])
+FRAMEWORKS = ["lightning", "transformers", "ignite", "fastai"]
+
+
+@pytest.mark.parametrize("heavy", ["matplotlib", "rich", "sklearn", "triton", "tqdm", "hypothesis", *FRAMEWORKS])
 def test_import_stays_light(heavy):
     # What torch itself brings along is not ours to count.
     code = f"import sys, torch; had = {heavy!r} in sys.modules; import runningbn; print(had, {heavy!r} in sys.modules)"

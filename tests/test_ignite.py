@@ -21,7 +21,6 @@ from recalibrated import STEPS, Noisy, OneShot, X, Y, assert_same_training, expe
 from runningbn.integrations.ignite import RecalibrateBatchNorm
 
 
-
 def loader(**options):
     return DataLoader(TensorDataset(X, Y), batch_size=8, **options)
 

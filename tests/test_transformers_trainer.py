@@ -124,7 +124,12 @@ class Own(TrainerCallback):
 def arguments(tmp_path, **options):
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True}
     small = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
-    defaults = {"eval_strategy": "epoch", "learning_rate": 0.05, "optim": "sgd", "train_sampling_strategy": "sequential"}
+    defaults = {
+        "eval_strategy": "epoch",
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "train_sampling_strategy": "sequential",
+    }
     return TrainingArguments(str(tmp_path), **(quiet | small | defaults | options))
 
 
@@ -243,9 +248,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole, _ = trained(tmp_path / "a", RecalibrateBatchNorm(), model=net("running"), **options)
     trained(tmp_path / "b", RecalibrateBatchNorm(), model=net("running"), **options)
     moved = (tmp_path / "b" / "checkpoint-6").rename(tmp_path / "moved")  # the directory is not the output's
-    resumed, _ = trained(
-        tmp_path / "c", RecalibrateBatchNorm(), model=net("running"), resume=str(moved), **options
-    )
+    resumed, _ = trained(tmp_path / "c", RecalibrateBatchNorm(), model=net("running"), resume=str(moved), **options)
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
     # Without the callback, the statistics of the checkpoint would be those of training.
     other, _ = trained(tmp_path / "d", model=net("running"), resume=str(moved), **options)
@@ -356,7 +359,12 @@ def test_data_that_can_be_read_again(tmp_path):
 def test_data_that_can_be_read_only_once(tmp_path):
     with pytest.raises(ValueError, match="OneShot can be read only once.*separate dataloader="):
         trained(tmp_path, RecalibrateBatchNorm(), data=OneShot(map(Images().__getitem__, range(24))), max_steps=3)
-    model, _ = trained(tmp_path, RecalibrateBatchNorm(dataloader=X.split(8)), data=OneShot(map(Images().__getitem__, range(24))), max_steps=3)
+    model, _ = trained(
+        tmp_path,
+        RecalibrateBatchNorm(dataloader=X.split(8)),
+        data=OneShot(map(Images().__getitem__, range(24))),
+        max_steps=3,
+    )
     assert len(model.drawn) == 3
     assert torch.equal(statistics(model), expected(model))
 
@@ -479,7 +487,12 @@ def test_two_processes(tmp_path, kind):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment, check=False
+        [*command, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("right") == 2

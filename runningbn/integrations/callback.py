@@ -1,6 +1,6 @@
 """What the recalibration callbacks of all frameworks share: options, timing, and the two sets of statistics.
 
-A framework's file says which of its hooks call `_start`, `_find`, `_before_step`, `_after_step` and `_recalibrate`.
+A framework's file says which of its hooks call `_start`, `_find`, `_before_step`, `_note_step` and `_recalibrate`.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class RecalibrationCallback:
                 restore(self._layers[name], self._own[name])
         self._own, self._new = {}, {}
 
-    def _after_step(self, model: nn.Module, epoch: int) -> None:
-        """Note that the recalibrated statistics are out of date, and which layers were frozen in the step."""
+    def _note_step(self, model: nn.Module, epoch: int) -> None:
+        """Note that the statistics are out of date after a training step, and which layers are frozen in it."""
         # In evaluation all layers are in evaluation mode, frozen or not.
         self._modes = {module: module.training for module in (*self._layers.values(), model)}
         self._trained, self._epoch = True, epoch

@@ -24,10 +24,10 @@ class RecalibrateBatchNorm(RecalibrationCallback, Callback):
 
     Options, attributes and what holds in all frameworks: `RecalibrationCallback`. The batches come from
     ``learn.dls.train``, with its augmentation. The model is called with the inputs of a batch (``dls.n_inp``), on its
-    device and in the precision of `MixedPrecision`, unless ``forward(model, batch)`` is given. Callbacks that change
-    batches in training, such as `MixUp`, are not called.
+    device and in the precision of ``MixedPrecision``, unless ``forward(model, batch)`` is given. Callbacks that change
+    batches in training, such as ``MixUp``, are not called.
 
-    fastai saves models after a validation, so what `SaveModelCallback` saves is what was validated. A fit that is
+    fastai saves models after a validation, so what ``SaveModelCallback`` saves is what was validated. A fit that is
     cancelled before its validation is recalibrated at its end. ``learn.validate``, ``learn.get_preds`` and
     ``learn.lr_find`` do not recalibrate.
 
@@ -51,12 +51,12 @@ class RecalibrateBatchNorm(RecalibrationCallback, Callback):
         self._find(self.learn.model)
 
     def before_batch(self) -> None:
-        """Restore the statistics of training, unless ``keep=True``."""
-        self._before_step()
+        """Restore the statistics of training, unless ``keep=True``, and note that there is a step.
 
-    def after_batch(self) -> None:
-        """Note that the recalibrated statistics are out of date."""
-        self._after_step(self.learn.model, self.learn.epoch)
+        At its end, another callback may cancel the rest.
+        """
+        self._before_step()
+        self._note_step(self.learn.model, self.learn.epoch)
 
     def before_validate(self) -> None:
         """Recalibrate before validation."""

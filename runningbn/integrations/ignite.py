@@ -65,7 +65,7 @@ class RecalibrateBatchNorm(RecalibrationCallback):
             (Events.STARTED, lambda _: self._start(model)),
             (Events.EPOCH_STARTED, lambda _: self._find(model)),
             (Events.ITERATION_STARTED, lambda _: self._before_step()),
-            (Events.ITERATION_COMPLETED, lambda engine: self._after_step(model, engine.state.epoch - 1)),
+            (Events.ITERATION_COMPLETED, lambda engine: self._note_step(model, engine.state.epoch - 1)),
             (event, lambda engine: self._recalibrate_if_due(engine, model)),
             (Events.COMPLETED, lambda engine: self._recalibrate_if_due(engine, model)),
         ]

@@ -94,7 +94,7 @@ class RecalibrateBatchNorm(RecalibrationCallback, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note that the recalibrated statistics are out of date."""
-        self._after_step(pl_module, trainer.current_epoch)
+        self._note_step(pl_module, trainer.current_epoch)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate before validation. Callbacks that average weights have inserted them by now."""

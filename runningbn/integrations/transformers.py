@@ -68,7 +68,7 @@ class RecalibrateBatchNorm(RecalibrationCallback, TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Recalibrate if an evaluation or a checkpoint follows."""
         # In the last step of an epoch, state.epoch is the number of the next.
-        self._after_step(kwargs["model"], math.ceil(state.epoch or 1) - 1)
+        self._note_step(kwargs["model"], math.ceil(state.epoch or 1) - 1)
         self._recalibrate_if_due(args, state, control, **kwargs)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
