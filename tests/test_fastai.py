@@ -31,6 +31,7 @@ with warnings.catch_warnings():
 
 from processes import ranks
 from recalibrated import STEPS, Noisy, OneShot, X, Y, assert_same_training, expected, net, norms, statistics
+
 from runningbn.integrations.fastai import RecalibrateBatchNorm
 
 pytestmark = [
@@ -218,7 +219,7 @@ def test_data_that_can_be_read_only_once(kind):
             made.__class__ = type("Sized", (kind,), {"__len__": lambda self: 3})
         return made
 
-    with pytest.raises(ValueError, match="OneShot can be read only once.*separate dataloader="):
+    with pytest.raises(ValueError, match=r"OneShot can be read only once.*separate dataloader="):
         trained(RecalibrateBatchNorm(), train=data(), epochs=1)
     batches = list(torch.utils.data.DataLoader(DATA, batch_size=8))
     made = trained(RecalibrateBatchNorm(dataloader=batches), train=data(), epochs=1)

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-engines = pytest.importorskip("ignite.engine")
+pytest.importorskip("ignite")
 
+import ignite.engine as engines
 from ignite.engine import DeterministicEngine, Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver, EMAHandler
 from ignite.metrics import Loss
-
 from processes import ranks
 from recalibrated import STEPS, Noisy, OneShot, X, Y, assert_same_training, expected, net, norms, statistics
+
 from runningbn.integrations.ignite import RecalibrateBatchNorm
 
 
@@ -103,16 +104,18 @@ def test_training_goes_on_bit_for_bit_as_without(to, kind):
 
 
 def test_keep_trains_on_with_the_new_statistics():
-    for keep in (True, False):
-        handler, started = RecalibrateBatchNorm(keep=keep), []
-        model = net()
+    def run(keep):
+        model, seen = net(), []
         trainer = supervised(model)
-        handler.attach(trainer, model)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: started.append(statistics(model)))
-        trainer.add_event_handler(Events.ITERATION_STARTED, lambda _: started.append(statistics(model)))
+        RecalibrateBatchNorm(keep=keep).attach(trainer, model)
+        trainer.add_event_handler(
+            Events.EPOCH_COMPLETED | Events.ITERATION_STARTED, lambda _: seen.append(statistics(model))
+        )
         trainer.run(loader(), max_epochs=2)
-        at_the_end, next_step = started[STEPS : STEPS + 2]
-        assert torch.equal(at_the_end, next_step) == keep
+        return seen[STEPS : STEPS + 2]  # at the end of the first epoch, and in the next step
+
+    assert torch.equal(*run(True))
+    assert not torch.equal(*run(False))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_batches_that_are_prepared(tmp_path):
 
     model = run(RecalibrateBatchNorm(forward=lambda model, batch: model(prepare_batch(batch)[0])))
     assert torch.equal(statistics(model), expected(model, (X / 2).split(8)))
-    with pytest.raises(TypeError, match="here image, label, and .* give forward="):
+    with pytest.raises(TypeError, match=r"here image, label, and .* give forward="):
         run(RecalibrateBatchNorm())
 
 
@@ -246,7 +249,7 @@ def test_limits():
     ids=["iterator", "data set", "generator"],
 )
 def test_data_that_can_be_read_only_once(data):
-    with pytest.raises(ValueError, match="can be read only once.*separate dataloader="):
+    with pytest.raises(ValueError, match=r"can be read only once.*separate dataloader="):
         trained(RecalibrateBatchNorm(), data=data(), epochs=1)
     model, _ = trained(RecalibrateBatchNorm(dataloader=X.split(8)), data=data(), epochs=1)
     assert len(model.drawn) == 3
@@ -315,7 +318,7 @@ def test_a_failure_leaves_the_model_as_it_was():
 
 def test_wrong_arguments_are_told_at_once():
     trainer, handler = supervised(net()), RecalibrateBatchNorm()
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
         handler.attach(trainer, [])
     with pytest.raises(ValueError, match="not a valid event"):
         handler.attach(trainer, net(), "epochs")

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset, IterableDataset
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
+from recalibrated import STEPS, OneShot, X, Y, assert_same_training, expected, norms, noting, statistics
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
-from recalibrated import STEPS, OneShot, X, Y, assert_same_training, expected, norms, noting, statistics
 from runningbn import batchnormify
 from runningbn.integrations.transformers import RecalibrateBatchNorm
 
@@ -68,6 +68,10 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return (Images()[i] for i in range(24))
+
+
+def one_shot():
+    return OneShot(map(Images().__getitem__, range(24)))
 
 
 def net(to="torch"):
@@ -336,7 +340,7 @@ class WeightedImages(Images):
 
 def test_a_loss_of_its_own_needs_forward(tmp_path):
     options = {"model": Plain(), "data": WeightedImages(), "kind": Weighted, "eval_strategy": "no"}
-    with pytest.raises(TypeError, match="here pixel_values, weight, and .*'weight'; give forward="):
+    with pytest.raises(TypeError, match=r"here pixel_values, weight, and .*'weight'; give forward="):
         trained(tmp_path, RecalibrateBatchNorm(), remove_unused_columns=False, **options)
     callback = RecalibrateBatchNorm(forward=lambda model, batch: model(batch["pixel_values"]))
     model, _ = trained(tmp_path, callback, remove_unused_columns=False, **options)
@@ -345,7 +349,7 @@ def test_a_loss_of_its_own_needs_forward(tmp_path):
 
 def test_a_loader_of_its_own_and_options(tmp_path):
     callback = RecalibrateBatchNorm(1, dataloader=X.split(6), normalize="population", prior=8)
-    model, _ = trained(tmp_path, callback)
+    trained(tmp_path, callback)
     assert (callback.report.batches, callback.report.layers[0].samples) == (1, 6)
     assert callback.report.layers[0].residual < 1e-4
 
@@ -357,14 +361,9 @@ def test_data_that_can_be_read_again(tmp_path):
 
 
 def test_data_that_can_be_read_only_once(tmp_path):
-    with pytest.raises(ValueError, match="OneShot can be read only once.*separate dataloader="):
-        trained(tmp_path, RecalibrateBatchNorm(), data=OneShot(map(Images().__getitem__, range(24))), max_steps=3)
-    model, _ = trained(
-        tmp_path,
-        RecalibrateBatchNorm(dataloader=X.split(8)),
-        data=OneShot(map(Images().__getitem__, range(24))),
-        max_steps=3,
-    )
+    with pytest.raises(ValueError, match=r"OneShot can be read only once.*separate dataloader="):
+        trained(tmp_path, RecalibrateBatchNorm(), data=one_shot(), max_steps=3)
+    model, _ = trained(tmp_path, RecalibrateBatchNorm(dataloader=X.split(8)), data=one_shot(), max_steps=3)
     assert len(model.drawn) == 3
     assert torch.equal(statistics(model), expected(model))
 
