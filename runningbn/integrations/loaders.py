@@ -57,9 +57,10 @@ def separate_loader(loader: Any, copied: Callable[[Any], Any] | None = None) -> 
     """A loader over the same data with a separate iterator; on leaving, samplers and random generators are restored.
 
     Args:
-        loader: a loader, `Combined` or `Share`.
+        loader: a loader, also one of accelerate, or `Combined`.
         copied: gives a single loader a separate iterator; `copied_loader` by default.
     """
+    loader = _without_accelerate(loader)
     parts = list(_parts(loader))
     samplers = [(vars(part), dict(vars(part))) for part, is_sampler in parts if is_sampler]
     generators = {id(g): g for part, _ in parts for g in vars(part).values() if isinstance(g, _GENERATORS)}
@@ -72,6 +73,15 @@ def separate_loader(loader: Any, copied: Callable[[Any], Any] | None = None) -> 
             attributes.update(before)
         for generator, state in states:
             _set_state(generator, state)
+
+
+def _without_accelerate(loader: Any) -> Any:
+    """The loader of this process's data inside accelerate's, which counts epochs, synchronises and broadcasts."""
+    inner = getattr(loader, "base_dataloader", loader)
+    # isinstance would ask its __class__, which is that of the loader inside.
+    if type(loader).__name__ == "DataLoaderDispatcher" and loader.state.num_processes > 1:
+        return Share(inner, loader.state.process_index, loader.state.num_processes)
+    return inner
 
 
 def _mapped(loader: Any, function: Callable[[Any], Any]) -> Any:
@@ -94,11 +104,16 @@ def copied_loader(loader: Any) -> Any:
     """A copy of the loader without an iterator; with persistent workers, a loader has one iterator, used by training.
 
     Raises:
-        ValueError: if the data can be read only once.
+        ValueError: if the data can be read only once, or if the loader keeps one iterator for all epochs.
     """
     check_rereadable(loader.dataset if isinstance(loader, DataLoader) else loader)
     if not isinstance(loader, DataLoader):
         return loader
+    if any(name != "_iterator" and isinstance(value, Iterator) for name, value in vars(loader).items()):
+        raise ValueError(
+            f"{type(loader).__name__} keeps one iterator for all epochs, which training reads; pass a separate "
+            "dataloader= to RecalibrateBatchNorm"
+        )
     copied = copy.copy(loader)
     vars(copied).update(_iterator=None, persistent_workers=False)
     return copied
@@ -111,13 +126,13 @@ def check_rereadable(source: Any) -> None:
         ValueError: for an iterator, and for an IterableDataset that returns the same iterator again; also inside data
             sets that wrap others in `dataset`.
     """
-    while source is not None:
-        if isinstance(source, Iterator) or (isinstance(source, IterableDataset) and _has_one_iterator(source)):
-            raise ValueError(
-                f"{type(source).__name__} can be read only once, and training reads it; pass a separate dataloader= to "
-                "RecalibrateBatchNorm"
-            )
-        source = vars(source).get("dataset") if hasattr(source, "__dict__") else None
+    if isinstance(source, Iterator) or (isinstance(source, IterableDataset) and _has_one_iterator(source)):
+        raise ValueError(
+            f"{type(source).__name__} can be read only once, and training reads it; pass a separate dataloader= to "
+            "RecalibrateBatchNorm"
+        )
+    if hasattr(source, "__dict__") and vars(source).get("dataset") is not None:
+        check_rereadable(vars(source)["dataset"])
 
 
 def _has_one_iterator(source: Iterable[Any]) -> bool:
@@ -134,7 +149,7 @@ def _parts(thing: Any, is_sampler: bool = False) -> Iterator[Part]:
             yield from _parts(part)
     elif hasattr(thing, "__dict__"):
         yield Part(thing, is_sampler)
-        for name in ("sampler", "batch_sampler", "dataset", "transform"):
+        for name in ("sampler", "batch_sampler", "dataset", "transform", "loader"):
             if vars(thing).get(name) is not None:
                 yield from _parts(vars(thing)[name], name.endswith("sampler"))
 

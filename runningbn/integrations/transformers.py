@@ -12,7 +12,6 @@ from torch import nn
 
 from ..recalibration.batches import Forward, call
 from .callback import Buffers, RecalibrationCallback, framework, logger
-from .loaders import Share
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -96,7 +95,7 @@ class RecalibrateBatchNorm(RecalibrationCallback, TrainerCallback):
         if control.should_evaluate and not is_last and callable(getattr(kwargs["optimizer"], "eval", None)):
             kwargs["optimizer"].eval()
         self._recalibrate(
-            kwargs["model"], _plain(kwargs["train_dataloader"]) if self.dataloader is None else self.dataloader,
+            kwargs["model"], kwargs["train_dataloader"] if self.dataloader is None else self.dataloader,
             self.forward or _without_labels(args), step=state.global_step, device=args.device,
             is_main=state.is_world_process_zero,
         )  # fmt: skip
@@ -109,16 +108,6 @@ class RecalibrateBatchNorm(RecalibrationCallback, TrainerCallback):
                 "%s used the statistics of training: list RecalibrateBatchNorm after the callbacks that ask for it",
                 what,
             )
-
-
-def _plain(loader: Any) -> Any:
-    """The loader of this process's data inside accelerate's, which counts epochs, synchronises and broadcasts."""
-    from accelerate.data_loader import DataLoaderDispatcher
-
-    plain = getattr(loader, "base_dataloader", loader)
-    if isinstance(loader, DataLoaderDispatcher) and loader.state.num_processes > 1:
-        return Share(plain, loader.state.process_index, loader.state.num_processes)
-    return plain
 
 
 def _without_labels(args: Any) -> Forward:
