@@ -11,8 +11,16 @@ from latex2mathml.converter import convert
 
 import runningbn
 
-# Of Lightning one base class is needed, and to import it all takes as long as to build the site.
-sys.modules["lightning.pytorch"] = SimpleNamespace(Callback=object)  # type: ignore[assignment]
+# Of each framework some names are needed, and to import them all takes as long as to build the site.
+FRAMEWORKS = {
+    "lightning.pytorch": {"Callback": object},
+    "transformers": {"TrainerCallback": object},
+    "ignite.engine": {"Events": SimpleNamespace(EPOCH_COMPLETED="EPOCH_COMPLETED")},
+    "ignite.distributed": {"get_rank": None},
+    "fastai.learner": {"Callback": object, "Recorder": SimpleNamespace(order=0)},
+}
+for name, members in FRAMEWORKS.items():
+    sys.modules[name] = SimpleNamespace(**members)  # type: ignore[assignment]
 
 project = "runningbn"
 version = release = runningbn.__version__
@@ -38,7 +46,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"[a-z_.]+|PreciseBatchNorm1d/2d/3d"),
     # From a module other than theirs.
-    ("py:obj", r"Diagnosis|LayerDiagnosis|LayerReport|LayerShift|LayerSummary|Recalibration|StatsReport"),
+    (
+        "py:obj",
+        r"Diagnosis|LayerDiagnosis|LayerReport|LayerShift|LayerSummary|Recalibration|RecalibrationCallback|StatsReport",
+    ),
     ("py:exc", r".*"),
 ]
 
