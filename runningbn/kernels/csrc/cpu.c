@@ -19,7 +19,6 @@
 #define ROWS 8                 /* of a block of `rows_sums` */
 #define BLOCK (1 << 15)        /* elements that are mapped at a time, of rows */
 #define RUN 16                 /* additions in float to one accumulator, at most */
-#define LARGE (1 << 15)        /* elements that are worth a thread */
 #define NARROW 256             /* rows with fewer columns are widened */
 #define MANY 512               /* channels whose statistics are worth sharing out among the threads */
 
@@ -92,15 +91,7 @@ const char *runningbn_initialize(ParallelFor function, const char *most) {
     return instruction_set;
 }
 
-/* What cpu_library.py compares with its own, so that it never calls a library that was built from other sources. */
-#define AS_NAME(name) #name " "
-#define AS_INTEGER(name) "I:" #name " "
-#define AS_POINTER(name) "P:" #name " "
-#define AS_DOUBLE(name) "R:" #name " "
-const char *runningbn_interface(void) {
-    return DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME) FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
-        BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE);
-}
+const char *runningbn_interface(void) { return INTERFACE; }
 
 /* One call, forward or backward, as the driver below sees it. */
 typedef struct {
