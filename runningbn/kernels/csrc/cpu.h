@@ -87,7 +87,6 @@ typedef struct {
 typedef struct {
     double *pivot;         /* what the sums are about */
     double *first, *second; /* the two sums, `parts` times `columns` */
-    double *weight;        /* a per channel */
     void *centre, *scale, *slope, *base; /* REAL, for the map */
     int64_t columns, repeats, parts;
 } Scratch;
