@@ -222,8 +222,8 @@ class TestReasons:
         "change", [("P:sums P:sqrs", "P:sqrs P:sums"), ("HORIZON", "HORIZONS"), ("R:eps", "P:eps")]
     )
     def test_a_library_from_other_sources(self, monkeypatch, change):
-        assert change[0] in cpu_library._INTERFACE
-        monkeypatch.setattr(cpu_library, "_INTERFACE", cpu_library._INTERFACE.replace(*change))
+        assert change[0] in cpu_library.INTERFACE
+        monkeypatch.setattr(cpu_library, "INTERFACE", cpu_library.INTERFACE.replace(*change))
         assert "install runningbn again" in cpu.unavailable()
 
     @needs_c

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..momentum import Momentum, rule_of
+from ..ops.compat import is_observed
 from ..ops.state import GradientState, LayerState
 from . import aten, cpu, triton
 from .contract import Backend, Centred, FusedBackend, Gradients, GradientSums, Reduction
@@ -85,6 +86,11 @@ def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:
         if fused_backend.supports(x, dtype):
             return fused_backend
     return aten
+
+
+def is_ordinary() -> bool:
+    """Whether nobody traces, transforms or watches what torch does, and no other backend than `cpu` is forced."""
+    return not is_observed() and _forced in (None, "cpu")
 
 
 class Fused(NamedTuple):

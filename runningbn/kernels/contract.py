@@ -48,6 +48,20 @@ class Gradients(NamedTuple):
     sum_dy_xhat: Tensor
 
 
+class StepKind(NamedTuple):
+    """What a fused step was done by, for its backward.
+
+    Attributes:
+        plan: of the extension that has done the forward at once, see `cpu_step`; None where Python has.
+        backend: whose kernels these are.
+        mode: see there.
+    """
+
+    plan: Any | None
+    backend: FusedBackend
+    mode: Mode
+
+
 class Backend(Protocol):
     """The operations on the elements of a batch; they leave the state of a layer to others. A module is one."""
 

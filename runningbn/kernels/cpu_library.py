@@ -46,7 +46,7 @@ _BACKWARD = [
     *_pointers("m0", "m1", "kappa_mean", "kappa_var", *GradientState._fields),
     *_pointers("trust", "offset", "batch_std", "pooled_count"),
 ]  # fmt: skip
-_INTERFACE = " ".join((*DTYPES, *RULES, *STAGES, *(f"{kind}:{name}" for kind, name in (*_FORWARD, *_BACKWARD))))
+INTERFACE = " ".join((*DTYPES, *RULES, *STAGES, *(f"{kind}:{name}" for kind, name in (*_FORWARD, *_BACKWARD))))
 
 
 class _Call(ctypes.Structure):
@@ -111,7 +111,7 @@ def library() -> Library:
         return _without(f"{built.name} cannot be loaded: {error}")
     except AttributeError:
         interface = None
-    if interface != _INTERFACE:
+    if interface != INTERFACE:
         return _without(f"{built.name} was built from other sources than these: install runningbn again")
     loaded.runningbn_initialize.restype = ctypes.c_char_p
     # What torch itself would use, the environment variable ATEN_CPU_CAPABILITY included.

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from ..ops.masks import blank, check_mask, fill
 from ..ops.pooling import RankGroup, ranks_of
-from ..ops.step import normalize_by_batch
+from ..ops.spec import StepSpec
+from ..ops.step import normalize_by_batch, step_at_once
 from .buffers import is_narrow
 from .state_dicts import LoadableStatistics
 
@@ -36,6 +38,17 @@ class Layer(LoadableStatistics):
             raise RuntimeError(f"expected a floating-point input of {expected}{also} as in the layer, got {dtype}")
         if mask is not None:
             check_mask(mask, x)
+
+    def _spec(self) -> StepSpec:
+        """What a training step is to do."""
+        raise NotImplementedError
+
+    def _step_at_once(self, x: Tensor) -> Tensor | None:
+        """A training step where nothing is out of the ordinary; None, with nothing changed, elsewhere."""
+        if not (self.training and x.is_cpu and kernels.is_ordinary()):
+            return None
+        self._check_input_dim(x)
+        return step_at_once(self, x)
 
     def _check_eps(self) -> None:
         """For an eps that is not positive: evaluation by statistics takes 0, nothing takes less."""

@@ -25,6 +25,8 @@ class PreciseBatchNorm(Layer):
         """
         if type(input) is not Tensor and is_derived(input):
             return through_class(partial(PreciseBatchNorm.forward, self, mask=mask), self, input)
+        if mask is None and (y := self._step_at_once(input)) is not None:
+            return y
         self._check_input(input, mask)
         ranks = self._ranks()
         if not self._updates(input, ranks):
@@ -33,8 +35,10 @@ class PreciseBatchNorm(Layer):
         if ranks is None and input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         weight, bias = self._weight_and_bias()
-        spec = StepSpec(Mode.BATCH, self.eps, self.momentum)
-        return training_step(input, weight, bias, spec, self._layer_state(False), ranks, mask)
+        return training_step(input, weight, bias, self._spec(), self._layer_state(False), ranks, mask)
+
+    def _spec(self) -> StepSpec:
+        return StepSpec(Mode.BATCH, self.eps, self.momentum)
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):

@@ -147,17 +147,22 @@ class RunningBatchNorm(Layer):
         """Normalise (N, C, *); in training, let it enter the state first. `mask`, (N, *), is True where it is real."""
         if type(input) is not Tensor and is_derived(input):
             return through_class(partial(RunningBatchNorm.forward, self, mask=mask), self, input)
+        if mask is None and (y := self._step_at_once(input)) is not None:
+            self._note_dimensions(input)
+            return y
         self._check_input(input, mask)
-        if self.input_dim != input.dim() and not torch.compiler.is_compiling():
-            self.input_dim = input.dim()
+        self._note_dimensions(input)
         ranks = self._ranks()
         if not self._updates(input, ranks):
             return self._normalize_only(input, ranks, mask)
-        mode = _MODES[self.gradient]
-        spec = StepSpec(mode, self.eps, self.momentum, self._law())
+        spec = self._spec()
         weight, bias = self._weight_and_bias()
-        state = self._layer_state(mode is Mode.RUNNING)
+        state = self._layer_state(spec.mode is Mode.RUNNING)
         return training_step(input, weight, bias, spec, state, ranks, mask)
+
+    def _note_dimensions(self, input: Tensor) -> None:
+        if self.input_dim != input.dim() and not torch.compiler.is_compiling():
+            self.input_dim = input.dim()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "gradient":
@@ -166,8 +171,8 @@ class RunningBatchNorm(Layer):
             check_max_lag(value)
         super().__setattr__(name, value)
 
-    def _law(self) -> Law:
-        return Law(self.max_lag)
+    def _spec(self) -> StepSpec:
+        return StepSpec(_MODES[self.gradient], self.eps, self.momentum, Law(self.max_lag))
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

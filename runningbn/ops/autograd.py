@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import kernels
-from ..kernels.contract import Centred, Gradients
+from ..kernels import cpu_step
+from ..kernels.contract import Centred, Gradients, StepKind
 from .gradients import (
     POOLED_TWICE,
     RUNNING_TWICE,
@@ -26,24 +27,35 @@ from .gradients import (
     running_gradients,
 )
 from .pooling import RankGroup
-from .spec import Coefficients, StepSpec, unpack
+from .spec import Coefficients, unpack
 from .state import GradientState
-from .update import is_recomputation
+
+
+class Done(NamedTuple):
+    """What a backend has made of a batch.
+
+    Attributes:
+        y: the output.
+        rows: the coefficients, see `spec.Mode`.
+        kind: what has done it.
+        gradient: the buffers of the `GradientState` for a backward by running means; none otherwise.
+    """
+
+    y: Tensor
+    rows: Tensor
+    kind: StepKind
+    gradient: tuple[Tensor, ...]
 
 
 class FusedStep(Function):
     """y and its gradients by a backend that updates the state meanwhile; see `step` for what they are."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: StepSpec, fused: kernels.Fused,
-        gradient: GradientState | None,
-    ) -> Tensor:  # fmt: skip
-        """y; the batch enters the state, unless this repeats a forward."""
-        y, rows = fused.backend.training_forward(x, weight, bias, fused.prepared, spec, not is_recomputation())
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, done: Done) -> Tensor:
+        """y, which the backend has computed already, as it has updated the state."""
+        # Not saved for backward: the buffers of `gradient` are meant to change between forward and backward.
+        y, rows, ctx.kind, ctx.gradient = done
         ctx.save_for_backward(x, weight, rows)
-        # Not saved for backward: these buffers are meant to change between forward and backward.
-        ctx.backend, ctx.mode, ctx.gradient = fused.backend, spec.mode, gradient
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -52,30 +64,43 @@ class FusedStep(Function):
         """The gradients of x, weight and bias; None for the rest."""
         x, weight, rows = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            found = _fused_gradients(ctx, dy, x, weight, rows)
+            found = _gradients_at_once(ctx, dy, x, weight, rows) or _fused_gradients(ctx, dy, x, weight, rows)
         elif torch.compiler.is_compiling():
             with torch.no_grad():
                 found = _fused_gradients(ctx, dy, x, weight, rows)
-        elif ctx.gradient is None:
-            coefficients = unpack(ctx.mode, rows)
+        elif not ctx.gradient:
+            coefficients = unpack(ctx.kind.mode, rows)
             found = differentiable_gradients(dy, x, weight, coefficients, ctx.needs_input_grad, ctx.bias_dtype)
         else:
             with torch.no_grad():
                 found = _fused_gradients(ctx, dy, x, weight, rows)
             found = refuse_second_derivative(RUNNING_TWICE, dy, x, found)
-        return (*found, None, None, None)
+        return (*found, None)
+
+
+def _gradients_at_once(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor
+) -> tuple[Tensor | None, ...] | None:
+    """The gradients where nothing is out of the ordinary; None, with nothing changed, elsewhere."""
+    if ctx.kind.plan is None or not kernels.is_ordinary():
+        return None
+    found: tuple[Tensor | None, ...] | None = cpu_step.extension().backward(
+        ctx.kind, ctx.gradient, dy, x, weight, rows, ctx.needs_input_grad
+    )
+    return found
 
 
 def _fused_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor) -> tuple[Tensor | None, ...]:
-    needs_dx, state = ctx.needs_input_grad[0], ctx.gradient
-    supported, prepared = kernels.fused_backward(ctx.backend, dy, x, rows, state)
+    needs_dx, (_, backend, mode) = ctx.needs_input_grad[0], ctx.kind
+    state = GradientState(*ctx.gradient) if ctx.gradient else None
+    supported, prepared = kernels.fused_backward(backend, dy, x, rows, state)
     if supported:
-        gradients = ctx.backend.training_backward(dy, x, weight, rows, ctx.mode, prepared, needs_dx)
+        gradients = backend.training_backward(dy, x, weight, rows, mode, prepared, needs_dx)
     # What the backend cannot take, as in a compiled backward of an eager forward.
     elif state is None:
-        gradients = exact_gradients(dy, x, weight, unpack(ctx.mode, rows), needs_dx)
+        gradients = exact_gradients(dy, x, weight, unpack(mode, rows), needs_dx)
     else:
-        gradients = running_gradients(dy, x, weight, unpack(ctx.mode, rows), state, needs_dx)
+        gradients = running_gradients(dy, x, weight, unpack(mode, rows), state, needs_dx)
     return _affine_gradients(ctx, weight, gradients)
 
 

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What runs above a call. There is no public sign of any of these; no fallback.
+# What runs above a call, of which there is no public sign, and the version counters of several tensors by one call, for
+# which older releases have no public function; no fallback.
 from torch._C import DisableTorchFunctionSubclass as class_functions_disabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _current_graph_task_id as current_backward
 from torch._C import _disabled_torch_function_impl as disabled_torch_function
+from torch._C import _increment_version as increment_versions
 from torch._C import _is_torch_function_enabled as torch_function_enabled
 from torch._C import _len_torch_dispatch_stack as number_of_dispatch_modes
+from torch._C import _len_torch_function_stack as number_of_function_modes
 
 # A layer inside ``torch.func.grad`` sees wrapped tensors, whose moments are taken outside of the transform. torch.func
 # has no public way to look into its wrappers or to step out; no fallback.
@@ -44,9 +47,12 @@ __all__ = [
     "current_raw_stream",
     "disabled_torch_function",
     "get_unwrapped",
+    "increment_versions",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
+    "is_observed",
     "number_of_dispatch_modes",
+    "number_of_function_modes",
     "outside_transforms",
     "peek_interpreter_stack",
     "process_group_of_name",
@@ -67,6 +73,18 @@ def are_transformed(*inputs: Tensor | None) -> bool:
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+
+
+def is_observed() -> bool:
+    """Whether a compiler, a transform, forward-mode differentiation or a mode sees what torch does here."""
+    return bool(
+        torch.compiler.is_compiling()
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or number_of_dispatch_modes()
+        or number_of_function_modes()
+        or torch.is_inference_mode_enabled()
+    )
 
 
 def process_group_of_name(name: str) -> Any:

@@ -24,27 +24,45 @@ dtype of the statistics (float32 or float64).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 
 from .. import kernels
-from ..kernels.contract import Reduction
+from ..kernels import cpu_step
+from ..kernels.contract import Reduction, StepKind
 from ..momentum import rule_of
-from .autograd import FusedStep, Normalize, Pooling
+from .autograd import Done, FusedStep, Normalize, Pooling
 from .compat import are_transformed
 from .masks import blank, fill, real_sums
 from .pooling import RankGroup, pool
 from .spec import Coefficients, Mode, StepSpec
 from .state import Batch, GradientState, LayerState, Sums, moments, without_empty
-from .update import update
+from .update import is_recomputation, update
 
 TRANSFORMED = (
     "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
     "...) or forward-mode differentiation. Call eval() on the layer, or "
     "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
 )
+
+# What `Function.apply` adds to this is for torch.func, whose transforms `kernels.is_ordinary` excludes.
+_apply = super(Function, FusedStep).apply  # type: ignore[misc]
+
+
+def step_at_once(layer: Any, x: Tensor) -> Tensor | None:
+    """`training_step` on the CPU, where nothing is out of the ordinary; None, with nothing changed, elsewhere.
+
+    The layer's `_spec` and its attributes have to say all about a step; see `kernels.cpu_step`.
+    """
+    found = cpu_step.extension().forward(layer, x, not is_recomputation())
+    if found is None:
+        return None
+    weight, bias, done = found
+    y: Tensor = _apply(x, weight, bias, done)
+    return y
 
 
 def training_step(
@@ -70,8 +88,11 @@ def training_step(
         raise RuntimeError(TRANSFORMED)
     fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
     if fused is not None:
-        y: Tensor = FusedStep.apply(x, weight, bias, spec, fused, state.gradient)
-        return y
+        backend, prepared = fused
+        y, rows = backend.training_forward(x, weight, bias, prepared, spec, not is_recomputation())
+        done = Done(y, rows, StepKind(None, backend, spec.mode), state.gradient or ())
+        stepped: Tensor = FusedStep.apply(x, weight, bias, done)
+        return stepped
     _check_buffers(x, state)
     with torch.no_grad():
         reduction, samples = _reduce(x, state.statistics.shift.dtype, ranks, mask)

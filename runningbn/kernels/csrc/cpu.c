@@ -19,7 +19,6 @@
 #define ROWS 8                 /* of a block of `rows_sums` */
 #define BLOCK (1 << 15)        /* elements that are mapped at a time, of rows */
 #define RUN 16                 /* additions in float to one accumulator, at most */
-#define LARGE (1 << 15)        /* elements that are worth a thread */
 #define NARROW 256             /* rows with fewer columns are widened */
 #define MANY 512               /* channels whose statistics are worth sharing out among the threads */
 
@@ -92,15 +91,7 @@ const char *runningbn_initialize(ParallelFor function, const char *most) {
     return instruction_set;
 }
 
-/* What cpu_library.py compares with its own, so that it never calls a library that was built from other sources. */
-#define AS_NAME(name) #name " "
-#define AS_INTEGER(name) "I:" #name " "
-#define AS_POINTER(name) "P:" #name " "
-#define AS_DOUBLE(name) "R:" #name " "
-const char *runningbn_interface(void) {
-    return DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME) FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
-        BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE);
-}
+const char *runningbn_interface(void) { return INTERFACE; }
 
 /* One call, forward or backward, as the driver below sees it. */
 typedef struct {
@@ -298,16 +289,15 @@ static int execute(Job *job, int64_t dtype, int64_t threads) {
     const int balanced = share * job->threads * 5 <= job->channels * 6;
     const int64_t bytes = job->outer * job->inner * job->loops->element_size * (job->dy ? 2 : 1);
     job->group = bytes * GROUP <= GROUP_BYTES ? GROUP : bytes >= GROUP_BYTES ? 1 : GROUP_BYTES / bytes;
-    /* Doubles: pivot, weight, 2 sums a thread and 2 for left-over rows; and four vectors for the map. */
+    /* Doubles: pivot, 2 sums a thread and 2 for left-over rows; and four vectors for the map. */
     const int64_t columns = (s->columns + 7) / 8 * 8;
     const int64_t sums = s->columns * (job->threads + 1);
-    double *memory = malloc(sizeof(double) * (size_t)(6 * columns + 2 * sums));
+    double *memory = malloc(sizeof(double) * (size_t)(5 * columns + 2 * sums));
     if (!memory) return 1;
     s->pivot = memory;
-    s->weight = memory + columns;
-    s->centre = memory + 2 * columns, s->scale = memory + 3 * columns;
-    s->slope = memory + 4 * columns, s->base = memory + 5 * columns;
-    s->first = memory + 6 * columns, s->second = s->first + sums;
+    s->centre = memory + columns, s->scale = memory + 2 * columns;
+    s->slope = memory + 3 * columns, s->base = memory + 4 * columns;
+    s->first = memory + 5 * columns, s->second = s->first + sums;
     if (job->stages & SUMS) {
         if (job->forward) {
             /* Of rows, elements of a channel are `channels` apart; of planes, some are next to each other. */

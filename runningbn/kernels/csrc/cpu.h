@@ -72,11 +72,21 @@ typedef struct {
     BACKWARD_FIELDS(INTEGER_FIELD, POINTER_FIELD, DOUBLE_FIELD)
 } Backward;
 
+/* What cpu_library.py compares with its own, so that it never calls a library that was built from other sources. */
+#define AS_NAME(name) #name " "
+#define AS_INTEGER(name) "I:" #name " "
+#define AS_POINTER(name) "P:" #name " "
+#define AS_DOUBLE(name) "R:" #name " "
+#define INTERFACE                                                                      \
+    DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME)                                     \
+    FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE) BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
+
+#define LARGE (1 << 15) /* elements that are worth a thread */
+
 /* Scratch of one call: vectors over channels, or over `columns` of widened rows, see `widening` in cpu.c. */
 typedef struct {
     double *pivot;         /* what the sums are about */
     double *first, *second; /* the two sums, `parts` times `columns` */
-    double *weight;        /* a per channel */
     void *centre, *scale, *slope, *base; /* REAL, for the map */
     int64_t columns, repeats, parts;
 } Scratch;

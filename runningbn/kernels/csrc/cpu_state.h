@@ -3,69 +3,288 @@
 
    The same equations in plain torch are `_update_batch`, `_update_exact`, `_update_running` and `_update_gradient` of
    ops/update.py, by the functions of ops/law.py and the rules of momentum.py. Here all is in double, and rounded where it
-   is stored. */
-
-#define AT(pointer) (((REAL *)(pointer))[c])
-#define SET(pointer, value)                            \
-    {                                                  \
-        if (pointer) AT(pointer) = (REAL)(value);      \
-    }
+   is stored. Divisions and roots are most of it, so it is done for CHUNK channels at a time, in loops without branches,
+   which compilers vectorise. */
 
 #ifndef RUNNINGBN_STATE
 #define RUNNINGBN_STATE
-static double largest(double a, double b) { return a > b ? a : b; }
-static double smallest(double a, double b) { return a < b ? a : b; }
+#define CHUNK 64 /* channels: some vectors of each kind, together far less than the first cache */
+#define EACH _Pragma("omp simd") for (int64_t i = 0; i < size; i++)
+/* Of a vector over channels, that of the loop in a chunk which begins at `begin`. */
+#define AT(pointer) (((REAL *)(pointer))[begin + i])
+/* As what is stored is read again. */
+#define ROUNDED(value) ((double)(REAL)(value))
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE double largest(double a, double b) { return a > b ? a : b; }
+INLINE double smallest(double a, double b) { return a < b ? a : b; }
+
+/* The batch in a chunk of channels: n, its mean, squares about it and variance, its weight; what it is to be normalised
+   by; and whatever the loops below hand on. */
+typedef struct {
+    double n[CHUNK], batch_mean[CHUNK], squares[CHUNK], batch_var[CHUNK], weight[CHUNK];
+    double mean[CHUNK], var[CHUNK];
+    double first[CHUNK], second[CHUNK], third[CHUNK];
+} Chunk;
 #endif
 
-/* a per channel, see momentum.py. Channels mostly agree, so that one value is computed for many. */
-TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, int64_t begin, int64_t end) {
+#define STORE(pointer, values)                        \
+    if (pointer) {                                    \
+        EACH AT(pointer) = (REAL)(values)[i];         \
+    }
+
+/* a per channel, see momentum.py. */
+TARGET static double STATE_NAME(weight_after)(const Forward *f, double samples, double steps) {
     const double n = f->batch_samples;
-    double samples = -1, steps = -1, a = 0;
-    for (int64_t c = begin; c < end; c++) {
-        if (f->rule == GIVEN) {
-            weight[c] = (double)AT(f->batch_weight);
-            continue;
+    if (f->rule == CUMULATIVE) return 1 / (steps + 1);
+    if (f->rule == SQUARE_ROOT) return 1 - (1 - f->rule_first) / sqrt(largest(n - 1, 1));
+    if (f->rule == HORIZON) {
+        /* Of Horizon: samples, start, fraction. */
+        const double horizon = largest(f->rule_third * samples, f->rule_second);
+        return -expm1(-n / smallest(horizon, f->rule_first));
+    }
+    return f->rule_first;
+}
+
+/* Channels mostly agree, so that one value is computed for many. */
+TARGET static void STATE_NAME(batch_weights)(const Forward *f, double *weight, int64_t begin, int64_t size) {
+    if (f->rule == GIVEN) {
+        EACH weight[i] = (double)AT(f->batch_weight);
+        return;
+    }
+    const REAL *all_samples = (const REAL *)f->samples + begin, *all_steps = (const REAL *)f->steps + begin;
+    REAL samples = all_samples[0], steps = all_steps[0];
+    double a = STATE_NAME(weight_after)(f, (double)samples, (double)steps);
+    for (int64_t i = 0; i < size; i++) {
+        if (all_samples[i] != samples || all_steps[i] != steps) {
+            samples = all_samples[i], steps = all_steps[i];
+            a = STATE_NAME(weight_after)(f, (double)samples, (double)steps);
         }
-        if ((double)AT(f->samples) != samples || (double)AT(f->steps) != steps) {
-            samples = (double)AT(f->samples), steps = (double)AT(f->steps);
-            if (f->rule == CONSTANT) a = f->rule_first;
-            if (f->rule == CUMULATIVE) a = 1 / (steps + 1);
-            if (f->rule == SQUARE_ROOT) a = 1 - (1 - f->rule_first) / sqrt(largest(n - 1, 1));
-            if (f->rule == HORIZON) {
-                /* Of Horizon: samples, start, fraction. */
-                const double horizon = largest(f->rule_third * samples, f->rule_second);
-                a = -expm1(-n / smallest(horizon, f->rule_first));
-            }
-        }
-        weight[c] = a;
+        weight[i] = a;
     }
 }
 
+/* The sums of a batch, from `scratch` or as they are given, as what `Chunk` has of it. */
+TARGET static void STATE_NAME(take_batch)(const Forward *f, const Scratch *scratch, Chunk *k, int64_t begin,
+                                          int64_t size) {
+    if (f->stages & SUMS) {
+        const double n = (double)(f->outer * f->inner);
+        const double *pivot = scratch->pivot + begin, *first = scratch->first + begin;
+        const double *second = scratch->second + begin;
+        EACH {
+            const double offset = first[i] / n, squares = second[i] - first[i] * offset;
+            k->n[i] = n;
+            k->batch_mean[i] = pivot[i] + offset;
+            /* Rounding may leave a tiny negative difference for a constant channel; NaN stays. */
+            k->squares[i] = squares < 0 ? 0 : squares;
+            k->batch_var[i] = k->squares[i] / n;
+        }
+        if (!f->batch_shift) return;
+        EACH {
+            const double rest = k->batch_mean[i] - ROUNDED(k->batch_mean[i]);
+            AT(f->batch_shift) = (REAL)k->batch_mean[i];
+            AT(f->batch_sums) = (REAL)(n * rest);
+            AT(f->batch_sqrs) = (REAL)(k->squares[i] + n * rest * rest);
+            AT(f->batch_count) = (REAL)n;
+        }
+    } else if (f->batch_count) {
+        EACH {
+            const double n = (double)AT(f->batch_count), sums = (double)AT(f->batch_sums);
+            const double offset = n > 0 ? sums / n : 0, squares = (double)AT(f->batch_sqrs) - sums * offset;
+            k->n[i] = n;
+            k->batch_mean[i] = (double)AT(f->batch_shift) + offset;
+            k->squares[i] = squares < 0 ? 0 : squares;
+            k->batch_var[i] = n > 0 ? k->squares[i] / n : 0;
+        }
+    } else { /* only the running statistics are asked for */
+        EACH k->n[i] = k->batch_mean[i] = k->squares[i] = k->batch_var[i] = 0;
+    }
+}
+
+/* See update._enter, and the view of the state in `running_mean` and `running_var`. */
+TARGET INLINE void STATE_NAME(enter_as)(const Forward *f, const Chunk *k, int64_t begin, int64_t size, int whole,
+                                        int by_state) {
+    const double samples_of_batch = f->batch_samples, floor = f->variance_floor, warmup = f->warmup_samples;
+    EACH {
+        const double n = k->n[i], mean = k->batch_mean[i], squares = k->squares[i];
+        const double old_shift = (double)AT(f->shift), old_sums = (double)AT(f->sums), old_sqrs = (double)AT(f->sqrs);
+        const double old_count = (double)AT(f->count), old_count_sqrs = (double)AT(f->count_sqrs);
+        const double old_debias = (double)AT(f->debias);
+        /* Nothing may enter that is not finite, nor so far away that its square is not. */
+        const double distance = mean - old_shift;
+        const double weight = squares + n * distance * distance < MAXIMUM ? k->weight[i] : 0, keep = 1 - weight;
+        const int enters = weight != 0;
+        /* Elements per unit of weight: those of the batch where none were counted yet. */
+        const double unit = largest(old_count, TINY) / largest(old_debias, TINY);
+        const double new_unit = old_count_sqrs == 0 ? n : unit;
+        const double kept = keep * (new_unit / unit), gain = whole ? weight * new_unit / n : weight;
+        /* Both about the mean of their pivots. */
+        const double total = kept * old_count + gain * n;
+        const double shift = ROUNDED(old_shift + distance * (gain * n / largest(total, TINY)));
+        const double d = shift - old_shift, e = shift - mean, moved = old_sums - old_count * d;
+        const double sqrs = ROUNDED(kept * (old_sqrs - d * (old_sums + moved)) + gain * (squares + n * e * e));
+        const double sums = ROUNDED(kept * moved - gain * n * e), count = ROUNDED(total);
+        const double count_sqrs = ROUNDED(kept * kept * old_count_sqrs + gain * gain * n);
+        const double samples = ROUNDED((double)AT(f->samples) + samples_of_batch);
+
+        const double least = largest(count, TINY), offset = sums / least;
+        double var = sqrs / least - offset * offset;
+        var = var < 0 ? 0 : var;
+        if (by_state) {
+            const double floored = samples < warmup ? floor : 0;
+            var = var < floored ? floored : var;
+        } else {
+            /* Bessel's correction for weighted elements, see state.unbiased. */
+            var /= largest(1 - count_sqrs / (least * least), EPSILON);
+        }
+        AT(f->shift) = enters ? (REAL)shift : AT(f->shift);
+        AT(f->sums) = enters ? (REAL)sums : AT(f->sums);
+        AT(f->sqrs) = enters ? (REAL)sqrs : AT(f->sqrs);
+        AT(f->count) = enters ? (REAL)count : AT(f->count);
+        AT(f->count_sqrs) = enters ? (REAL)count_sqrs : AT(f->count_sqrs);
+        AT(f->debias) = enters ? (REAL)(weight + keep * old_debias) : AT(f->debias);
+        AT(f->samples) = enters ? (REAL)samples : AT(f->samples);
+        AT(f->steps) = enters ? (REAL)((double)AT(f->steps) + 1) : AT(f->steps);
+        AT(f->running_mean) = enters ? (REAL)(shift + offset) : AT(f->running_mean);
+        AT(f->running_var) = enters ? (REAL)var : AT(f->running_var);
+        AT(f->last_keep) = (REAL)keep;
+        AT(f->last_gain) = (REAL)(enters ? gain : 0);
+    }
+}
+
+TARGET static void STATE_NAME(enter)(const Forward *f, Chunk *k, int64_t begin, int64_t size) {
+    STATE_NAME(batch_weights)(f, k->weight, begin, size);
+    /* Four loops: neither is decided in one. */
+    if (f->whole_batches)
+        f->by_state ? STATE_NAME(enter_as)(f, k, begin, size, 1, 1) : STATE_NAME(enter_as)(f, k, begin, size, 1, 0);
+    else
+        f->by_state ? STATE_NAME(enter_as)(f, k, begin, size, 0, 1) : STATE_NAME(enter_as)(f, k, begin, size, 0, 0);
+}
+
 /* See law.measured_noise. */
-TARGET static void STATE_NAME(measure_noise)(const Forward *f, int64_t c, double batch_mean, double variance) {
-    const double difference = batch_mean - (double)AT(f->last_mean), steps = (double)AT(f->noise_steps);
-    double observed = steps == 0 ? 1 : 0.5 * difference * difference / largest(variance, TINY);
-    observed = smallest(observed, 1) * f->batch_samples;
-    AT(f->noise) = (REAL)((double)AT(f->noise) + (observed - (double)AT(f->noise)) / smallest(steps + 1, f->window));
-    AT(f->noise_steps) = (REAL)(steps + 1);
-    AT(f->last_mean) = (REAL)batch_mean;
+TARGET static void STATE_NAME(measure_noise)(const Forward *f, const Chunk *k, int64_t begin, int64_t size) {
+    const double samples = f->batch_samples, window = f->window;
+    EACH {
+        const int enters = AT(f->last_gain) != 0;
+        const double difference = k->batch_mean[i] - (double)AT(f->last_mean), steps = (double)AT(f->noise_steps);
+        const double variance = largest((double)AT(f->running_var), k->batch_var[i]);
+        const double compared = 0.5 * difference * difference / largest(variance, TINY);
+        const double observed = smallest(steps == 0 ? 1 : compared, 1) * samples, noise = (double)AT(f->noise);
+        AT(f->noise) = enters ? (REAL)(noise + (observed - noise) / smallest(steps + 1, window)) : AT(f->noise);
+        AT(f->noise_steps) = enters ? (REAL)(steps + 1) : AT(f->noise_steps);
+        AT(f->last_mean) = enters ? (REAL)k->batch_mean[i] : AT(f->last_mean);
+    }
+}
+
+/* What a batch is normalised by with running gradients, and what its backward is told: see law.noise_of_batch,
+   law.limited and law.trust. */
+TARGET INLINE void STATE_NAME(take_running_as)(const Forward *f, Chunk *k, int64_t begin, int64_t size, int limits) {
+    const double samples = f->batch_samples, max_lag = f->max_lag, lag_noise = f->lag_noise;
+    const double trust_noise = f->trust_noise;
+    EACH {
+        const int enters = AT(f->last_gain) != 0;
+        const double batch_mean = k->batch_mean[i], batch_var = k->batch_var[i];
+        const double noise = smallest((double)AT(f->noise) / samples, 1);
+        const double trust = largest(1 - (double)AT(f->last_keep), 1 / (1 + trust_noise * noise));
+        double mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
+        if (limits) {
+            const double d = max_lag * (1 + lag_noise * noise);
+            const double wider = largest(var, batch_var / ((1 + d) * (1 + d))), reach = d * sqrt(wider);
+            const double nearer = smallest(largest(mean, batch_mean - reach), batch_mean + reach);
+            var = enters ? wider : var, mean = enters ? nearer : mean;
+        }
+        k->mean[i] = mean, k->var[i] = var;
+        k->first[i] = enters ? trust : 0;
+        /* From the mean as it is stored, which z is made with. */
+        k->second[i] = enters ? batch_mean - ROUNDED(mean) : 0;
+        k->third[i] = enters ? sqrt(batch_var) : 0;
+    }
+}
+
+TARGET static void STATE_NAME(take_running)(const Forward *f, Chunk *k, int64_t begin, int64_t size) {
+    if (f->max_lag <= DBL_MAX)
+        STATE_NAME(take_running_as)(f, k, begin, size, 1);
+    else
+        STATE_NAME(take_running_as)(f, k, begin, size, 0);
+    STORE(f->trust, k->first)
+    STORE(f->offset, k->second)
+    STORE(f->batch_std, k->third)
+}
+
+/* With an exact gradient. */
+TARGET static void STATE_NAME(take_exact)(const Forward *f, Chunk *k, int64_t begin, int64_t size) {
+    const double floor = ROUNDED(f->variance_floor), warmup = f->warmup_samples;
+    EACH {
+        k->mean[i] = (double)AT(f->running_mean), k->var[i] = (double)AT(f->running_var);
+        k->first[i] = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);
+        const double settled = (double)AT(f->samples) < warmup ? floor : -1;
+        k->second[i] = k->var[i] <= settled ? 0 : k->first[i];
+    }
+    STORE(f->kappa_mean, k->first)
+    STORE(f->kappa_var, k->second)
+}
+
+TARGET static void STATE_NAME(forward_chunk)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t size) {
+    Chunk chunk, *k = &chunk;
+    const double eps = f->eps;
+    if (f->stages & (SUMS | UPDATE)) {
+        STATE_NAME(take_batch)(f, scratch, k, begin, size);
+        if (f->stages & UPDATE && f->updates) STATE_NAME(enter)(f, k, begin, size);
+        if (!(f->stages & UPDATE && f->by_state)) {
+            EACH k->mean[i] = k->batch_mean[i], k->var[i] = k->batch_var[i];
+        } else if (f->noise) {
+            /* By what evaluation takes, also in a channel that keeps its state. */
+            if (f->updates) STATE_NAME(measure_noise)(f, k, begin, size);
+            STATE_NAME(take_running)(f, k, begin, size);
+        } else {
+            STATE_NAME(take_exact)(f, k, begin, size);
+        }
+        EACH k->third[i] = 1 / sqrt(ROUNDED(k->var[i]) + eps);
+        STORE(f->mean, k->mean)
+        STORE(f->var, k->var)
+        STORE(f->rstd, k->third)
+        EACH k->first[i] = k->mean[i] - ROUNDED(k->mean[i]);
+    } else {
+        EACH {
+            k->mean[i] = (double)AT(f->mean), k->first[i] = 0;
+            k->third[i] = 1 / sqrt((double)AT(f->var) + eps);
+        }
+    }
+    if (!(f->stages & APPLY)) return;
+    /* y = (x − centre)·slope + base, where `first` is what the centre was rounded by. */
+    if (f->weight) {
+        EACH k->third[i] *= (double)AT(f->weight);
+    }
+    EACH k->second[i] = -k->first[i] * k->third[i];
+    if (f->bias) {
+        EACH k->second[i] += (double)AT(f->bias);
+    }
+    for (int64_t r = 0; r < scratch->repeats; r++) {
+        STORE((REAL *)scratch->centre + r * f->channels, k->mean)
+        STORE((REAL *)scratch->slope + r * f->channels, k->third)
+        STORE((REAL *)scratch->base + r * f->channels, k->second)
+    }
+}
+
+TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c += CHUNK)
+        STATE_NAME(forward_chunk)(f, scratch, c, end - c < CHUNK ? end - c : CHUNK);
+    if (f->stages & UPDATE && f->updates && begin == 0) *(int64_t *)f->num_batches_tracked += f->batch_samples > 0;
 }
 
 /* See law.bounded: what scales the running means `m0` and `m1`, of a batch whose means are `p0` and `p1`. A batch that
    is not finite is no reason to subtract anything. */
-TARGET static double STATE_NAME(scale_of_means)(const Backward *b, int64_t c, double m0, double m1, double p0,
+TARGET INLINE double STATE_NAME(scale_of_means)(double offset, double spread, double m0, double m1, double p0,
                                                 double p1) {
-    const double rstd = (double)AT(b->rstd), offset = (double)AT(b->offset) * rstd;
-    const double spread = (double)AT(b->batch_std) * rstd;
     const double across = p1 - offset * p0, constant = m0 + offset * m1, slope = spread * m1;
     const int varies = spread > sqrt(EPSILON) * fabs(offset);
     if (sizeof(REAL) == sizeof(float)) {
-        /* Squares of floats are far from the limits of doubles: mostly, neither a root nor a quotient is needed. */
-        const double square = spread * spread, of_memory = constant * constant + slope * slope;
-        const double of_batch = varies ? p0 * p0 * square + across * across : p0 * p0;
-        if (!(of_batch <= MAXIMUM * MAXIMUM * (varies ? square : 1))) return 0;
-        const double wanted = varies ? of_memory * square : of_memory;
-        return wanted <= of_batch ? 1 : sqrt(of_batch / wanted);
+        /* Squares of floats are far from the limits of doubles: no need of hypot, which is no single instruction. */
+        const double square = varies ? spread * spread : 1;
+        const double of_batch = p0 * p0 * square + (varies ? across * across : 0);
+        const double wanted = (constant * constant + slope * slope) * square;
+        const double shorter = wanted <= of_batch ? 1 : sqrt(of_batch / wanted);
+        return of_batch <= MAXIMUM * MAXIMUM * square ? shorter : 0;
     }
     const double along = varies ? across / largest(spread, TINY) : 0;
     const double of_batch = hypot(p0, along), of_memory = hypot(constant, slope);
@@ -73,188 +292,94 @@ TARGET static double STATE_NAME(scale_of_means)(const Backward *b, int64_t c, do
     return of_memory <= of_batch ? 1 : of_batch / largest(of_memory, TINY);
 }
 
-TARGET static void STATE_NAME(finish_forward)(const Forward *f, const Scratch *scratch, int64_t begin, int64_t end) {
-    const int64_t repeats = scratch->repeats, channels = f->channels;
-    const double elements = (double)(f->outer * f->inner);
-    if (f->stages & UPDATE && f->updates) STATE_NAME(batch_weights)(f, scratch->weight, begin, end);
-    for (int64_t c = begin; c < end; c++) {
-        double mean, var, residual = 0;
-        if (f->stages & (SUMS | UPDATE)) {
-            /* The batch, about its own mean: n, mean, squares. */
-            double n = elements, squares;
-            if (f->stages & SUMS) {
-                const double offset = scratch->first[c] / n;
-                mean = scratch->pivot[c] + offset;
-                squares = scratch->second[c] - scratch->first[c] * offset;
-            } else if (f->batch_count) {
-                n = (double)AT(f->batch_count);
-                const double offset = n > 0 ? (double)AT(f->batch_sums) / n : 0;
-                mean = (double)AT(f->batch_shift) + offset;
-                squares = (double)AT(f->batch_sqrs) - (double)AT(f->batch_sums) * offset;
-            } else {
-                mean = squares = 0; /* only the running statistics are asked for */
-            }
-            /* Rounding may leave a tiny negative difference for a constant channel; NaN stays. */
-            if (squares < 0) squares = 0;
-            var = n > 0 ? squares / n : 0;
-            if (f->stages & SUMS && f->batch_shift) {
-                const REAL shift = (REAL)mean;
-                const double rest = mean - (double)shift;
-                AT(f->batch_shift) = shift;
-                AT(f->batch_sums) = (REAL)(n * rest);
-                AT(f->batch_sqrs) = (REAL)(squares + n * rest * rest);
-                AT(f->batch_count) = (REAL)n;
-            }
-            if (f->stages & UPDATE) {
-                if (f->updates) {
-                    /* Nothing may enter that is not finite, nor so far away that its square is not. */
-                    const double distance = mean - (double)AT(f->shift);
-                    const int finite = squares + n * distance * distance < MAXIMUM;
-                    const double weight = finite ? scratch->weight[c] : 0, keep = 1 - weight;
-                    double gain = 0;
-                    if (weight != 0) {
-                        /* Elements per unit of weight: those of the batch where none were counted yet. */
-                        const double count = (double)AT(f->count), count_sqrs = (double)AT(f->count_sqrs);
-                        const double unit = largest(count, TINY) / largest((double)AT(f->debias), TINY);
-                        const double new_unit = count_sqrs == 0 ? n : unit;
-                        const double kept = keep * (new_unit / unit);
-                        gain = f->whole_batches ? weight * new_unit / n : weight;
-                        /* Both about the mean of their pivots. */
-                        const double total = kept * count + gain * n, shift = (double)AT(f->shift);
-                        const REAL pivot = (REAL)(shift + (mean - shift) * (gain * n / largest(total, TINY)));
-                        const double d = (double)pivot - shift, e = (double)pivot - mean;
-                        const double sums = (double)AT(f->sums), moved = sums - count * d;
-                        AT(f->sqrs) = (REAL)(kept * ((double)AT(f->sqrs) - d * (sums + moved)) +
-                                             gain * (squares + n * e * e));
-                        AT(f->sums) = (REAL)(kept * moved - gain * n * e);
-                        AT(f->shift) = pivot;
-                        AT(f->count) = (REAL)total;
-                        AT(f->count_sqrs) = (REAL)(kept * kept * count_sqrs + gain * gain * n);
-                        AT(f->debias) = (REAL)(weight + keep * (double)AT(f->debias));
-                        AT(f->samples) = (REAL)((double)AT(f->samples) + f->batch_samples);
-                        AT(f->steps) = (REAL)((double)AT(f->steps) + 1);
-                    }
-                    AT(f->last_keep) = (REAL)keep;
-                    AT(f->last_gain) = (REAL)gain;
-                    if (weight != 0) {
-                        const double count = largest((double)AT(f->count), TINY);
-                        const double offset = (double)AT(f->sums) / count;
-                        double of_state = (double)AT(f->sqrs) / count - offset * offset;
-                        if (of_state < 0) of_state = 0;
-                        if (f->by_state) {
-                            if (of_state < f->variance_floor && (double)AT(f->samples) < f->warmup_samples)
-                                of_state = f->variance_floor;
-                        } else {
-                            /* Bessel's correction for weighted elements, see state.unbiased. */
-                            const double uncorrected = 1 - (double)AT(f->count_sqrs) / (count * count);
-                            of_state /= largest(uncorrected, EPSILON);
-                        }
-                        AT(f->running_mean) = (REAL)((double)AT(f->shift) + offset);
-                        AT(f->running_var) = (REAL)of_state;
-                    }
-                }
-                if (f->by_state) {
-                    /* By what evaluation takes, also in a channel that keeps its state. */
-                    const double batch_mean = mean, batch_var = var;
-                    const int ignored = AT(f->last_gain) == 0;
-                    mean = (double)AT(f->running_mean), var = (double)AT(f->running_var);
-                    if (f->noise) {
-                        if (f->updates && !ignored) STATE_NAME(measure_noise)(f, c, batch_mean, largest(var, batch_var));
-                        /* See law.noise_of_batch. */
-                        const double noise = smallest((double)AT(f->noise) / f->batch_samples, 1);
-                        /* See law.trust and law.limited. */
-                        const double trust = largest(1 - (double)AT(f->last_keep), 1 / (1 + f->trust_noise * noise));
-                        if (f->max_lag <= DBL_MAX && !ignored) {
-                            const double d = f->max_lag * (1 + f->lag_noise * noise);
-                            var = largest(var, batch_var / ((1 + d) * (1 + d)));
-                            const double reach = d * sqrt(var);
-                            mean = smallest(largest(mean, batch_mean - reach), batch_mean + reach);
-                        }
-                        SET(f->trust, ignored ? 0 : trust)
-                        /* From the mean as it is stored, which z is made with. */
-                        SET(f->offset, ignored ? 0 : batch_mean - (double)(REAL)mean)
-                        SET(f->batch_std, ignored ? 0 : sqrt(batch_var))
-                    } else {
-                        const double kappa = (double)AT(f->last_gain) / largest((double)AT(f->count), TINY);
-                        const int floored = var <= (double)(REAL)f->variance_floor &&
-                                            (double)AT(f->samples) < f->warmup_samples;
-                        SET(f->kappa_mean, kappa)
-                        SET(f->kappa_var, floored ? 0 : kappa)
-                    }
-                }
-            }
-            residual = mean - (double)(REAL)mean;
-            SET(f->mean, mean)
-            SET(f->var, var)
-            if (f->rstd) AT(f->rstd) = (REAL)(1 / sqrt((double)(REAL)var + f->eps));
-        } else {
-            mean = (double)AT(f->mean), var = (double)AT(f->var);
-        }
-        if (f->stages & APPLY) {
-            const double rstd = 1 / sqrt((double)(REAL)var + f->eps);
-            const double slope = f->weight ? rstd * (double)AT(f->weight) : rstd;
-            const double base = (f->bias ? (double)AT(f->bias) : 0) - residual * slope;
-            for (int64_t i = 0; i < repeats; i++) {
-                ((REAL *)scratch->centre)[i * channels + c] = (REAL)mean;
-                ((REAL *)scratch->slope)[i * channels + c] = (REAL)slope;
-                ((REAL *)scratch->base)[i * channels + c] = (REAL)base;
-            }
-        }
+/* See update.update_gradient: Σdy and Σdy·z, in `first` and `second`, enter, and s·G0 and s·G1 take their place. */
+TARGET static void STATE_NAME(enter_gradient)(const Backward *b, Chunk *k, int64_t begin, int64_t size) {
+    const double elements = (double)(b->outer * b->inner);
+    if (b->pooled_count) {
+        EACH k->n[i] = (double)AT(b->pooled_count);
+    } else {
+        EACH k->n[i] = elements;
     }
-    if (f->stages & UPDATE && f->updates && begin == 0) *(int64_t *)f->num_batches_tracked += f->batch_samples > 0;
+    EACH {
+        const double n = k->n[i], trust = (double)AT(b->trust), keep = 1 - trust;
+        const double p0 = k->first[i] / n, p1 = k->second[i] / n;
+        const int finite = (fabs(k->first[i]) <= MAXIMUM) & (fabs(k->second[i]) <= MAXIMUM);
+        const double old_dy = (double)AT(b->sum_dy), old_dy_xhat = (double)AT(b->sum_dy_xhat);
+        const double old_count = (double)AT(b->count_dy);
+        const double sum_dy = finite ? ROUNDED(keep * old_dy + trust * p0) : old_dy;
+        const double sum_dy_xhat = finite ? ROUNDED(keep * old_dy_xhat + trust * p1) : old_dy_xhat;
+        const double count = finite ? ROUNDED(keep * old_count + trust) : old_count;
+        AT(b->sum_dy) = (REAL)sum_dy, AT(b->sum_dy_xhat) = (REAL)sum_dy_xhat, AT(b->count_dy) = (REAL)count;
+        const double rstd = (double)AT(b->rstd), least = largest(count, TINY), m0 = sum_dy / least;
+        const double m1 = sum_dy_xhat / least;
+        const double scale = STATE_NAME(scale_of_means)((double)AT(b->offset) * rstd, (double)AT(b->batch_std) * rstd,
+                                                        m0, m1, p0, p1);
+        /* What the forward has ignored is normalised by constants, and no gradient flows through those. */
+        const double counted = finite & (trust != 0) ? scale : 0;
+        k->first[i] = m0 * counted, k->second[i] = m1 * counted;
+    }
+    STORE(b->m0, k->first)
+    STORE(b->m1, k->second)
+}
+
+/* kappa times the sums in `values`, with 1/n for NULL. Where kappa is 0, so is the term: a channel that was not finite
+   has sums that are not either. */
+TARGET static void STATE_NAME(scale_by)(const void *kappa, double otherwise, double *values, int64_t begin,
+                                        int64_t size) {
+    if (!kappa) {
+        EACH values[i] *= otherwise;
+        return;
+    }
+    EACH {
+        const double factor = (double)AT(kappa), term = factor * values[i];
+        values[i] = factor == 0 ? 0 : term;
+    }
+}
+
+TARGET static void STATE_NAME(backward_chunk)(const Backward *b, const Scratch *scratch, int64_t begin, int64_t size) {
+    Chunk chunk, *k = &chunk;
+    if (b->stages & SUMS) {
+        const double *first = scratch->first + begin, *second = scratch->second + begin;
+        EACH k->first[i] = first[i], k->second[i] = second[i] * (double)AT(b->rstd);
+        STORE(b->batch_sum_dy, k->first)
+        STORE(b->batch_sum_dy_xhat, k->second)
+    } else if (b->batch_sum_dy) {
+        EACH k->first[i] = (double)AT(b->batch_sum_dy), k->second[i] = (double)AT(b->batch_sum_dy_xhat);
+    } else {
+        EACH k->first[i] = k->second[i] = 0;
+    }
+    if (b->stages & UPDATE) {
+        STATE_NAME(enter_gradient)(b, k, begin, size);
+    } else if (b->m0) {
+        EACH k->first[i] = (double)AT(b->m0), k->second[i] = (double)AT(b->m1);
+    } else {
+        const double one = 1 / (double)(b->outer * b->inner);
+        STATE_NAME(scale_by)(b->kappa_mean, one, k->first, begin, size);
+        STATE_NAME(scale_by)(b->kappa_var, one, k->second, begin, size);
+    }
+    if (!(b->stages & APPLY)) return;
+    /* dx = scale·dy + slope·(x − centre) + base. */
+    if (b->weight) {
+        EACH k->third[i] = (double)AT(b->rstd) * (double)AT(b->weight);
+    } else {
+        EACH k->third[i] = (double)AT(b->rstd);
+    }
+    EACH {
+        k->mean[i] = (double)AT(b->mean);
+        k->second[i] *= -k->third[i] * (double)AT(b->rstd);
+        k->first[i] *= -k->third[i];
+    }
+    for (int64_t r = 0; r < scratch->repeats; r++) {
+        STORE((REAL *)scratch->centre + r * b->channels, k->mean)
+        STORE((REAL *)scratch->scale + r * b->channels, k->third)
+        STORE((REAL *)scratch->slope + r * b->channels, k->second)
+        STORE((REAL *)scratch->base + r * b->channels, k->first)
+    }
 }
 
 TARGET static void STATE_NAME(finish_backward)(const Backward *b, const Scratch *scratch, int64_t begin, int64_t end) {
-    const int64_t repeats = scratch->repeats, channels = b->channels;
-    const double elements = (double)(b->outer * b->inner);
-    for (int64_t c = begin; c < end; c++) {
-        double sum_dy = 0, sum_dy_xhat = 0, m0, m1;
-        if (b->stages & SUMS) {
-            sum_dy = scratch->first[c];
-            sum_dy_xhat = scratch->second[c] * (double)AT(b->rstd);
-            SET(b->batch_sum_dy, sum_dy)
-            SET(b->batch_sum_dy_xhat, sum_dy_xhat)
-        } else if (b->batch_sum_dy) {
-            sum_dy = (double)AT(b->batch_sum_dy), sum_dy_xhat = (double)AT(b->batch_sum_dy_xhat);
-        }
-        if (b->stages & UPDATE) {
-            const double n = b->pooled_count ? (double)AT(b->pooled_count) : elements;
-            const double p0 = sum_dy / n, p1 = sum_dy_xhat / n, trust = (double)AT(b->trust);
-            const int finite = fabs(sum_dy) <= MAXIMUM && fabs(sum_dy_xhat) <= MAXIMUM;
-            if (finite) {
-                const double keep = 1 - trust;
-                AT(b->sum_dy) = (REAL)(keep * (double)AT(b->sum_dy) + trust * p0);
-                AT(b->sum_dy_xhat) = (REAL)(keep * (double)AT(b->sum_dy_xhat) + trust * p1);
-                AT(b->count_dy) = (REAL)(keep * (double)AT(b->count_dy) + trust);
-            }
-            const double count = largest((double)AT(b->count_dy), TINY);
-            m0 = (double)AT(b->sum_dy) / count, m1 = (double)AT(b->sum_dy_xhat) / count;
-            /* What the forward has ignored is normalised by constants, and no gradient flows through those. */
-            const int counts = finite && trust != 0;
-            const double scale = counts ? STATE_NAME(scale_of_means)(b, c, m0, m1, p0, p1) : 0;
-            m0 *= scale, m1 *= scale;
-            SET(b->m0, m0)
-            SET(b->m1, m1)
-        } else if (b->m0) {
-            m0 = (double)AT(b->m0), m1 = (double)AT(b->m1);
-        } else {
-            /* Where kappa is 0, so is the term: a channel that was not finite has sums that are not either. */
-            const double kappa_mean = b->kappa_mean ? (double)AT(b->kappa_mean) : 1 / elements;
-            const double kappa_var = b->kappa_var ? (double)AT(b->kappa_var) : 1 / elements;
-            m0 = kappa_mean == 0 ? 0 : kappa_mean * sum_dy;
-            m1 = kappa_var == 0 ? 0 : kappa_var * sum_dy_xhat;
-        }
-        if (b->stages & APPLY) {
-            const double rstd = (double)AT(b->rstd), scale = b->weight ? rstd * (double)AT(b->weight) : rstd;
-            for (int64_t i = 0; i < repeats; i++) {
-                ((REAL *)scratch->centre)[i * channels + c] = AT(b->mean);
-                ((REAL *)scratch->scale)[i * channels + c] = (REAL)scale;
-                ((REAL *)scratch->slope)[i * channels + c] = (REAL)(-scale * rstd * m1);
-                ((REAL *)scratch->base)[i * channels + c] = (REAL)(-scale * m0);
-            }
-        }
-    }
+    for (int64_t c = begin; c < end; c += CHUNK)
+        STATE_NAME(backward_chunk)(b, scratch, c, end - c < CHUNK ? end - c : CHUNK);
 }
 
-#undef AT
-#undef SET
+#undef STORE
