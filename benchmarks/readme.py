@@ -39,6 +39,7 @@ from .layers_report import (
     worst_errors,
 )
 from .models import markdown_table
+from .versions_report import environments_table, failures_list, load, results_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -267,6 +268,11 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/accuracy_demo.md": {"demo": demo_table},
     "docs/recalibration.md": {"population": population_candidates, "error bars": error_bars}
     | {name: partial(example_table, name) for name in EXAMPLES},
+    "docs/versions.md": {
+        "environments": lambda: environments_table(load()),
+        "tests": lambda: results_table(load()),
+        "failures": lambda: failures_list(load()),
+    },
     "docs/gpus.md": {"host": gpu_report.host_table, "gpu": gpu_report.gpu_tables},
 }
 

@@ -80,15 +80,16 @@ def outcomes(file: Path, seconds: float, options: Sequence[str]) -> Record:
 def run(files: Iterable[Path], to: Path, seconds: float = SECONDS, options: Sequence[str] = ()) -> bool:
     """Run files of tests and append a line for each; whether nothing failed."""
     on = machine()
-    about = {"environment": environment(), "code": code_version(), "date": on["date"], "processor": on["processor"]}
+    about = {"environment": environment(), "date": on["date"], "processor": on["processor"]}
     passed = True
     for file in files:
         name = file.resolve().relative_to(ROOT).as_posix() if file.resolve().is_relative_to(ROOT) else file.name
+        code = code_version()  # before each file: work may go on meanwhile
         found = outcomes(file.resolve(), seconds, options)
         passed &= found["failed"] == 0
         print(name, *(f"{found[key]} {key}" for key in ("passed", "failed", "skipped")), flush=True)
         with to.open("a") as stream:
-            stream.write(json.dumps({**about, "file": name, **found}) + "\n")
+            stream.write(json.dumps({**about, "code": code, "file": name, **found}) + "\n")
     return passed
 
 
