@@ -651,6 +651,22 @@ def test_the_variance_of_bfloat16_is_as_good_as_that_of_float32(layout, shape, m
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(64, 4), (2, 4, 8, 4)])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_bfloat16_is_rounded_as_torch_rounds_it(name, shape):
+    """Halfway between two numbers to the even one, and what is beyond the largest to infinity; NaN stays."""
+    x = (1 + torch.arange(256) / 128).view(shape).bfloat16()
+    x.view(-1)[::7] = torch.finfo(torch.bfloat16).max
+    x.view(-1)[::50] = torch.nan
+    zero, one = torch.zeros(4), torch.ones(4)
+    for weight, bias in ((one, one / 512), (one, one / 256), (-one, one / 256), (one * (1 + 2**-9), zero)):
+        exact = x.float() * weight.view(-1, *[1] * (x.dim() - 2)) + bias.view(-1, *[1] * (x.dim() - 2))
+        with instruction_set(name) as exists:
+            y = cpu.normalize(x, zero, one, weight, bias, 0.0)
+        if exists:
+            torch.testing.assert_close(y, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @each_pair(
     shape=names_of((40, 5), (4, 5, 6, 7), (9_000, 5), (4, 5, 60, 70)),
     poison=names_of(float("nan"), float("inf"), -float("inf"), 1e30),
