@@ -637,6 +637,23 @@ def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(l
         torch.testing.assert_close(unbiased, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(9_000, 4), (16, 4, 24, 24), (2, 4, 60, 60)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_variance_of_float64_does_not_suffer_from_a_pivot_that_is_an_outlier(layout, shape):
+    """Squares about such a pivot are 1e12, and their roundings more than 1e-14 of the variance."""
+    x = noise(shape, 0, torch.float64)
+    flat, n = x.view(*shape[:2], -1), len(x) // 2
+    # What a pivot may be the median of, in either layout.
+    for sample, position in ((0, 0), (n, 0), (n, flat.shape[2] // 2), (-1, -1)):
+        flat[sample, :, position] += 1e6
+    x = LAYOUTS[layout](x)
+    expected = x.transpose(0, 1).flatten(1).var(1, correction=0)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        found = cpu.batch_norm(x, None, None, EPS, torch.float64)[2]
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("first", [0.0, 300.0])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("shape", [(16, 4, 24, 24), (2, 2, 300, 400), (40_000, 4)])
