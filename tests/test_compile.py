@@ -107,6 +107,7 @@ def test_an_activation_in_place_after_it():
     assert_steps_agree(eager, copied, compiled, [8] * 3)
 
 
+@pytest.mark.slow
 def test_the_same_layer_twice_in_one_graph():
     class Twice(nn.Module):
         def __init__(self):
