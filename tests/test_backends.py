@@ -262,6 +262,7 @@ def test_the_version_is_an_instruction_set():
     assert cpu.version() in ("baseline", "avx2", "avx512")
 
 
+@pytest.mark.slow
 @needs_c
 @pytest.mark.parametrize(("capability", "used"), [("default", "baseline"), ("avx2", "avx2")])
 def test_no_more_of_the_processor_is_used_than_torch_is_allowed(capability, used):

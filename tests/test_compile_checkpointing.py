@@ -44,7 +44,9 @@ def outside(net):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("arrange", [
     pytest.param(inside, id="checkpoint in compile"),
-    pytest.param(outside, id="compile in checkpoint", marks=needs_checkpoints_of_compiled_modules),
+    pytest.param(
+        outside, id="compile in checkpoint", marks=(needs_checkpoints_of_compiled_modules, pytest.mark.slow)
+    ),
 ])  # fmt: skip
 @pytest.mark.parametrize(
     "make",

@@ -637,6 +637,23 @@ def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(l
         torch.testing.assert_close(unbiased, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(9_000, 4), (16, 4, 24, 24), (2, 4, 60, 60)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_variance_of_float64_does_not_suffer_from_a_pivot_that_is_an_outlier(layout, shape):
+    """Squares about such a pivot are 1e12, and their roundings more than 1e-14 of the variance."""
+    x = noise(shape, 0, torch.float64)
+    flat, n = x.view(*shape[:2], -1), len(x) // 2
+    # What a pivot may be the median of, in either layout.
+    for sample, position in ((0, 0), (n, 0), (n, flat.shape[2] // 2), (-1, -1)):
+        flat[sample, :, position] += 1e6
+    x = LAYOUTS[layout](x)
+    expected = x.transpose(0, 1).flatten(1).var(1, correction=0)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        found = cpu.batch_norm(x, None, None, EPS, torch.float64)[2]
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("first", [0.0, 300.0])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("shape", [(16, 4, 24, 24), (2, 2, 300, 400), (40_000, 4)])
@@ -649,6 +666,22 @@ def test_the_variance_of_bfloat16_is_as_good_as_that_of_float32(layout, shape, m
     expected = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
     found = moments(cpu.batch_sums(x, torch.float32).sums)[1]
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 4), (2, 4, 8, 4)])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_bfloat16_is_rounded_as_torch_rounds_it(name, shape):
+    """Halfway between two numbers to the even one, and what is beyond the largest to infinity; NaN stays."""
+    x = (1 + torch.arange(256) / 128).view(shape).bfloat16()
+    x.view(-1)[::7] = torch.finfo(torch.bfloat16).max
+    x.view(-1)[::50] = torch.nan
+    zero, one = torch.zeros(4), torch.ones(4)
+    for weight, bias in ((one, one / 512), (one, one / 256), (-one, one / 256), (one * (1 + 2**-9), zero)):
+        exact = x.float() * weight.view(-1, *[1] * (x.dim() - 2)) + bias.view(-1, *[1] * (x.dim() - 2))
+        with instruction_set(name) as exists:
+            y = cpu.normalize(x, zero, one, weight, bias, 0.0)
+        if exists:
+            torch.testing.assert_close(y, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @each_pair(

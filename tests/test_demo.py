@@ -244,6 +244,7 @@ def test_batches_are_what_the_situation_says(situation):
     assert not torch.equal(torch.cat(batches), torch.cat(schedule(labels, situation, seed=1)))
 
 
+@pytest.mark.slow
 def test_runs_repeat_exactly_and_leave_the_random_state_and_the_settings_alone():
     before = torch.get_rng_state(), torch.get_num_threads(), torch.backends.mkldnn.enabled
     for situation in SITUATIONS:

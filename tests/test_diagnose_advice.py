@@ -81,6 +81,7 @@ def test_a_deviation_within_its_error_is_not_called_off():
     assert names(diagnose(layer, [rows(256, seed=seed) for seed in range(40)])) == ["off"]
 
 
+@pytest.mark.slow
 def test_few_batches_raise_no_alarm_and_claim_nothing():
     """Of the data that the statistics are right for. Two errors would be exceeded in a third of the cases."""
     off = 0
