@@ -2,6 +2,7 @@
 
     python -m benchmarks.versions                            all tests
     python -m benchmarks.versions tests/test_compile*.py     some files
+    python -m benchmarks.versions FILE -k "timm or monai"    some tests of a file
     python -m benchmarks.versions FILE ... --to results.jsonl
 
 Each file of tests runs in a process of its own, so that one that crashes or takes too long is a failure like others. A
@@ -77,8 +78,9 @@ def outcomes(file: Path, seconds: float, options: Sequence[str]) -> Record:
     return {"passed": counts["passed"], "failed": len(failures), "skipped": counts["skipped"], "failures": failures}
 
 
-def run(files: Iterable[Path], to: Path, seconds: float = SECONDS, options: Sequence[str] = ()) -> bool:
-    """Run files of tests and append a line for each; whether nothing failed."""
+def run(files: Iterable[Path], to: Path, seconds: float, options: Sequence[str] = (), selection: str = "") -> bool:
+    """Run files of tests, or what `selection` selects in them, and append a line for each; whether nothing failed."""
+    options = [*options, "-k", selection] if selection else options
     on = machine()
     about = {"environment": environment(), "date": on["date"], "processor": on["processor"]}
     passed = True
@@ -89,7 +91,7 @@ def run(files: Iterable[Path], to: Path, seconds: float = SECONDS, options: Sequ
         passed &= found["failed"] == 0
         print(name, *(f"{found[key]} {key}" for key in ("passed", "failed", "skipped")), flush=True)
         with to.open("a") as stream:
-            stream.write(json.dumps({**about, "code": code, "file": name, **found}) + "\n")
+            stream.write(json.dumps({**about, "code": code, "file": name, "selection": selection, **found}) + "\n")
     return passed
 
 
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--to", type=Path, default=RESULTS, metavar="FILE", help="what to append to; default: %(default)s"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each file; default: %(default)s")
+    parser.add_argument("-k", dest="selection", default="", metavar="EXPRESSION", help="only these tests, as in pytest")
     parser.add_argument("-n", dest="processes", metavar="N", help="processes for each file, with pytest-xdist")
     found = parser.parse_args(arguments)
     files = found.files or sorted(ROOT.glob("tests/test_*.py"))
@@ -108,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         parser.error(f"expected files of tests, and there is no {', '.join(missing)}")
     options = ["-n", found.processes] if found.processes else []
-    return 0 if run(files, found.to, found.seconds, options) else 1
+    return 0 if run(files, found.to, found.seconds, options, found.selection) else 1
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ class Environment:
         parts = [f"{passed} passed"]
         parts += [f"**{failed} failed**"] if failed else []
         parts += [f"{skipped} skipped"] if skipped else []
-        return ", ".join(parts)
+        selected = dict.fromkeys(record.get("selection", "") for record in records)
+        return ", ".join(parts) + "".join(f" (only `{selection}`)" for selection in selected if selection)
 
 
 def load(path: Path = RESULTS) -> list[Environment]:
@@ -100,7 +101,7 @@ def results_table(environments: Sequence[Environment]) -> str:
         by_environment = [[r for file, r in e.by_file.items() if group(file) == name] for e in environments]
         if any(by_environment):
             rows.append([name, *(e.cell(records) for e, records in zip(environments, by_environment))])
-    rows.append(["all", *(e.cell(list(e.by_file.values())) for e in environments)])
+    rows.append(["all of these", *(e.cell(list(e.by_file.values())).partition(" (only")[0] for e in environments)])
     return markdown(["", *(e.name for e in environments)], rows)
 
 

@@ -94,6 +94,16 @@ def test_each_file_has_a_line_with_the_versions(tmp_path, monkeypatch):
     assert about["RUNNINGBN_BACKEND"] == "aten"
 
 
+@pytest.mark.slow
+def test_tests_can_be_selected(tmp_path):
+    file, to = tmp_path / "test_mixed.py", tmp_path / "results.jsonl"
+    file.write_text(MIXED)
+    assert versions.run([file], to, 300.0, ["--import-mode=importlib"], "passes or skips")
+    (found,) = map(json.loads, to.read_text().splitlines())
+    assert (found["passed"], found["failed"], found["skipped"]) == (3, 0, 1)
+    assert found["selection"] == "passes or skips"
+
+
 def test_a_file_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         versions.main(["tests/test_no_such.py"])
@@ -106,9 +116,11 @@ OLD = {"python": "3.10.1", "torch": "2.4.1", "system": "Linux x86_64"}
 NEW = {"python": "3.13.0", "torch": "2.14.1", "timm": "1.0", "system": "Linux x86_64"}
 
 
-def record(environment: dict[str, str], file: str, passed: int, failures=(), skipped: int = 0, code: str = "abc"):
+def record(
+    environment: dict[str, str], file: str, passed: int, failures=(), skipped: int = 0, code: str = "abc", **other
+):
     found = {"environment": environment, "code": code, "date": "2026-01-01", "file": f"tests/test_{file}.py"}
-    return {**found, "passed": passed, "failed": len(failures), "skipped": skipped, "failures": list(failures)}
+    return {**found, "passed": passed, "failed": len(failures), "skipped": skipped, "failures": list(failures), **other}
 
 
 @pytest.fixture
@@ -121,6 +133,7 @@ def environments(tmp_path):
         record(NEW, "masks", 3, skipped=1, code="def"),
         record(NEW, "compile_checkpointing", 4),
         record(NEW, "never_heard_of", 6),
+        record(OLD, "weights", 7, selection="state"),
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return load(path)
@@ -132,8 +145,9 @@ def test_newest_versions_come_first_with_their_last_results(environments):
     assert table[2:] == [
         "| layers, their state and gradients | 5 passed, 1 skipped | 5 passed, **1 failed** |",
         "| torch.compile and export | 4 passed | not run |",
+        "| centred weights | not run | 7 passed (only `state`) |",
         "| others | 6 passed | not run |",
-        "| all | 15 passed, 1 skipped | 5 passed, **1 failed** |",
+        "| all of these | 15 passed, 1 skipped | 12 passed, **1 failed** |",
     ]
 
 
