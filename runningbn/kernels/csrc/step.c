@@ -48,7 +48,7 @@ static int (*kernel_backward)(const Backward *b);
 static PyObject *tensor_type, *parameter_type, *empty_like, *increment_version, *get_num_threads, *plan_of;
 
 #define STRINGS(X)                                                                                              \
-    X(training) X(track_running_stats) X(sync) X(num_features) X(eps) X(momentum) X(gradient) X(max_lag)         \
+    X(training) X(track_running_stats) X(num_features) X(eps) X(momentum) X(gradient) X(max_lag)         \
     X(_parameters) X(_buffers) X(weight) X(bias) X(is_neg) X(new_empty)
 #define AS_OBJECT(name) static PyObject *s_##name;
 STRINGS(AS_OBJECT)
@@ -401,7 +401,7 @@ static void drop(Step *s) {
 /* A step of a layer with these attributes that is in order; 0, mostly without an error, if it is not. */
 static int look_at_step(PyObject *layer, PyObject *dict, PyObject *x, Step *s) {
     if (own(dict, s_training) != Py_True || own(dict, s_track_running_stats) != Py_True) return 0;
-    if (own(dict, s_sync) != Py_False || !look_at_data(x, &s->data)) return 0;
+    if (!look_at_data(x, &s->data)) return 0;
     const Data *data = &s->data;
     PyObject *features = own(dict, s_num_features), *eps = own(dict, s_eps), *momentum = own(dict, s_momentum);
     if (!features || !PyLong_CheckExact(features) || !momentum) return 0;
