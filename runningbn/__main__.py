@@ -94,6 +94,7 @@ def _add_no_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_backends(arguments: argparse.Namespace) -> int:
     from runningbn import kernels
+    from runningbn.kernels import cpu, cpu_step
 
     rows = [("backend", "version", "takes", "here")]
     for name, backend in kernels.BACKENDS.items():
@@ -104,6 +105,9 @@ def _run_backends(arguments: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     forced = kernels.forced_backend()
     print(f"\n{forced!r} is forced." if forced else "\nThe first backend that supports an input is used.")
+    if cpu.unavailable() is None:
+        reason = cpu_step.unavailable()
+        print(f"Steps on the CPU are prepared in {f'Python, which takes longer: {reason}' if reason else 'C'}.")
     print("torch.compile traces plain torch operations and fuses them itself.")
     return 0
 

@@ -18,16 +18,19 @@ import pytest
 import runningbn
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("cpu.c", "cpu.h", "cpu_dtypes.h", "cpu_loops.h", "cpu_state.h")
+SOURCES = (
+    "cpu.c", "cpu.h", "cpu_dtypes.h", "cpu_gradient.h", "cpu_loops.h", "cpu_state.h",
+    "step.c", "step_plans.h", "step_tensors.h",
+)  # fmt: skip
 GENERATED = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist")
 RELEASE = {"SOURCE_DATE_EPOCH": "1700000000"}
 NO_COMPILER = {"CC": "/bin/false", "LDSHARED": "/bin/false"}
 
-# Trains, and says where it came from, what serves and why C does not.
+# Trains, and says where it came from, what serves and why C does not: kernels, and what prepares their steps.
 STEP = """
 import torch, runningbn
 from runningbn import RunningBatchNorm
-from runningbn.kernels import BACKENDS, backend_for
+from runningbn.kernels import BACKENDS, backend_for, cpu_step
 x = torch.randn(4, 3, 5, 5, requires_grad=True)
 layer = RunningBatchNorm(3)
 layer(x).square().sum().backward()
@@ -35,6 +38,7 @@ assert x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
 print(runningbn.__file__)
 print(backend_for(x.detach(), torch.float32).__name__)
 print(BACKENDS["cpu"].unavailable())
+print(cpu_step.unavailable())
 """
 
 pytestmark = [
@@ -95,6 +99,17 @@ def wheel_without_c(tree, tmp_path_factory) -> Path:
     return wheel
 
 
+@pytest.fixture(scope="module")
+def wheel_without_headers(tree, tmp_path_factory) -> Path:
+    """What comes out where the compiler finds no headers of Python."""
+    folder = tmp_path_factory.mktemp("compiler")
+    compiler = folder / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *step.c*) exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    (wheel,) = build(("--wheel",), tree, tmp_path_factory.mktemp("dist-without-headers"), CC=str(compiler))
+    return wheel
+
+
 def names(archive: Path) -> set[str]:
     """The files in a wheel, or in an sdist below its folder."""
     if archive.suffix == ".whl":
@@ -127,7 +142,7 @@ def test_sdist_has_no_part_of_the_tests_and_nothing_built(sdist):
 
 def test_wheel_has_the_package_and_nothing_else(wheel):
     inside = names(wheel)
-    assert inside >= modules() | {"runningbn/kernels/_cpu.abi3.so"}
+    assert inside >= modules() | {f"runningbn/kernels/{name}.abi3.so" for name in ("_cpu", "_step")}
     assert {name.partition("/")[0] for name in inside} == {"runningbn", f"runningbn-{runningbn.__version__}.dist-info"}
 
 
@@ -161,17 +176,30 @@ def test_metadata_say_what_the_package_is(wheel):
 
 
 def test_installed_wheel_trains_by_its_c_kernels(wheel, tmp_path):
-    from runningbn.kernels import cpu
+    from runningbn.kernels import cpu, cpu_step
 
     target = install(wheel, tmp_path / "site")
-    file, serving, reason = run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
+    file, serving, reason, of_steps = run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
     assert Path(file).is_relative_to(target)
+    assert of_steps == str(cpu_step.unavailable())
     # On a torch without what they need, they say so as they do in the tree.
     assert (serving, reason) == (
         ("runningbn.kernels.cpu", "None")
         if cpu.unavailable() is None
         else ("runningbn.kernels.aten", cpu.unavailable())
     )
+
+
+def test_without_headers_of_python_the_kernels_are_there_and_python_prepares_their_steps(
+    wheel_without_headers, tmp_path
+):
+    inside = {name for name in names(wheel_without_headers) if name.endswith(".so")}
+    assert inside == {"runningbn/kernels/_cpu.abi3.so"}
+    target = install(wheel_without_headers, tmp_path / "site")
+    _, serving, reason, of_steps = run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
+    if reason == "None":
+        assert serving == "runningbn.kernels.cpu"
+        assert "headers of Python" in of_steps
 
 
 def test_without_a_compiler_the_wheel_has_python_only(wheel_without_c):
@@ -182,9 +210,9 @@ def test_without_a_compiler_the_wheel_has_python_only(wheel_without_c):
 
 def test_without_a_compiler_torch_serves_and_the_command_line_says_why(wheel_without_c, tmp_path):
     target = install(wheel_without_c, tmp_path / "site")
-    file, serving, reason = run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
+    file, serving, reason, of_steps = run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
     assert Path(file).is_relative_to(target)
-    assert serving == "runningbn.kernels.aten"
+    assert (serving, of_steps) == ("runningbn.kernels.aten", reason)
     assert "C compiler" in reason
     told = run(sys.executable, "-m", "runningbn", "backends", cwd=tmp_path, PYTHONPATH=str(target))
     (row,) = [line for line in told.splitlines() if line.startswith("cpu ")]

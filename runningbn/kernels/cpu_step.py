@@ -27,6 +27,8 @@ from .cpu_calls import describe_update
 from .cpu_library import INTERFACE, Forward, library
 
 _EXTENSION = f"{__package__}._step"
+# A capsule of DLPack 1.3, in torch from 2.10 on.
+_EXCHANGE = "__dlpack_c_exchange_api__"
 
 
 class _Extension(NamedTuple):
@@ -43,7 +45,7 @@ def extension() -> _Extension:
     library_is_missing = library().unavailable
     if library_is_missing is not None:
         return _without(library_is_missing)
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    exchange = getattr(Tensor, _EXCHANGE, None)
     if exchange is None:
         return _without(f"torch {torch.__version__} has no C functions of DLPack")
     try:

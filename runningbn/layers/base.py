@@ -45,7 +45,7 @@ class Layer(LoadableStatistics):
 
     def _step_at_once(self, x: Tensor) -> Tensor | None:
         """A training step where nothing is out of the ordinary; None, with nothing changed, elsewhere."""
-        if not (self.training and x.is_cpu and kernels.is_ordinary()):
+        if not self.training or self.sync or not (x.is_cpu and kernels.is_ordinary()):
             return None
         self._check_input_dim(x)
         return step_at_once(self, x)

@@ -39,6 +39,7 @@
 #define TINY 1.1754943508222875e-38
 #define EPSILON 1.1920928955078125e-07
 #include "cpu_state.h"
+#include "cpu_gradient.h"
 
 #define DTYPE float
 #define SINGLE_RUNS 0
@@ -65,6 +66,7 @@
 #define TINY 2.2250738585072014e-308
 #define EPSILON 2.220446049250313e-16
 #include "cpu_state.h"
+#include "cpu_gradient.h"
 
 #define DTYPE double
 #define SINGLE_RUNS 0
