@@ -69,17 +69,12 @@ class Passes:
         targets = chosen(model, layers)
         self.names, self.layers = list(targets), list(targets.values())
         self.prior = prior
-        self.batches = 0
         self.available: int | None = None  # number of batches that this process has; None if not known
         self.observer = Observer(self.layers, self._so_far, self.names)
         self._model = model
         self._estimator = _ESTIMATORS[variance]()
-        self._sums = self._accumulator(range(len(self.layers)))
-        self._found: dict[int, Found] = {}
-        self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
-        self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
-        self._repeated: set[int] = set()  # layers called more than once in some batch
-        self._passes = 1
+        self._forget_batches()
+        self._passes = 0
         self._seen = self._dropped = 0  # batches of all processes
         self._available: int | None = None  # of all processes
         self._biased: set[int] = set()  # layers whose running_var is biased
@@ -87,6 +82,15 @@ class Passes:
         self._old = self._flat("running_mean"), self._flat("running_var")
         count = len(self.layers)
         self.ranks = Ranks(process_group, max(len(self._message(self._sums, done=True)), count * count))
+
+    def _forget_batches(self) -> None:
+        """Start to collect from no batch."""
+        self.batches = 0
+        self._sums = self._accumulator(range(len(self.layers)))
+        self._found: dict[int, Found] = {}
+        self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
+        self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
+        self._repeated: set[int] = set()  # layers called more than once in some batch
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -128,6 +132,7 @@ class Passes:
             refines: whether `Recalibration.refine` follows.
         """
         own = self._sums
+        self._passes += 1
         next_check = _MIN_BATCHES
 
         def check(done: bool) -> bool:

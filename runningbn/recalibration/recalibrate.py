@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .batches import Forward, keeping, length, progress_bar, runner
+from .batches import Forward, keeping, length, progress_bar, runner, used_by_call
 from .hooks import head_skipped, observed, random_state_kept, recording_outside_use
 from .procedures import Recalibration
 from .ranks import is_sharded
@@ -40,6 +40,7 @@ def update_bn_stats(
     tolerance: float | None = None,
     prior: float = 0.0,
     process_group: Any = None,
+    memory_limit: float = 2**30,
 ) -> StatsReport:
     r"""Recompute the statistics of the BatchNorm layers of a model from data, exactly.
 
@@ -126,7 +127,7 @@ def update_bn_stats(
         _warn_no_layers("update_bn_stats", model)
         return StatsReport([], skipped=left_alone(model, ()))
     with recalibration.transaction(), random_state_kept(model):
-        _check(normalize, variance, num_iters, tolerance)
+        _check(normalize, variance, num_iters, tolerance, memory_limit)
         show, run_plain = progress_bar(progress), runner(model, forward, device)
 
         def run(batch: Any) -> None:
@@ -141,11 +142,19 @@ def update_bn_stats(
         batches = show(itertools.islice(data_loader, num_iters), _smaller(recalibration.available, num_iters))
         if is_sharded(model):
             batches = recalibration.in_step(batches)
-        kept: list[Any] = []
-        refines = normalize == "population"
-        recalibration.collect(keeping(batches, kept) if refines else batches, run, tolerance, refines)
-        if refines:
-            recalibration.refine(kept, run, show)
+        if normalize == "batch":
+            recalibration.collect(batches, run, tolerance)
+        else:
+            kept: list[Any] = []
+            if tolerance is None:
+                kept.extend(batches)
+            else:
+                recalibration.collect(keeping(batches, kept), run, tolerance, refines=True)
+            used = [used_by_call(batch) for batch in kept] if forward is None else kept
+            if not recalibration.refine_at_once(used, run, memory_limit):
+                if not recalibration.batches:
+                    recalibration.collect(kept, run, refines=True)
+                recalibration.refine(kept, run, show)
     return recalibration.finish()
 
 
@@ -233,7 +242,9 @@ def _smaller(*numbers: int | None) -> int | None:
     return min((number for number in numbers if number is not None), default=None)
 
 
-def _check(normalize: str, variance: str, num_iters: int | None, tolerance: float | None) -> None:
+def _check(
+    normalize: str, variance: str, num_iters: int | None, tolerance: float | None, memory_limit: float
+) -> None:  # fmt: skip
     if normalize not in ("batch", "population"):
         raise ValueError(f"normalize: expected 'batch' or 'population', got {normalize!r}")
     if normalize == "population" and variance == "batch":
@@ -242,3 +253,5 @@ def _check(normalize: str, variance: str, num_iters: int | None, tolerance: floa
         raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected None or a positive number, got {tolerance!r}")
+    if isinstance(memory_limit, bool) or not isinstance(memory_limit, (int, float)) or not memory_limit >= 0:
+        raise ValueError(f"memory_limit: expected a number of bytes of at least 0, got {memory_limit!r}")
