@@ -331,6 +331,13 @@ def needed(model: nn.Module, batches: list[Tensor]) -> float:
     return memory.peak * len(batches)
 
 
+def test_estimate_is_what_the_joined_forward_needs():
+    batches, model = picture_batches(6), residual().eval()
+    with PeakMemory() as memory, torch.no_grad():
+        model(torch.cat(batches))
+    assert memory.peak == pytest.approx(needed(model, batches), rel=0.05)
+
+
 def test_limit_decides():
     batches = list(DATA.split(16))
     rough = needed(mlp(4), batches)

@@ -50,16 +50,18 @@ class AtOnce(Passes):
             return False
         try:
             settled = self._settled_at_once(batches, run, memory_limit)
-            self._start_again(settled)
-            self.collect(batches, run)
-            self._found, evaluated = settled, self._found
-            if not self._compare(evaluated) or evaluated.keys() != settled.keys() or self._dropped:
-                raise _NotPossible("the batches by themselves are evaluated in another way")
-        except (Exception, _NotPossible) as error:  # an error of the model itself is raised again later
-            logger.info("normalize='population' goes layer by layer: %s: %s", type(error).__name__, error)
+        except (Exception, _NotPossible) as error:  # an error that is due to the model comes again with the batches
             self._start_again()
+            logger.info("normalize='population' goes layer by layer: %s: %s", type(error).__name__, error)
             return False
-        return True
+        self._start_again(settled)
+        self.collect(batches, run)
+        self._found, evaluated = settled, self._found
+        if self._compare(evaluated) and evaluated.keys() == settled.keys() and not self._dropped:
+            return True
+        self._start_again()
+        logger.info("normalize='population' goes layer by layer: the batches by themselves are evaluated differently")
+        return False
 
     def _settled_at_once(
         self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float

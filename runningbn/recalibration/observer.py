@@ -93,7 +93,9 @@ class Observer:
             if type(x) is not Tensor and is_derived(x):
                 compute = partial(self.normalize, number, weight=layer.weight, bias=layer.bias, eps=layer.eps)
                 return through_class(compute, layer, x)
-            return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
+            # The first batch runs under a function mode, which slows every operation and has nothing to see here.
+            with torch._C.DisableTorchFunction() if type(x) is Tensor else nullcontext():
+                return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
         # The caller may have called train() inside the block.
         set_training(layer, False)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -216,28 +217,37 @@ class Passes:
     def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, Found]:
         """The statistics of these layers from their sums, for the layers that were used."""
         estimate = sums.estimate()
-        parts = zip(*(sums.split(vector) for vector in (*estimate, sums.totals[0])))
+        mean, var = estimate.mean, estimate.var
+        if isinstance(self._estimator, Population):
+            bessel = estimate.elements / (estimate.elements - 1).clamp_min(1)
+            for number, factor in zip(numbers, sums.split(bessel)):
+                if number in self._biased:
+                    factor.fill_(1)
+            var = var * bessel
+        stored = self._with_prior(numbers, mean, var, estimate.samples) if self.prior else (mean, var)
+        vectors = zip(*(sums.split(v) for v in (mean, var, *stored, estimate.mean_error, estimate.var_error)))
+        # All counts in one transfer; they are the same for all channels of a layer.
+        firsts = [0, *accumulate(sums.channels)][:-1]
+        counts = torch.stack((*estimate[-3:], sums.totals[0]))[:, firsts].T.tolist()
         found = {}
-        for number, (mean, var, mean_error, var_error, batches, elements, samples, total) in zip(numbers, parts):
-            if not total[0]:
-                continue
-            n = elements[0]
-            if number not in self._biased and isinstance(self._estimator, Population):
-                var = var * n / (n - 1).clamp_min(1)
-            stored = self._with_prior(number, mean, var, float(samples[0]))
-            counts = int(batches[0]), int(samples[0]), int(n)
-            found[number] = Found(mean, var, stored, mean_error, var_error, *counts)
+        for number, (mean, var, m, v, mean_error, var_error), (*data, total) in zip(numbers, vectors, counts):
+            if total:
+                batches, elements, samples = map(int, data)
+                written = self._in_dtype_of_buffers(number, m, v)
+                found[number] = Found(mean, var, written, mean_error, var_error, batches, samples, elements)
         return found
 
-    def _with_prior(self, number: int, mean: Tensor, var: Tensor, samples: float) -> Moments:
-        """The values to store: the moments mixed with the old statistics as `prior` samples, in the buffers' dtype."""
+    def _with_prior(self, numbers: Sequence[int], mean: Tensor, var: Tensor, samples: Tensor) -> Moments:
+        """The moments of the layers, concatenated, mixed with the old statistics as `prior` samples."""
+        old = (self._sums.split(old) for old in self._old)
+        m0, v0 = (torch.cat([parts[number] for number in numbers]).to(mean.device) for parts in old)
+        w = self.prior / (self.prior + samples)
+        return w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
+
+    def _in_dtype_of_buffers(self, number: int, mean: Tensor, var: Tensor) -> Moments:
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        m0, v0 = (self._sums.split(old)[number].to(mean.device) for old in self._old)
-        w = self.prior / (self.prior + samples)
-        mixed = w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
-        mean, var = mixed if self.prior else (mean, var)
         return mean.to(layer.running_mean), var.to(layer.running_var)
 
     def _so_far(self, number: int) -> Moments:

@@ -82,8 +82,11 @@ def update_bn_stats(
             - ``"population"``: by the final statistics of the layers before. The statistics are then the moments of
               each layer's input in evaluation, to 1e-4, for any batch size. The residual is measured with the new
               statistics in place, and reported. Every pass starts from the same state of the model, for stateful
-              modules. The batches are kept in memory, and the number of passes is about half the number of layers. (If
-              all data fit into one batch, ``"batch"`` gives the same in one pass, up to Bessel's correction.)
+              modules. The batches are kept in memory. There are two passes, of all batches joined and of each batch,
+              if `memory_limit` allows it, the batches can be concatenated, and the model treats their samples
+              independently. Otherwise, and with several processes, the number of passes is about half the number of
+              layers. The statistics of both ways agree to rounding. (If all data fit into one batch, ``"batch"`` gives
+              the same in one pass, up to Bessel's correction.)
         variance: ``"population"``, all data as one sample as above; ``"batch"``, the averages of the batches' means and
             of their Bessel-corrected variances, which omits the variance between batches.
         layers: which of ``get_bn_modules(model)`` to update: ``layers(name, module)`` or a collection of names or
@@ -95,6 +98,8 @@ def update_bn_stats(
             m = w·m₀ + (1 − w)·m₁ and v = w·v₀ + (1 − w)·v₁ + w·(1 − w)·(m₀ − m₁)².
         process_group: the processes that share the data; None for all; False for this process alone, without
             communication.
+        memory_limit: with ``normalize="population"``, how many bytes a forward pass of all batches joined may need
+            beside these, estimated from the first batch; by default 1 GiB. 0 never joins batches, infinity always.
 
     Returns:
         A `StatsReport`: prints as a table of how far each layer moved, and can ``undo()``.
