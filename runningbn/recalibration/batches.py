@@ -60,6 +60,11 @@ def call(model: nn.Module, batch: Any) -> object:
     return model(**batch)
 
 
+def used_by_call(batch: Any) -> Any:
+    """The batch without what `call` does not use: the elements of a list or tuple after the first."""
+    return tuple(batch[:1]) if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence) else batch
+
+
 def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
     while isinstance(model, PARALLEL_WRAPPERS):
         model = model.module

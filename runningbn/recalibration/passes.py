@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -67,17 +68,12 @@ class Passes:
         targets = chosen(model, layers)
         self.names, self.layers = list(targets), list(targets.values())
         self.prior = prior
-        self.batches = 0
         self.available: int | None = None  # number of batches that this process has; None if not known
         self.observer = Observer(self.layers, self._so_far, self.names)
         self._model = model
         self._estimator = _ESTIMATORS[variance]()
-        self._sums = self._accumulator(range(len(self.layers)))
-        self._found: dict[int, Found] = {}
-        self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
-        self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
-        self._repeated: set[int] = set()  # layers called more than once in some batch
-        self._passes = 1
+        self._forget_batches()
+        self._passes = 0
         self._seen = self._dropped = 0  # batches of all processes
         self._available: int | None = None  # of all processes
         self._biased: set[int] = set()  # layers whose running_var is biased
@@ -85,6 +81,15 @@ class Passes:
         self._old = self._flat("running_mean"), self._flat("running_var")
         count = len(self.layers)
         self.ranks = Ranks(process_group, max(len(self._message(self._sums, done=True)), count * count))
+
+    def _forget_batches(self) -> None:
+        """Start to collect from no batch."""
+        self.batches = 0
+        self._sums = self._accumulator(range(len(self.layers)))
+        self._found: dict[int, Found] = {}
+        self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
+        self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
+        self._repeated: set[int] = set()  # layers called more than once in some batch
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -126,6 +131,7 @@ class Passes:
             refines: whether `Recalibration.refine` follows.
         """
         own = self._sums
+        self._passes += 1
         next_check = _MIN_BATCHES
 
         def check(done: bool) -> bool:
@@ -209,36 +215,46 @@ class Passes:
     def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, Found]:
         """The statistics of these layers from their sums, for the layers that were used."""
         estimate = sums.estimate()
-        parts = zip(*(sums.split(vector) for vector in (*estimate, sums.totals[0])))
+        mean, var = estimate.mean, estimate.var
+        if isinstance(self._estimator, Population):
+            bessel = estimate.elements / (estimate.elements - 1).clamp_min(1)
+            for number, factor in zip(numbers, sums.split(bessel)):
+                if number in self._biased:
+                    factor.fill_(1)
+            var = var * bessel
+        stored = self._with_prior(numbers, mean, var, estimate.samples) if self.prior else (mean, var)
+        vectors = zip(*(sums.split(v) for v in (mean, var, *stored, estimate.mean_error, estimate.var_error)))
+        # All counts in one transfer; they are the same for all channels of a layer.
+        firsts = [0, *accumulate(sums.channels)][:-1]
+        counts = torch.stack((*estimate[-3:], sums.totals[0]))[:, firsts].T.tolist()
         found = {}
-        for number, (mean, var, mean_error, var_error, batches, elements, samples, total) in zip(numbers, parts):
-            if not total[0]:
-                continue
-            n = elements[0]
-            if number not in self._biased and isinstance(self._estimator, Population):
-                var = var * n / (n - 1).clamp_min(1)
-            stored = self._with_prior(number, mean, var, float(samples[0]))
-            found[number] = Found(
-                mean=mean,
-                var=var,
-                stored=stored,
-                mean_error=mean_error,
-                var_error=var_error,
-                batches=int(batches[0]),
-                samples=int(samples[0]),
-                elements=int(n),
-            )
+        for number, (mean, var, m, v, mean_error, var_error), (*data, total) in zip(numbers, vectors, counts):
+            if total:
+                batches, elements, samples = map(int, data)
+                written = self._in_dtype_of_buffers(number, m, v)
+                found[number] = Found(
+                    mean=mean,
+                    var=var,
+                    stored=written,
+                    mean_error=mean_error,
+                    var_error=var_error,
+                    batches=batches,
+                    samples=samples,
+                    elements=elements,
+                )
         return found
 
-    def _with_prior(self, number: int, mean: Tensor, var: Tensor, samples: float) -> Moments:
-        """The values to store: the moments mixed with the old statistics as `prior` samples, in the buffers' dtype."""
+    def _with_prior(self, numbers: Sequence[int], mean: Tensor, var: Tensor, samples: Tensor) -> Moments:
+        """The moments of the layers, concatenated, mixed with the old statistics as `prior` samples."""
+        old = (self._sums.split(old) for old in self._old)
+        m0, v0 = (torch.cat([parts[number] for number in numbers]).to(mean.device) for parts in old)
+        w = self.prior / (self.prior + samples)
+        return w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
+
+    def _in_dtype_of_buffers(self, number: int, mean: Tensor, var: Tensor) -> Moments:
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        m0, v0 = (self._sums.split(old)[number].to(mean.device) for old in self._old)
-        w = self.prior / (self.prior + samples)
-        mixed = w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
-        mean, var = mixed if self.prior else (mean, var)
         return mean.to(layer.running_mean), var.to(layer.running_var)
 
     def _so_far(self, number: int) -> Moments:
