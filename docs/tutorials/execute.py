@@ -2,8 +2,9 @@
 
     python docs/tutorials/execute.py [PATH.ipynb ...]
 
-Without paths, all of them. They run on one thread, so that the numbers depend less on the machine. What the cells print
-and draw is stored, without times and without the version of Python.
+Without paths, all of them. They run on one thread, so that the numbers depend less on
+the machine. What the cells print and draw is stored, without times and without the
+version of Python.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ METADATA = {
 
 
 def execute(path: Path) -> None:
-    """Run one notebook in a process of its own; if a cell fails, the file stays as it is."""
+    """Run one notebook in a process of its own; if a cell fails, the file is kept."""
     notebook = nbformat.read(path, nbformat.NO_CONVERT)
-    NotebookClient(notebook, kernel_name="python3", record_timing=False, coalesce_streams=True).execute()
+    NotebookClient(
+        notebook, kernel_name="python3", record_timing=False, coalesce_streams=True
+    ).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
     nbformat.write(notebook, path)
 
