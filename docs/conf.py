@@ -29,7 +29,8 @@ html_theme = "furo"
 html_show_copyright = False
 exclude_patterns = ["_build"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+nb_execution_mode = "off"  # the outputs are stored in the notebooks; tests/test_tutorials.py runs them
 myst_enable_extensions = ["dollarmath"]  # the formulas, which GitHub shows, too
 myst_heading_anchors = 2  # links to sections, as on GitHub
 html_math_renderer = "mathml"  # shown by browsers without a network, which MathJax would be loaded from
