@@ -57,9 +57,10 @@ class RecalibrationCallback:
 
     The batches are those of the training loader, read with a separate iterator: the random state, the generators and
     attributes of samplers, the generators of data sets, and running workers are not affected. A loader that can be read
-    only once, or that keeps one iterator for all epochs, needs `dataloader`. In several processes, each reads its part, and all get the statistics of the whole.
-    Layers that were in evaluation mode in the last training step are frozen: they keep their statistics. Gradients are
-    not affected. If recalibration fails, training raises, and the model is unchanged.
+    only once, or that keeps one iterator for all epochs, needs `dataloader`. In several processes, each reads its part,
+    and all get the statistics of the whole. Layers that were in evaluation mode in the last training step are frozen:
+    they keep their statistics. Gradients are not affected. If recalibration fails, training raises, and the model is
+    unchanged.
 
     Args:
         num_iters: number of batches for each process; None for all.
