@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 
 # Documented, and used by many libraries, but only at these places; no fallback.
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
     "TorchDispatchMode",
@@ -58,7 +58,10 @@ __all__ = [
     "process_group_of_name",
     "torch_function_enabled",
     "transforms_active",
+    "tree_flatten",
+    "tree_leaves",
     "tree_map_only",
+    "tree_unflatten",
 ]
 
 

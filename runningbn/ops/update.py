@@ -5,8 +5,8 @@ number of elements per channel of the batch.
 
 Traced code that writes buffers in place compiles to wrong gradients without a warning (seen in torch 2.13 and 2.14):
 the backward recomputes its coefficients from buffers that the forward has already overwritten. So each update is one
-operator, which the compiler cannot look into and whose results it has to save. Eager mode calls the function itself, which
-spares the dispatch.
+operator, which the compiler cannot look into and whose results it has to save. Eager mode calls the function itself,
+which spares the dispatch.
 """
 
 from __future__ import annotations

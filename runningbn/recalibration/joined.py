@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..ops.compat import TorchDispatchMode, tree_flatten, tree_leaves, tree_unflatten
 
 
 class NotJoinedError(ValueError):
