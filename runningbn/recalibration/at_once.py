@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.buffers import VIEW
 from .conventions import Moments
+from .found import Found
 from .joined import PeakMemory, check_joinable, joined, samples
 from .moments import Call
-from .passes import Found, Passes
+from .passes import Passes
 
 logger = logging.getLogger("runningbn")
 

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import kernels
 from ..layers.buffers import PooledStatistics
 from ..ops.compat import (
+    functions_disabled,
     get_unwrapped,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
@@ -71,9 +72,7 @@ class Observer:
         used_outside: layers whose statistics other code normalises by, see `OutsideUseRecorder`.
     """
 
-    def __init__(
-        self, layers: list[_BatchNorm], so_far: Callable[[int], Moments], names: Sequence[str] = ()
-    ) -> None:  # fmt: skip
+    def __init__(self, layers: list[_BatchNorm], so_far: Callable[[int], Moments], names: Sequence[str] = ()) -> None:
         self.layers, self.so_far, self.names = layers, so_far, names
         self.calls: list[Call] = []
         self.fixed: dict[int, Moments] = {}
@@ -100,7 +99,7 @@ class Observer:
                 compute = partial(self.normalize, number, weight=layer.weight, bias=layer.bias, eps=layer.eps)
                 return through_class(compute, layer, x)
             # The first batch runs under a function mode, which slows every operation and has nothing to see here.
-            with torch._C.DisableTorchFunction() if type(x) is Tensor else nullcontext():
+            with functions_disabled() if type(x) is Tensor else nullcontext():
                 return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
         # The caller may have called train() inside the block.

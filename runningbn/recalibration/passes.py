@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 
 from ..layers.buffers import PooledStatistics
 from .conventions import Convention, Moments
+from .found import Found, on_cpu
 from .kept import state_kept
 from .moments import Accumulator, Estimator, MeanOfBatches, Population
 from .observer import Observer
 from .ranks import Ranks, interrupts_deferred
-from .report import Certainty, LayerReport
+from .report import LayerReport
 from .selection import Layers, chosen
 
 logger = logging.getLogger("runningbn")
@@ -27,27 +27,6 @@ logger = logging.getLogger("runningbn")
 _ESTIMATORS: dict[str, type[Estimator]] = {"population": Population, "batch": MeanOfBatches}
 # With fewer batches, the estimate of the standard error is too uncertain to stop on it.
 _MIN_BATCHES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found(Certainty):
-    """The statistics of one layer while a recalibration runs; tensors are (C,), float64, on the device of the layer.
-
-    Users get a `LayerReport` of it, with the stored values and the old ones on the CPU.
-
-    Attributes:
-        mean, var: of its input; var in the convention of the layer's `running_var`.
-        stored: the values to write to the buffers: with the prior mixed in, in their dtype.
-    """
-
-    mean: Tensor
-    var: Tensor
-    stored: Moments
-
-    def certainty_on_cpu(self) -> dict[str, Any]:
-        """The fields of `Certainty` by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(Certainty)}
-        return {name: _on_cpu(value) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 class Passes:
@@ -226,22 +205,18 @@ class Passes:
         vectors = zip(*(sums.split(v) for v in (mean, var, *stored, estimate.mean_error, estimate.var_error)))
         # All counts in one transfer; they are the same for all channels of a layer.
         firsts = [0, *accumulate(sums.channels)][:-1]
-        counts = torch.stack((*estimate[-3:], sums.totals[0]))[:, firsts].T.tolist()
+        counts = torch.stack((estimate.batches, estimate.elements, estimate.samples, sums.totals[0]))[
+            :, firsts
+        ].T.tolist()
         found = {}
         for number, (mean, var, m, v, mean_error, var_error), (*data, total) in zip(numbers, vectors, counts):
             if total:
                 batches, elements, samples = map(int, data)
-                written = self._in_dtype_of_buffers(number, m, v)
+                stored_here = self._in_dtype_of_buffers(number, m, v)
                 found[number] = Found(
-                    mean=mean,
-                    var=var,
-                    stored=written,
-                    mean_error=mean_error,
-                    var_error=var_error,
-                    batches=batches,
-                    samples=samples,
-                    elements=elements,
-                )
+                    mean=mean, var=var, stored=stored_here, mean_error=mean_error, var_error=var_error,
+                    batches=batches, samples=samples, elements=elements,
+                )  # fmt: skip
         return found
 
     def _with_prior(self, numbers: Sequence[int], mean: Tensor, var: Tensor, samples: Tensor) -> Moments:
@@ -272,13 +247,13 @@ class Passes:
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        mean, var = map(_on_cpu, found.stored)
+        mean, var = map(on_cpu, found.stored)
         return LayerReport(
             name=self.names[number],
             mean=mean,
             var=var,
-            old_mean=_on_cpu(layer.running_mean),
-            old_var=_on_cpu(layer.running_var),
+            old_mean=on_cpu(layer.running_mean),
+            old_var=on_cpu(layer.running_var),
             eps=layer.eps,
             feeds_itself=number in self._repeated,
             correction=int(number not in self._biased),
@@ -301,8 +276,3 @@ class Passes:
         first = layers[0].running_mean if layers else None
         device = torch.device("cpu") if first is None else first.device
         return Accumulator([layer.num_features for layer in layers], self._estimator, device)
-
-
-def _on_cpu(vector: Tensor) -> Tensor:
-    """A copy, in float64."""
-    return vector.detach().to("cpu", torch.float64, copy=True)
