@@ -1,6 +1,15 @@
-"""What pytest does not collect for doctests."""
+"""What holds before anything is imported, and what pytest does not collect for doctests."""
 
 import importlib.util
+import os
 
-# Its functions are compiled by triton, where that exists.
+# Threads that wait for each other sleep: they may be more than there are cores, and then whoever spins is in the way.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Its functions are compiled by triton.
 collect_ignore = [] if importlib.util.find_spec("triton") else ["runningbn/kernels/triton_kernels.py"]
+collect_ignore += [
+    f"runningbn/integrations/{framework}.py"
+    for framework in ("lightning", "transformers", "ignite", "fastai")
+    if not importlib.util.find_spec(framework)
+]

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from .cases import COPY, FASTAI, LAYOUTS, OURS, PEER
+from .cases import COPY, DTYPES, FASTAI, LAYOUTS, OURS, PEER
 
 Row = dict[str, Any]
 COLOURS = {"PreciseBatchNorm": "#0072B2", "RunningBatchNorm": "#D55E00", "RunningBatchNorm exact": "#009E73"}
 CAPTION_COLOUR = "#555555"
+# How often as many bytes as x has must move if nothing stays in the cache. Forward: x is read for the sums and for the
+# map, y is written. Backward: x and dy are read for both, dx is written.
+TRANSFERS = {"training step": 8, "forward": 3, "evaluation": 2}
+TRANSFERS_OF_COPY = 2
 # What the summary calls the grids that have a few shapes only.
 MARGINAL_GRIDS = {
     "forward": "forward only",
@@ -64,6 +68,19 @@ def summary(rows: Sequence[Row], by_kind: bool = False) -> list[Line]:
 def time(row: Row, layer: str) -> float:
     """Relative to nn.BatchNorm's."""
     return float(row["ratio"][layer])
+
+
+def bandwidth(row: Row, name: str) -> float:
+    """GB/s: the bytes that must move, see `TRANSFERS`, in the median time; more than memory has, from the cache."""
+    transfers = TRANSFERS_OF_COPY if name == COPY else TRANSFERS[row["mode"]]
+    size = math.prod(map(int, row["shape"].split("x"))) * DTYPES[row["dtype"]].itemsize
+    return float(transfers * size / row["milliseconds"][name] / 1e6)
+
+
+def bandwidths(row: Row) -> str:
+    """Of nn.BatchNorm, of the layers and of the copy, where there is one."""
+    names = [name for name in (PEER, *OURS, COPY) if name in row["milliseconds"]]
+    return " / ".join(f"{bandwidth(row, name):.1f}" for name in names)
 
 
 def time_of_fastai(row: Row, layer: str) -> float:
@@ -162,14 +179,14 @@ def summary_table(rows: Sequence[Row]) -> Table:
 def case_table(rows: Sequence[Row]) -> Table:
     """Every case, for the terminal; a loss is red."""
     shown = Table(title="Time relative to nn.BatchNorm (below 1 is faster)", title_justify="left")
-    for column in ("grid", "shape", "layout", "dtype", f"{PEER} ms", *OURS, FASTAI, COPY, "page faults"):
+    for column in ("grid", "shape", "layout", "dtype", f"{PEER} ms", *OURS, FASTAI, COPY, "GB/s", "page faults"):
         shown.add_column(column)
     for row in rows:
         ratios = row["ratio"]
         cells = [f"[{'red' if ratios[layer] > 1 else 'green'}]{ratios[layer]:.2f}" for layer in OURS]
         cells += [f"{ratios[name]:.2f}" if name in ratios else "" for name in (FASTAI, COPY)]
         described = (row["grid"], row["shape"], row["layout"], row["dtype"], f"{row['milliseconds'][PEER]:.2f}")
-        shown.add_row(*described, *cells, page_faults(row))
+        shown.add_row(*described, *cells, bandwidths(row), page_faults(row))
     return shown
 
 

@@ -26,8 +26,20 @@ from .accuracy.report_results import REAL_RESULTS, load_real
 from .accuracy.report_tables import markdown
 from .cases import COPY, FASTAI, OURS, PEER
 from .gpu import report as gpu_report
-from .layers_report import Row, disturbed, figure, losses, losses_title, of_grid, page_faults, summary, worst_errors
+from .layers_report import (
+    Row,
+    bandwidths,
+    disturbed,
+    figure,
+    losses,
+    losses_title,
+    of_grid,
+    page_faults,
+    summary,
+    worst_errors,
+)
 from .models import markdown_table
+from .versions_report import environments_table, failures_list, load, results_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -124,10 +136,12 @@ def case_markdown(rows: list[Row]) -> str:
         described = [row["shape"].replace("x", "×"), row["family"], row["layout"], row["dtype"]]
         saved = [f"{row['saved bytes'][PEER] / 2**20:.2f}"] if row["saved bytes"] else ["–"]
         host = [f"{row['host milliseconds'][PEER]:.2f}", row["backend"]] if "host milliseconds" in row else []
-        table.append([*described, f"{row['milliseconds'][PEER]:.2f}", *host, *cells, page_faults(row), *saved])
+        time, others = f"{row['milliseconds'][PEER]:.2f}", (bandwidths(row), page_faults(row))
+        table.append([*described, time, *host, *cells, *others, *saved])
     host_header = ["of the host", "torch's kernels"] if "host milliseconds" in rows[0] else []
     header = [
-        "shape", "", "layout", "dtype", f"{PEER}, ms", *host_header, *named, "page faults", "kept for backward, MiB",
+        "shape", "", "layout", "dtype", f"{PEER}, ms", *host_header, *named, "GB/s", "page faults",
+        "kept for backward, MiB",
     ]  # fmt: skip
     return markdown(header, table)
 
@@ -150,7 +164,9 @@ contenders were checked against float64. `python -m benchmarks.layers --write` m
   Page faults are per call, of {PEER} and of {", ".join(OURS)}.
 - *{FASTAI}* is the class of the fastai course. "wrong result" means that it did not pass the check.
 - *{COPY}* is `y.copy_(x)`, one read and one write of memory. If nothing stays in the cache, a training step reads or
-  writes eight times, which is four copies.
+  writes eight times, which is four copies; a forward in training three times, and an evaluation twice.
+- *GB/s* is what so many reads and writes of x are, in bytes, divided by the time: of {PEER}, of {", ".join(OURS)}, and
+  of the copy where it was measured. What is in the cache when it is read again can exceed the bandwidth of the memory.
 - *kept for backward* is the memory that {PEER} keeps, including the input.
 """
 
@@ -252,6 +268,11 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/accuracy_demo.md": {"demo": demo_table},
     "docs/recalibration.md": {"population": population_candidates, "error bars": error_bars}
     | {name: partial(example_table, name) for name in EXAMPLES},
+    "docs/versions.md": {
+        "environments": lambda: environments_table(load()),
+        "tests": lambda: results_table(load()),
+        "failures": lambda: failures_list(load()),
+    },
     "docs/gpus.md": {"host": gpu_report.host_table, "gpu": gpu_report.gpu_tables},
 }
 

@@ -11,8 +11,16 @@ from latex2mathml.converter import convert
 
 import runningbn
 
-# Of Lightning one base class is needed, and to import it all takes as long as to build the site.
-sys.modules["lightning.pytorch"] = SimpleNamespace(Callback=object)  # type: ignore[assignment]
+# Of each framework some names are needed, and to import them all takes as long as to build the site.
+FRAMEWORKS = {
+    "lightning.pytorch": {"Callback": object},
+    "transformers": {"TrainerCallback": object},
+    "ignite.engine": {"Events": SimpleNamespace(EPOCH_COMPLETED="EPOCH_COMPLETED")},
+    "ignite.distributed": {"get_rank": None},
+    "fastai.learner": {"Callback": object, "Recorder": SimpleNamespace(order=0)},
+}
+for name, members in FRAMEWORKS.items():
+    sys.modules[name] = SimpleNamespace(**members)  # type: ignore[assignment]
 
 project = "runningbn"
 version = release = runningbn.__version__
@@ -21,7 +29,8 @@ html_theme = "furo"
 html_show_copyright = False
 exclude_patterns = ["_build"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+nb_execution_mode = "off"  # the outputs are stored in the notebooks; tests/test_tutorials.py runs them
 myst_enable_extensions = ["dollarmath"]  # the formulas, which GitHub shows, too
 myst_heading_anchors = 2  # links to sections, as on GitHub
 html_math_renderer = "mathml"  # shown by browsers without a network, which MathJax would be loaded from
@@ -38,7 +47,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"[a-z_.]+|PreciseBatchNorm1d/2d/3d"),
     # From a module other than theirs.
-    ("py:obj", r"Diagnosis|LayerDiagnosis|LayerReport|LayerShift|LayerSummary|Recalibration|StatsReport"),
+    (
+        "py:obj",
+        r"Diagnosis|LayerDiagnosis|LayerReport|LayerShift|LayerSummary|Recalibration|RecalibrationCallback|StatsReport",
+    ),
     ("py:exc", r".*"),
 ]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from runningbn.inspection.criteria import CRITERIA
 from runningbn.inspection.reading import CheckpointError, Source
+from runningbn.recalibration.text import positive_integer
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)
 PIPE_CLOSED = 141  # what it reports for a program that wrote to a closed pipe (128 + SIGPIPE)
@@ -36,13 +37,6 @@ class Command:
     run: Callable[[argparse.Namespace], int]
     extra: str = ""
     modules: tuple[str, ...] = ()
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def _writable(text: str) -> Path:
@@ -67,7 +61,9 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=_png, default=Path("runningbn-demo.png"), metavar="PATH.png", help="the figure"
     )
-    parser.add_argument("--seeds", type=_positive, metavar="K", help="runs per contender (default: 3, with --quick 1)")
+    parser.add_argument(
+        "--seeds", type=positive_integer, metavar="K", help="runs per contender (default: 3, with --quick 1)"
+    )
     parser.add_argument(
         "--json", type=_writable, metavar="PATH", help="also write settings and every run's numbers here"
     )

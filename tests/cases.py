@@ -1,7 +1,8 @@
 """The layers and inputs that properties are checked on: one table, so that a test is one table times one property."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
 from types import MappingProxyType
 from typing import Any
 
@@ -137,6 +138,50 @@ def each_gradient() -> pytest.MarkDecorator:
 def each_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
     """Parametrise a test over `dtype`."""
     return pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def names_of(*values: Any) -> dict[str, Any]:
+    """Values by the names they have in the names of tests."""
+    return {getattr(value, "id", str(value).removeprefix("torch.")): value for value in values}
+
+
+def each_pair(
+    also: Sequence[tuple[str, ...]] = (), unless: Callable[..., bool] | None = None, **values: Mapping[str, Any]
+) -> pytest.MarkDecorator:
+    """Parametrise a test over all its arguments at once: any two values of any two arguments occur together.
+
+    A full product grows with every argument. Most mistakes depend on one value or on two; what depends on more, and is
+    known, goes into `also`.
+
+    Args:
+        also: further combinations, as the names of their values in the order of the arguments.
+        unless: takes the arguments and tells combinations that there are none of.
+        values: for each argument, its values by name.
+    """
+    arguments = [list(named.items()) for named in values.values()]
+    possible = [
+        row for row in product(*arguments) if unless is None or not unless(**dict(zip(values, [v for _, v in row])))
+    ]
+    by_name = {tuple(name for name, _ in row): row for row in possible}
+    rows = pairwise(list(by_name))
+    return pytest.mark.parametrize(
+        tuple(values),
+        [
+            pytest.param(*(value for _, value in by_name[row]), id="-".join(row))
+            for row in dict.fromkeys((*rows, *also))
+        ],
+    )
+
+
+def pairwise(possible: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A few of the rows, with every pair of values that occurs in any of them: always that with the most new pairs."""
+    pairs = {row: set(combinations(enumerate(row), 2)) or {row} for row in possible}
+    missing, rows = set[Any]().union(*pairs.values()), []
+    while missing:
+        row = max(possible, key=lambda row: len(pairs[row] & missing))
+        rows.append(row)
+        missing -= pairs[row]
+    return rows
 
 
 def assert_near(actual: Tensor, expected: Tensor, roundings: float, scale: float | Tensor | None = None) -> None:

@@ -73,7 +73,9 @@ class Processes:
 
 
 def _work(rank: int, size: int, store: str, connection: Any) -> None:
+    # As in conftest.py.
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     # Less than the patience outside, so that a deadlock names the collective it is in.
     timeout = datetime.timedelta(seconds=PATIENCE / 2)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)

@@ -134,7 +134,7 @@ class FrozenBatchNormAct2d(nn.Module):
 
 def sync_norm_act(num_features: int) -> SyncBatchNormAct:
     """A layer as timm.layers.convert_sync_batchnorm makes it of a BatchNormAct2d."""
-    plain = BatchNormAct2d(num_features, drop_layer=nn.Dropout2d)
+    plain = BatchNormAct2d(num_features, act_layer=nn.SiLU, drop_layer=nn.Dropout2d)
     layer = SyncBatchNormAct(num_features)
     layer.act = plain.act
     layer.drop = plain.drop

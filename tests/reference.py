@@ -40,6 +40,11 @@ def batch_weight(momentum: object, batch_size: int, samples_before: float, steps
     return float(momentum)
 
 
+def weighs_whole_batches(momentum: object) -> bool:
+    """Whether a batch as a whole weighs a, whatever its size, or each of its elements alike."""
+    return type(momentum).__name__ in ("Horizon",)
+
+
 def element_weights(momentum: object, batch_sizes: Sequence[int], positions: int = 1) -> list[float]:
     """The weight that one element of every batch carries after the last batch, from an empty start.
 
@@ -51,7 +56,7 @@ def element_weights(momentum: object, batch_sizes: Sequence[int], positions: int
     for step, size in enumerate(batch_sizes):
         a = batch_weight(momentum, size, samples, step)
         elements = size * positions
-        g = a * (batch_sizes[0] * positions) / elements if type(momentum).__name__ == "Horizon" else a
+        g = a * (batch_sizes[0] * positions) / elements if weighs_whole_batches(momentum) else a
         weights = [(1 - a) * w for w in weights] + [g]
         samples += size
     return weights
@@ -198,7 +203,7 @@ class Channel:
         if a == 0:
             return x.new_tensor(self.running_mean), x.new_tensor(self.running_var), 0.0
         g = a
-        if type(momentum).__name__ == "Horizon":
+        if weighs_whole_batches(momentum):
             if self.debias > 0:
                 g = a * (self.count / self.debias) / n
         elif (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def training_step(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, Tensor]:
-    """Output, input gradient and parameter gradients of one training forward and backward, by name."""
+    """Output, input gradient and parameter gradients of one forward and backward, by name, in its mode."""
     x = x.detach().clone().requires_grad_()
     model.zero_grad()
     y = model(x)
@@ -16,6 +16,13 @@ def training_step(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict
     y.backward(noise(y.shape, seed=0, dtype=y.dtype) + 0.5 if dy is None else dy)
     gradients = {f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "dx": x.grad, **{name: gradient.clone() for name, gradient in gradients.items()}}
+
+
+def see(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Forwards without a backward, in whatever mode the model is in."""
+    for x in batches:
+        model(x)
+    return model
 
 
 def train(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

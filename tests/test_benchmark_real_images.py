@@ -374,6 +374,7 @@ def test_a_diverged_model_does_not_keep_the_others_from_being_recalibrated(tiny_
     assert [loss is None for row in losses for loss in row] == [False, False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL_CONTENDERS)
 @pytest.mark.parametrize("task", [tasks_real.MOBILE, tasks_real.RESIDUAL])
 def test_every_contender_runs(tiny_files, name, task):
@@ -385,6 +386,7 @@ def test_every_contender_runs(tiny_files, name, task):
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FINE_TUNED)
 @pytest.mark.parametrize("task", tasks_real.FINE_TUNING)
 def test_every_fine_tuned_contender_runs(cache, name, task):

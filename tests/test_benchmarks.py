@@ -94,6 +94,18 @@ def test_means_are_geometric_and_weighted_by_the_layers_of_resnet_50():
     assert by_label["ResNet-50 at batch 32, by number of layers"].cell(OURS[0]) == "2.00 (0.50 to 4.00)"
 
 
+@pytest.mark.parametrize(("mode", "times_x"), [("training step", 8), ("forward", 3), ("evaluation", 2)])
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_bandwidth_is_what_must_move_over_the_time(mode, times_x, dtype, width):
+    # 1 GB in two seconds, and copied in one.
+    milliseconds = dict.fromkeys((PEER, *OURS), 2000.0) | {COPY: 1000.0}
+    of_case = row(1, mode=mode, dtype=dtype, shape=f"1000x{10**6 // width}", milliseconds=milliseconds)
+    assert layers_report.bandwidth(of_case, PEER) == times_x / 2
+    assert layers_report.bandwidth(of_case, COPY) == 2
+    assert layers_report.bandwidths(of_case).split(" / ") == [*[f"{times_x / 2:.1f}"] * 4, "2.0"]
+    assert set(layers_report.TRANSFERS) == set(layers.MODES)
+
+
 def test_every_loss_is_named_the_worst_first():
     lost = layers_report.losses([row(1.1), row(0.9), row(1.2, shape="2x3")])
     assert [line.split(", ")[1] for line in lost] == ["2x3", "32x3x5x5"]

@@ -435,6 +435,7 @@ def test_a_pipe_that_is_closed_ends_quietly(options, save, tmp_path, monkeypatch
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_model_saved_whole_is_read_from_the_shell(save):
     done = command("inspect", save(net()))
     assert done.returncode == 0

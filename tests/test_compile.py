@@ -29,7 +29,11 @@ LAYERS = {
     "precise": lambda: PreciseBatchNorm2d(4),
     "precise-cumulative": lambda: PreciseBatchNorm2d(4, momentum=None, bias=False),
 }
-layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+
+
+def layers(*quick: str) -> pytest.MarkDecorator:
+    marks = {name: () if name in quick else pytest.mark.slow for name in LAYERS}
+    return pytest.mark.parametrize("make", [pytest.param(LAYERS[name], id=name, marks=marks[name]) for name in LAYERS])
 
 
 @pytest.fixture(autouse=True)
@@ -67,27 +71,22 @@ def assert_steps_agree(eager, copied, compiled, sizes, shape=(4, 6, 5), loss=lam
             torch.testing.assert_close(got, expected, rtol=2e-5, atol=atol, msg=f"{name} differs")
 
 
-@layers
+@layers("running", "running-exact", "precise")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_steps_equal_eager_in_one_graph(make, backend):
+    """And so does evaluation after them."""
     eager, copied, compiled = pair(make, backend=backend)
     assert_steps_agree(eager, copied, compiled, [8] * 4)
     assert counters["stats"]["unique_graphs"] == 1
+    eager.eval(), copied.eval()
+    assert_steps_agree(eager, copied, compiled, [8] * 2)
 
 
-@layers
+@layers("running")
 def test_dynamic_batch_sizes_need_one_extra_graph_for_batch_1(make):
     eager, copied, compiled = pair(make, backend="aot_eager", dynamic=True)
     assert_steps_agree(eager, copied, compiled, [8, 5, 3, 1, 7, 2, 1])
     assert counters["stats"]["unique_graphs"] == 2
-
-
-@layers
-def test_evaluation_equals_eager(make):
-    eager, copied, compiled = pair(make, backend="aot_eager")
-    assert_steps_agree(eager, copied, compiled, [8] * 2)
-    eager.eval(), copied.eval()
-    assert_steps_agree(eager, copied, compiled, [8] * 2)
 
 
 def test_two_dimensional_input():
@@ -108,6 +107,7 @@ def test_an_activation_in_place_after_it():
     assert_steps_agree(eager, copied, compiled, [8] * 3)
 
 
+@pytest.mark.slow
 def test_the_same_layer_twice_in_one_graph():
     class Twice(nn.Module):
         def __init__(self):

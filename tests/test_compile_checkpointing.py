@@ -44,17 +44,18 @@ def outside(net):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("arrange", [
     pytest.param(inside, id="checkpoint in compile"),
-    pytest.param(outside, id="compile in checkpoint", marks=needs_checkpoints_of_compiled_modules),
+    pytest.param(
+        outside, id="compile in checkpoint", marks=(needs_checkpoints_of_compiled_modules, pytest.mark.slow)
+    ),
 ])  # fmt: skip
 @pytest.mark.parametrize(
     "make",
     [
-        RunningBatchNorm,
-        lambda c: RunningBatchNorm(c, max_lag=1e-3),
-        lambda c: RunningBatchNorm(c, gradient="exact"),
-        PreciseBatchNorm2d,
+        pytest.param(RunningBatchNorm, id="running"),
+        pytest.param(lambda c: RunningBatchNorm(c, max_lag=1e-3), id="running-limited", marks=pytest.mark.slow),
+        pytest.param(lambda c: RunningBatchNorm(c, gradient="exact"), id="exact", marks=pytest.mark.slow),
+        pytest.param(PreciseBatchNorm2d, id="precise", marks=pytest.mark.slow),
     ],
-    ids=["running", "running-limited", "exact", "precise"],
 )
 def test_three_steps_equal_the_plain_run(make, arrange):
     torch._dynamo.reset()

@@ -230,11 +230,8 @@ LEFT_ALONE = {
 # nn.SyncBatchNorm is torch's already, and still becomes nn.BatchNorm.
 STAYS_AS_TORCH = {name: entry for name, entry in LEFT_ALONE.items() if name != "synchronised, without statistics"}
 each_left_alone = pytest.mark.parametrize(("build", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
-# torch.jit is on its way out, and says so in every release in other words.
-jit = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
-@jit
 @pytest.mark.parametrize(
     ("to", "build"),
     [(to, build) for to in OURS for build, _ in LEFT_ALONE.values()]
@@ -247,7 +244,6 @@ def test_layer_is_left_alone(build, to):
     assert (type(layer), list(vars(layer)), list(layer.state_dict())) == before
 
 
-@jit
 @each_left_alone
 @each_of_ours
 def test_reason_is_given_with_the_name(caplog, build, reason, to):

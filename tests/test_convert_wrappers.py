@@ -62,12 +62,29 @@ class Activated(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """timm's, which drops and acts itself; its activation, done twice, is another one."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if hasattr(self, "drop"):
+            x = self.drop(x)
+        if hasattr(self, "act"):
+            x = self.act(x)
+        return x
+
+
 WRAPPERS: dict[type[nn.Module], Any] = {
     Spiking: lambda seed: noise((2, 4, 3, 2, 2), seed),
     ChannelsLast: lambda seed: noise((4, 5, 3), seed),
     OfSparse: lambda seed: Sparse(noise((9, 3), seed), (1, 2)),
     Split: lambda seed: noise((4, 3, 2, 2), seed),
     Activated: lambda seed: noise((4, 3, 2, 2), seed),
+    SyncBatchNormAct: lambda seed: noise((4, 3, 2, 2), seed),
 }
 each_wrapper = pytest.mark.parametrize(("cls", "data"), WRAPPERS.items(), ids=[cls.__name__ for cls in WRAPPERS])
 KINDS = {"running": RunningBatchNorm, "precise": PreciseBatchNorm}

@@ -83,6 +83,7 @@ def test_what_a_subclass_adds_stays(to):
     assert layer(noise((4, 3, 2, 2, 2), 0)).shape == (4, 3, 2, 2, 2)  # its check takes any number of dimensions
 
 
+@pytest.mark.slow
 @each_of_ours
 def test_a_pickle_loads_in_a_process_that_has_converted_nothing(to):
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer))"

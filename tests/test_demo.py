@@ -41,6 +41,7 @@ def made_up(accuracies, losses=(0.5, 0.5, 0.5), situation=SITUATIONS[0].name):
 # ----------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_quick_demo_prints_a_full_table_and_a_sentence_and_writes_the_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "QUICK_STEPS", 4)
     figure, numbers = tmp_path / "figure.png", tmp_path / "numbers.json"
@@ -104,7 +105,8 @@ def test_interruption_ends_with_130_and_one_line(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "at least 1"),
+        (["--seeds", "0"], "expected an integer of at least 1, got 0"),
+        (["--seeds", "2.5"], "expected an integer of at least 1, got 2.5"),
         (["--output", "figure.jpg"], ".png"),
         (["--output", "no/such/folder/figure.png"], "no folder"),
     ],
@@ -242,6 +244,7 @@ def test_batches_are_what_the_situation_says(situation):
     assert not torch.equal(torch.cat(batches), torch.cat(schedule(labels, situation, seed=1)))
 
 
+@pytest.mark.slow
 def test_runs_repeat_exactly_and_leave_the_random_state_and_the_settings_alone():
     before = torch.get_rng_state(), torch.get_num_threads(), torch.backends.mkldnn.enabled
     for situation in SITUATIONS:
@@ -268,6 +271,7 @@ def test_settings_are_put_back_after_an_interruption(monkeypatch):
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before
 
 
+@pytest.mark.slow
 def test_other_processes_give_the_same_numbers_in_the_order_of_the_jobs():
     short = [replace(situation, steps=3) for situation in SITUATIONS[1:2]]
     heard = []

@@ -109,6 +109,7 @@ def test_normalisations_fold_into_convolutions(id: str, to: str, form: str):
 # ------------------------------------------------------------------------------------------------------------- tracing
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     # Tracing asks every property of a model, and transformers has deprecated one.
     "ignore::torch.jit.TracerWarning",

@@ -81,6 +81,7 @@ def test_a_deviation_within_its_error_is_not_called_off():
     assert names(diagnose(layer, [rows(256, seed=seed) for seed in range(40)])) == ["off"]
 
 
+@pytest.mark.slow
 def test_few_batches_raise_no_alarm_and_claim_nothing():
     """Of the data that the statistics are right for. Two errors would be exceeded in a third of the cases."""
     off = 0
@@ -201,6 +202,7 @@ def test_metric_decides_whether_being_off_matters(values, expected):
     assert names(scored(*values, data=[x + 1 for x in DATA])) == [expected]
 
 
+@pytest.mark.slow
 def test_small_batches():
     model = right(mlp(2), [x[:2] for x in DATA * 20])
     batches = [rows(2, seed=seed) for seed in range(600)]
@@ -220,6 +222,7 @@ def test_few_begins_at_its_threshold(size):
     assert ("few" in names(found)) == (size < FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["running", "frozen"])
 def test_layers_that_do_not_train_by_their_batch_need_no_large_ones(change):
     batches = [rows(2, seed=seed) for seed in range(600)]

@@ -88,6 +88,7 @@ def test_jackknife_leaves_out_one_batch_at_a_time():
     assert found.between.design_effect_error == pytest.approx(error, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "channels"), [(2, 8), (8, 8), (32, 3)])
 def test_independent_samples_count_for_themselves(size, channels):
     """Over seeds, the design effect is 1 to within its standard error, and that is what its scatter says."""
@@ -106,6 +107,7 @@ def test_independent_samples_count_for_themselves(size, channels):
     assert np.mean([one.design_effect_error for one in found]) == pytest.approx(effects.std(ddof=1), rel=0.35)
 
 
+@pytest.mark.slow
 def test_share_of_independent_samples_is_zero_on_average_and_of_either_sign():
     shares = np.array([diagnose(nn.BatchNorm1d(2), rows(80, 2, s).split(4)).layers[0].between.share for s in range(60)])
     assert abs(shares.mean()) < 3 * shares.std(ddof=1) / math.sqrt(60)

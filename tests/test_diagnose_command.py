@@ -205,6 +205,7 @@ def test_help_says_that_code_is_run_and_names_every_rule_and_status(capsys):
     assert "imports and runs your code" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_from_the_shell_modules_are_found_in_the_present_folder(project):
     done = subprocess.run(
         [sys.executable, "-m", "runningbn", "diagnose", "shop.net:model", "shop.net:shifted"],

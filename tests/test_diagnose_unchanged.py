@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from cases import each_pair, names_of
 from recalibration_models import (
+    MODELS,
     assert_same,
     draw_everywhere,
     each_model,
@@ -23,7 +25,7 @@ class Unlucky(Exception):
     pass
 
 
-each_error = pytest.mark.parametrize("error", [Unlucky, KeyboardInterrupt])
+ERRORS = {"exception": Unlucky, "interrupt": KeyboardInterrupt}
 
 
 class Unchanged:
@@ -65,9 +67,7 @@ def test_a_diagnosis(build, normalize):
     assert found.batches == 4
 
 
-@each_model
-@each_error
-@pytest.mark.parametrize("at", range(1, 17))
+@each_pair(build=MODELS, error=ERRORS, at=names_of(*range(1, 17)))
 def test_a_forward_that_fails(build, error, at):
     """In the recalibration (4 calls) or in one of the three runs of each batch (12)."""
     calls = []
@@ -86,9 +86,7 @@ def test_a_forward_that_fails(build, error, at):
     assert len(calls) == at
 
 
-@each_model
-@each_error
-@pytest.mark.parametrize("at", [0, 2])
+@each_pair(build=MODELS, error=ERRORS, at=names_of(0, 2))
 def test_a_loader_that_fails(build, error, at):
     def loader():
         for i, x in enumerate(picture_batches()):
@@ -102,9 +100,7 @@ def test_a_loader_that_fails(build, error, at):
         diagnose(model, loader())
 
 
-@each_model
-@each_error
-@pytest.mark.parametrize("at", [1, 2, 3])
+@each_pair(build=MODELS, error=ERRORS, at=names_of(1, 2, 3))
 def test_a_metric_that_fails(build, error, at):
     calls = []
 

@@ -76,14 +76,17 @@ def test_contributing_names_files_that_are_there(path):
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    for package in ("sphinx", "myst_parser", "furo", "latex2mathml"):
+    for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
         pytest.importorskip(package)
     options = ["-W", "--keep-going", "-q", "-d", tmp_path / "doctrees"]
     command = [sys.executable, "-m", "sphinx", *options, DOCS, tmp_path / "site"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    built = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "site").glob("*.html")}
-    assert {path.stem for path in DOCS.glob("*.md")} <= built.keys()
+    site = tmp_path / "site"
+    pages = {path.relative_to(site).with_suffix("").as_posix(): path for path in site.rglob("*.html")}
+    built = {name: path.read_text(encoding="utf-8") for name, path in pages.items()}
+    sources = [*DOCS.glob("*.md"), *DOCS.glob("tutorials/*.ipynb")]
+    assert {path.relative_to(DOCS).with_suffix("").as_posix() for path in sources} <= built.keys()
     for page in ("numerics", "reference"):  # formulas in Markdown and in docstrings
         formulas = re.findall("<math.*?</math>", built[page], re.DOTALL)
         assert formulas

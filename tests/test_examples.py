@@ -108,5 +108,6 @@ def test_domain_shift(committed, tmp_path):
     assert none["N = all"] > none["old"] - 0.01
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_again(tmp_path):
     assert quick("pruning", tmp_path / "a.json") == quick("pruning", tmp_path / "b.json")

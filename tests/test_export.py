@@ -45,6 +45,7 @@ def test_exported_layer_survives_a_file(cls):
 
 
 # torch.onnx and what it is written with warn of their own futures.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @needs_onnx_dynamic_shapes
 @each_of_ours

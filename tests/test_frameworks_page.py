@@ -10,14 +10,20 @@ TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_there_are_four_blocks():
-    assert len(BLOCKS) == 4
+IDS = ["transformers", "ignite", "fastai", "timm", "GradScaler", "schedule-free", "classes", "state dicts"]
+PACKAGES = ["transformers", "ignite", "fastai", "timm", "schedulefree"]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["GradScaler", "schedule-free", "classes", "state dicts"])
+def test_all_blocks_are_found():
+    assert len(BLOCKS) == len(IDS)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # accelerate asks for it without a GPU
+@pytest.mark.parametrize("block", BLOCKS, ids=IDS)
 def test_blocks_run(block):
-    if "schedulefree" in block:
-        pytest.importorskip("schedulefree")
+    for package in PACKAGES:
+        if f"import {package}" in block or f"from {package}" in block:
+            pytest.importorskip(package)
     exec(compile(block, PAGE.name, "exec"), {"__name__": "__main__"})
 
 

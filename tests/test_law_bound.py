@@ -313,6 +313,7 @@ def test_no_step_with_running_gradients_makes_a_gradient_more_than_twice_as_long
     assert (step.ratio <= 2 + of_projection + of_memory).all(), (step, of_projection, of_memory)
 
 
+@pytest.mark.slow
 @each_backend
 @each_dtype(torch.float32, torch.float64)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

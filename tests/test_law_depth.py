@@ -16,7 +16,7 @@ from runningbn import RunningBatchNorm, batchnormify
 from runningbn.kernels import use_backend
 from runningbn.ops import update
 
-BLOCKS, CHANNELS, STEPS = 26, 8, 200
+BLOCKS, CHANNELS, STEPS = 26, 8, 100
 TRAINING = 1200  # images; the others test
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "four times as bright": lambda x: 4 * x,

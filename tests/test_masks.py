@@ -184,7 +184,13 @@ def test_the_variance_of_real_elements_far_from_zero_is_kept(mean):
     torch.testing.assert_close(layer.running_var.double(), expected, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("kind", ["running", "running-limited", "running-exact", "precise"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "running",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("running-limited", "running-exact", "precise")),
+    ],
+)
 def test_compiled_in_one_graph(kind):
     torch._dynamo.reset()
     eager = layer_of(KINDS[kind], torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import email.message
+import hashlib
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ SOURCES = (
     "step.c", "step_plans.h", "step_tensors.h",
 )  # fmt: skip
 GENERATED = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist")
+RELEASE = {"SOURCE_DATE_EPOCH": "1700000000"}
 NO_COMPILER = {"CC": "/bin/false", "LDSHARED": "/bin/false"}
 
 # Trains, and says where it came from, what serves and why C does not: kernels, and what prepares their steps.
@@ -76,7 +78,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sdist_and_wheel(tree, tmp_path_factory) -> tuple[Path, Path]:
     """An sdist of the tree, and the wheel built from that sdist alone."""
-    wheel, sdist = build((), tree, tmp_path_factory.mktemp("dist"))
+    wheel, sdist = build((), tree, tmp_path_factory.mktemp("dist"), **RELEASE)
     return sdist, wheel
 
 
@@ -146,6 +148,17 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
     assert {name.partition("/")[0] for name in inside} == {"runningbn", f"runningbn-{runningbn.__version__}.dist-info"}
 
 
+def test_a_build_somewhere_else_at_another_time_has_the_same_bytes(tree, sdist_and_wheel, tmp_path):
+    other = shutil.copytree(tree, tmp_path / "another" / "place", ignore=shutil.ignore_patterns(*GENERATED))
+    for path in other.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+        os.utime(path, (1, 1e9))
+    for first, second in zip(sdist_and_wheel, reversed(build((), other, tmp_path / "dist", **RELEASE))):
+        assert (first.name, hashlib.sha256(first.read_bytes()).hexdigest()) == (
+            second.name, hashlib.sha256(second.read_bytes()).hexdigest(),
+        )  # fmt: skip
+
+
 def test_wheel_is_for_every_python_from_the_oldest(wheel):
     name, version, python, abi, platform = wheel.stem.split("-")
     assert (name, version, python, abi) == ("runningbn", runningbn.__version__, "cp310", "abi3")
@@ -158,6 +171,8 @@ def test_metadata_say_what_the_package_is(wheel):
     assert (told["Requires-Python"], told["License-Expression"]) == (">=3.10", "MIT")
     required = {text for text in told.get_all("Requires-Dist") if "extra ==" not in text}
     assert required == {"torch>=2.4", "einops>=0.8"}
+    urls = dict(text.split(", ") for text in told.get_all("Project-URL"))
+    assert urls.keys() == {"Homepage", "Documentation", "Changelog", "Issues"}
     assert {"cli", "demo", "lightning", "plot", "progress"} <= set(told.get_all("Provides-Extra"))
     assert f"runningbn-{runningbn.__version__}.dist-info/licenses/LICENSE" in names(wheel)
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import element_weights, pooled_moments
-from steps import buffers_of
+from steps import assert_identical, buffers_of, see, training_step
 from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 from versions import BATCH_NORM_TAKES_BIAS, needs_batch_norm_without_bias
@@ -58,15 +57,6 @@ def twins(case: LayerCase, dtype: torch.dtype = torch.float32, **kwargs) -> tupl
     return layer, with_random_affine(TORCH[case.constructor](case.channels, dtype=dtype, **kwargs))
 
 
-def train_step(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Output and gradients of one forward and backward, in whatever mode the layer is in."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    layer.zero_grad()
-    y = layer(x)
-    y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, **{f"d{name}": p.grad for name, p in layer.named_parameters()}}
-
-
 def scales(case_dy: Tensor, x: Tensor, layer: nn.Module) -> dict[str, float]:
     """The size of the terms that are added or subtracted in y and in each gradient."""
     dims = [d for d in range(x.dim()) if d != 1]
@@ -85,17 +75,6 @@ def assert_steps_near(
         assert_near(value, expected[name], roundings, scale[name])
 
 
-def assert_identical(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), f"{name} is {actual[name]}, was {value}"
-
-
-def train(layer: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    for x in batches:
-        layer(x)
-    return layer
-
-
 # -------------------------------------------------------------------------------------------------- trains as BatchNorm
 
 
@@ -106,7 +85,7 @@ def test_training_step_equals_batchnorm(case, kwargs, dtype):
     layer, twin = twins(case, dtype, **kwargs)
     for seed, x in enumerate(case.batches(SIZES, dtype)):
         dy = noise(x.shape, seed, dtype)
-        assert_steps_near(train_step(layer, x, dy), train_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
+        assert_steps_near(training_step(layer, x, dy), training_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
 
 
 @pytest.mark.parametrize("momentum", [Horizon(), SquareRoot(0.1)], ids=repr)
@@ -114,7 +93,7 @@ def test_training_step_does_not_depend_on_the_rule(momentum):
     layer, twin = twins(IMAGE, torch.float64, momentum=momentum)
     for seed, x in enumerate(IMAGE.batches(dtype=torch.float64)):
         dy = noise(x.shape, seed, torch.float64)
-        assert_steps_near(train_step(layer, x, dy), train_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
+        assert_steps_near(training_step(layer, x, dy), training_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
 
 
 @each(SHAPES)
@@ -133,8 +112,8 @@ def test_half_precision_step_is_the_rounded_float64_one(case, input_dtype, layer
     exact = with_random_affine(TORCH[case.constructor](case.channels)).to(layer_dtype).double()
     for seed, x in enumerate(case.batches(SIZES, input_dtype)):
         dy = noise(x.shape, seed, input_dtype)
-        actual = train_step(layer, x, dy)
-        expected = train_step(exact, x.double(), dy.double())
+        actual = training_step(layer, x, dy)
+        expected = training_step(exact, x.double(), dy.double())
         assert (actual["y"].dtype, actual["dx"].dtype, actual["dweight"].dtype) == (
             input_dtype,
             input_dtype,
@@ -148,12 +127,12 @@ def test_half_precision_step_is_the_rounded_float64_one(case, input_dtype, layer
 
 @pytest.mark.parametrize("convert", ["half", "bfloat16"])
 def test_whole_layer_in_half_precision_keeps_its_state_in_float32(convert):
-    layer = getattr(train(IMAGE.layer(), IMAGE.batches()), convert)()
+    layer = getattr(see(IMAGE.layer(), IMAGE.batches()), convert)()
     assert {b.dtype for b in layer.buffers() if b.is_floating_point()} == {torch.float32}
 
 
 def test_whole_layer_in_half_precision_evaluates():
-    layer = train(IMAGE.layer(), IMAGE.batches())
+    layer = see(IMAGE.layer(), IMAGE.batches())
     x = IMAGE.input(4, seed=9, dtype=torch.bfloat16)
     halved = copy.deepcopy(layer).bfloat16().eval()
     exact = copy.deepcopy(halved).double()
@@ -170,12 +149,12 @@ def test_double_makes_the_state_float64():
     [(PRECISE[2], torch.channels_last), (PRECISE[3], torch.channels_last_3d)],
     ids=["channels_last", "channels_last_3d"],
 )
-@pytest.mark.parametrize("what", ["y", "dx"])
-def test_memory_format_is_kept(case, memory_format, what):
+def test_memory_format_is_kept(case, memory_format):
     layer = case.layer()
     x = case.input(4).to(memory_format=memory_format)
-    step = train_step(layer, x, noise(x.shape, 0).to(memory_format=memory_format))
-    assert step[what].is_contiguous(memory_format=memory_format)
+    step = training_step(layer, x, noise(x.shape, 0).to(memory_format=memory_format))
+    assert step["y"].is_contiguous(memory_format=memory_format)
+    assert step["dx"].is_contiguous(memory_format=memory_format)
 
 
 STRIDES = {
@@ -193,7 +172,7 @@ STRIDES = {
 def test_strides_make_no_difference(strides, dy_strides):
     layer, twin = twins(IMAGE, torch.float64)
     x, dy = strides(IMAGE.input(4, dtype=torch.float64)), dy_strides(noise((4, *IMAGE.shape), 0, torch.float64))
-    actual, expected = train_step(layer, x, dy), train_step(twin, x.contiguous(), dy.contiguous())
+    actual, expected = training_step(layer, x, dy), training_step(twin, x.contiguous(), dy.contiguous())
     assert_steps_near(actual, expected, scales(dy, x, twin), ROUNDINGS)
 
 
@@ -211,7 +190,7 @@ def test_gradients_only_where_they_are_asked_for():
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_derivatives(case, check, training):
-    layer = train(case.layer(torch.float64), case.batches(SIZES, torch.float64)).train(training)
+    layer = see(case.layer(torch.float64), case.batches(SIZES, torch.float64)).train(training)
     # few values, as the Jacobian is dense
     x = case.input(3, seed=9, dtype=torch.float64)[(slice(None), slice(None), *[slice(2)] * (len(case.shape) - 1))]
     function, parameters = from_this_state(layer)
@@ -240,7 +219,7 @@ def test_torchs_module_inputs(precise, plain, training):
         (x,) = case.forward_input.args
         for seed in range(2):
             dy = noise(x.shape, seed, torch.float64)
-            actual, expected = train_step(layer, x, dy), train_step(twin, x, dy)
+            actual, expected = training_step(layer, x, dy), training_step(twin, x, dy)
             assert actual.keys() == expected.keys(), case.desc
             for name in actual:
                 torch.testing.assert_close(
@@ -321,21 +300,15 @@ def test_wrong_dtype_is_named(dtype, training):
 
 
 @each(SHAPES)
-def test_empty_batch_gives_an_empty_output_and_changes_nothing(case):
-    layer = train(case.layer(), case.batches(SIZES))
+def test_empty_batch_gives_an_empty_output_gradients_of_zero_and_changes_nothing(case):
+    layer = see(case.layer(), case.batches(SIZES))
     before = buffers_of(layer)
     x = torch.empty(0, *case.shape)
-    step = train_step(layer, x, torch.empty_like(x))
+    step = training_step(layer, x, torch.empty_like(x))
     assert step["y"].shape == step["dx"].shape == x.shape
+    assert torch.equal(step["dweight"], torch.zeros(case.channels))
+    assert torch.equal(step["dbias"], torch.zeros(case.channels))
     assert_identical(buffers_of(layer), before)
-
-
-def test_empty_batch_gives_gradients_of_zero():
-    layer = IMAGE.layer()
-    x = torch.empty(0, *IMAGE.shape)
-    step = train_step(layer, x, torch.empty_like(x))
-    assert torch.equal(step["dweight"], torch.zeros(IMAGE.channels))
-    assert torch.equal(step["dbias"], torch.zeros(IMAGE.channels))
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -353,7 +326,7 @@ def test_untrained_layer_evaluates_as_batchnorm(case):
 
 @each(PRECISE)
 def test_evaluation_is_batchnorms_with_the_running_statistics(case):
-    layer = train(case.layer(), case.batches(SIZES)).eval()
+    layer = see(case.layer(), case.batches(SIZES)).eval()
     x = case.input(4, seed=9)
     expected = nn.functional.batch_norm(
         x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps
@@ -363,7 +336,7 @@ def test_evaluation_is_batchnorms_with_the_running_statistics(case):
 
 @each(PRECISE)
 def test_evaluation_changes_nothing(case):
-    layer = train(case.layer(), case.batches(SIZES)).eval()
+    layer = see(case.layer(), case.batches(SIZES)).eval()
     before = buffers_of(layer)
     layer(case.input(4, seed=9))
     assert_identical(buffers_of(layer), before)
@@ -373,12 +346,12 @@ def test_evaluation_changes_nothing(case):
 @pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
 def test_gradients_in_evaluation_equal_batchnorm(case, kwargs):
     layer, twin = twins(case, torch.float64, **kwargs)
-    train(layer, case.batches(SIZES, torch.float64)).eval()
+    see(layer, case.batches(SIZES, torch.float64)).eval()
     twin.running_mean, twin.running_var = layer.running_mean, layer.running_var
     twin.eval()
     x = case.input(4, seed=9, dtype=torch.float64)
     dy = noise(x.shape, 0, torch.float64)
-    assert_steps_near(train_step(layer, x, dy), train_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
+    assert_steps_near(training_step(layer, x, dy), training_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
 
 
 # ---------------------------------------------------------------------------------------------------- pooled statistics
@@ -389,7 +362,7 @@ def test_gradients_in_evaluation_equal_batchnorm(case, kwargs):
 def test_running_mean_is_the_weighted_mean_of_everything_seen(case, momentum):
     layer = case.layer(torch.float64, momentum=momentum)
     batches = case.batches(SIZES, torch.float64)
-    train(layer, batches)
+    see(layer, batches)
     expected = pooled_moments(batches, element_weights(momentum, SIZES, math.prod(case.shape[1:])))
     assert_near(layer.running_mean, expected.mean, ROUNDINGS, 4)
 
@@ -400,7 +373,7 @@ def test_running_var_is_the_unbiased_weighted_variance_of_everything_seen(case, 
     """Correction by the effective count (Σw)²/Σw² of the elements."""
     layer = case.layer(torch.float64, momentum=momentum)
     batches = case.batches(SIZES, torch.float64)
-    train(layer, batches)
+    see(layer, batches)
     expected = pooled_moments(batches, element_weights(momentum, SIZES, math.prod(case.shape[1:])))
     assert_near(layer.running_var, expected.unbiased, ROUNDINGS, 16)
 
@@ -438,20 +411,20 @@ def test_cumulative_statistics_are_those_of_everything_seen_however_split(data):
     # samples that differ in mean, so that the variance between batches is most of the variance
     centres = 3 * noise((total, 2, 1, 1), 1, torch.float64)
     x = noise((total, 2, 2, 3), data.draw(st.integers(0, 1000), label="seed"), torch.float64) + centres
-    layer = train(PreciseBatchNorm2d(2, momentum=None, dtype=torch.float64), x.split(sizes))
+    layer = see(PreciseBatchNorm2d(2, momentum=None, dtype=torch.float64), x.split(sizes))
     torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)), rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(layer.running_var, x.var((0, 2, 3), correction=1), rtol=1e-11, atol=1e-11)
 
 
 def test_variance_between_batches_counts():
     """Eight zeros and two tens: mean 2 and variance 17.8, where averaging the batches' statistics gives 5 and 0."""
-    layer = train(PreciseBatchNorm1d(1, momentum=None), [torch.zeros(8, 1), torch.full((2, 1), 10.0)])
+    layer = see(PreciseBatchNorm1d(1, momentum=None), [torch.zeros(8, 1), torch.full((2, 1), 10.0)])
     assert layer.running_mean.item() == pytest.approx(2.0)
     assert layer.running_var.item() == pytest.approx(160 / 9)
 
 
 def test_constant_input_has_that_mean_and_no_variance():
-    layer = train(IMAGE.layer(), [torch.full((4, *IMAGE.shape), 3.7)] * 5)
+    layer = see(IMAGE.layer(), [torch.full((4, *IMAGE.shape), 3.7)] * 5)
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(layer.running_mean, torch.full_like(layer.running_mean, 3.7), rtol=2 * eps, atol=0.0)
     assert (layer.running_var >= 0).all()
@@ -476,7 +449,7 @@ def test_first_variance_survives_a_mean_of_ten_thousand_stds(case, momentum):
 def test_variance_at_a_mean_of_ten_thousand_stds_is_sharp_once_warm(case, momentum):
     layer = case.layer(momentum=momentum)
     batches = [noise((64, *case.shape), seed) + FAR for seed in range(6)]
-    train(layer, batches)
+    see(layer, batches)
     expected = pooled_moments(batches, element_weights(momentum, [64] * 6, math.prod(case.shape[1:])))
     torch.testing.assert_close(layer.running_var.double(), expected.unbiased, rtol=1e-5, atol=0.0)
 
@@ -485,7 +458,7 @@ def test_variance_at_a_mean_of_ten_thousand_stds_is_sharp_once_warm(case, moment
 @pytest.mark.parametrize("centre", [0.0, 1e3, 1e4], ids=lambda centre: f"from-{centre:g}")
 def test_output_survives_a_jump_of_the_mean(case, centre):
     """Batch statistics are used by themselves: a pivot left behind by 10⁴ stds must not show in them."""
-    layer = train(case.layer(), [noise((16, *case.shape), seed) + centre for seed in range(3)])
+    layer = see(case.layer(), [noise((16, *case.shape), seed) + centre for seed in range(3)])
     x = noise((16, *case.shape), 9) + (FAR - centre)
     y = layer(x).detach()
     twin = with_random_affine(TORCH[case.constructor](case.channels, dtype=torch.float64))
@@ -506,18 +479,18 @@ def poisoned(x: Tensor, poison: float) -> Tensor:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("what", ["y", "dx", "dweight", "dbias"])
-def test_non_finite_input_shows_as_in_torch(poison, what):
+def test_non_finite_input_shows_as_in_torch(poison):
     layer, twin = twins(IMAGE, torch.float64)
     x, dy = poisoned(IMAGE.input(4, dtype=torch.float64), poison), noise((4, *IMAGE.shape), 0, torch.float64)
-    actual, expected = train_step(layer, x, dy)[what], train_step(twin, x, dy)[what]
-    assert torch.equal(actual.isfinite(), expected.isfinite())
+    actual, expected = training_step(layer, x, dy), training_step(twin, x, dy)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11, equal_nan=True)
+    for name, value in expected.items():
+        assert torch.equal(actual[name].isfinite(), value.isfinite()), name
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30], ids=["nan", "inf", "overflow"])
 def test_poisoned_channel_keeps_its_state(poison):
-    layer = train(IMAGE.layer(), IMAGE.batches())
+    layer = see(IMAGE.layer(), IMAGE.batches())
     before = buffers_of(layer)
     layer(poisoned(IMAGE.input(4, seed=9), poison))
     after = buffers_of(layer)
@@ -530,12 +503,12 @@ def test_poisoned_channel_keeps_its_state(poison):
 def test_statistics_go_on_without_the_poisoned_batch(poison, momentum):
     """The poisoned channel ends as if it had never been given that batch, the others as if nothing had been wrong."""
     clean = IMAGE.batches(dtype=torch.float64)
-    layer = train(
+    layer = see(
         IMAGE.layer(torch.float64, momentum=momentum),
         [poisoned(x, poison) if i == 2 else x for i, x in enumerate(clean)],
     )
-    others = train(IMAGE.layer(torch.float64, momentum=momentum), clean)
-    without = train(IMAGE.layer(torch.float64, momentum=momentum), clean[:2] + clean[3:])
+    others = see(IMAGE.layer(torch.float64, momentum=momentum), clean)
+    without = see(IMAGE.layer(torch.float64, momentum=momentum), clean[:2] + clean[3:])
     for name in ("running_mean", "running_var"):
         expected = getattr(others, name).clone()
         expected[POISONED] = getattr(without, name)[POISONED]
@@ -566,7 +539,7 @@ def toggled(layer: nn.Module) -> nn.Module:
 
 
 def test_clearing_the_flag_on_a_live_layer_freezes_its_statistics():
-    layer = toggled(train(IMAGE.layer(), IMAGE.batches()))
+    layer = toggled(see(IMAGE.layer(), IMAGE.batches()))
     before = buffers_of(layer)
     layer(IMAGE.input(4, seed=9))
     assert_identical(buffers_of(layer), before)
@@ -575,18 +548,18 @@ def test_clearing_the_flag_on_a_live_layer_freezes_its_statistics():
 def test_clearing_the_flag_on_a_live_layer_trains_on():
     layer, twin = (toggled(bn) for bn in twins(IMAGE, torch.float64))
     x, dy = IMAGE.input(4, dtype=torch.float64), noise((4, *IMAGE.shape), 0, torch.float64)
-    assert_steps_near(train_step(layer, x, dy), train_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
+    assert_steps_near(training_step(layer, x, dy), training_step(twin, x, dy), scales(dy, x, twin), ROUNDINGS)
 
 
 def test_clearing_the_flag_on_a_live_layer_still_evaluates_by_its_statistics():
-    layer = train(IMAGE.layer(), IMAGE.batches())
+    layer = see(IMAGE.layer(), IMAGE.batches())
     x = IMAGE.input(4, seed=9)
     expected = copy.deepcopy(layer).eval()(x)
     assert torch.equal(toggled(layer).eval()(x), expected)
 
 
 def test_setting_the_flag_again_goes_on():
-    layer = toggled(train(IMAGE.layer(), IMAGE.batches()))
+    layer = toggled(see(IMAGE.layer(), IMAGE.batches()))
     layer.track_running_stats = True
     layer(IMAGE.input(4, seed=9))
     assert layer.num_batches_tracked == len(RAGGED) + 1
@@ -602,9 +575,9 @@ def as_tent(layer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_tent_idiom_normalises_by_the_batch(training):
-    layer, twin = (as_tent(train(bn, IMAGE.batches(dtype=torch.float64))) for bn in twins(IMAGE, torch.float64))
+    layer, twin = (as_tent(see(bn, IMAGE.batches(dtype=torch.float64))) for bn in twins(IMAGE, torch.float64))
     x, dy = IMAGE.input(4, seed=9, dtype=torch.float64), noise((4, *IMAGE.shape), 0, torch.float64)
-    actual, expected = train_step(layer.train(training), x, dy), train_step(twin.train(training), x, dy)
+    actual, expected = training_step(layer.train(training), x, dy), training_step(twin.train(training), x, dy)
     assert_steps_near(actual, expected, scales(dy, x, twin), ROUNDINGS)
 
 
@@ -615,7 +588,7 @@ def test_tent_idiom_normalises_by_the_batch(training):
 @each_rule()
 def test_checkpoint_of_batchnorm_evaluates_identically(case, momentum):
     layer, twin = twins(case, torch.float64, momentum=momentum)
-    train(twin, case.batches(SIZES, torch.float64))
+    see(twin, case.batches(SIZES, torch.float64))
     layer.load_state_dict(twin.state_dict(), strict=True)
     x = case.input(4, seed=9, dtype=torch.float64)
     assert_near(layer.eval()(x).detach(), twin.eval()(x).detach(), 4)
@@ -624,7 +597,7 @@ def test_checkpoint_of_batchnorm_evaluates_identically(case, momentum):
 @pytest.mark.parametrize(("momentum", "a"), [(0.1, 0.1), (None, 1 / 7)], ids=["float", "none"])
 def test_first_batch_after_a_seed_weighs_exactly_a(momentum, a):
     layer, twin = twins(IMAGE, torch.float64, momentum=momentum)
-    train(twin, IMAGE.batches(dtype=torch.float64))
+    see(twin, IMAGE.batches(dtype=torch.float64))
     layer.load_state_dict(twin.state_dict(), strict=True)
     x = IMAGE.input(5, seed=9, dtype=torch.float64)
     layer(x)
@@ -634,11 +607,11 @@ def test_first_batch_after_a_seed_weighs_exactly_a(momentum, a):
 @pytest.mark.parametrize("name", RULES)
 def test_resuming_from_a_checkpoint_continues_bit_for_bit(name):
     batches = IMAGE.batches()
-    layer = train(IMAGE.layer(momentum=RULES[name]), batches[:3])
+    layer = see(IMAGE.layer(momentum=RULES[name]), batches[:3])
     resumed = IMAGE.layer(momentum=RULES[name])
     resumed.load_state_dict(layer.state_dict())
-    train(layer, batches[3:])
-    train(resumed, batches[3:])
+    see(layer, batches[3:])
+    see(resumed, batches[3:])
     assert_identical(buffers_of(resumed), buffers_of(layer))
 
 

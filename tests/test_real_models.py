@@ -12,23 +12,35 @@ import pytest
 import torch
 from models import OURS
 from processes import ranks
-from real_models import RealModel, evaluated, gradients
-from real_models_detection import DETECTION, FROZEN
+from real_models import RealModel, evaluated, gradients, outputs
+from real_models_detection import DETECTION
+from real_models_detection import FROZEN as FROZEN_DETECTION
 from real_models_elsewhere import ELSEWHERE
 from real_models_images import IMAGES
 from real_models_sequences import SEQUENCES
+from real_models_vision import DETECTORS, VISION, features
+from real_models_vision import FROZEN as FROZEN_VISION
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runningbn import batchnormify, update_bn_stats
 
 FROM_TRANSFORMERS = (*IMAGES, *SEQUENCES, *DETECTION)
-ALL = {case.id: case for case in (*FROM_TRANSFORMERS, *ELSEWHERE)}
+ALL = {case.id: case for case in (*FROM_TRANSFORMERS, *ELSEWHERE, *VISION)}
 # Their only BatchNorm layers are frozen ones, so there is nothing to train or recompute.
+FROZEN = FROZEN_DETECTION | FROZEN_VISION
 TRAINABLE = {id: case for id, case in ALL.items() if id not in FROZEN}
 
-each_model = pytest.mark.parametrize("case", ALL.values(), ids=ALL)
-each_trainable = pytest.mark.parametrize("case", TRAINABLE.values(), ids=TRAINABLE)
+# Every eighth stands for all where time is short.
+QUICK = tuple(ALL)[::8]
+
+
+def each_of(cases: dict[str, RealModel]) -> pytest.MarkDecorator:
+    marks = {id: () if id in QUICK else pytest.mark.slow for id in cases}
+    return pytest.mark.parametrize("case", [pytest.param(case, id=id, marks=marks[id]) for id, case in cases.items()])
+
+
+each_model, each_trainable = each_of(ALL), each_of(TRAINABLE)
 each_of_ours = pytest.mark.parametrize("to", OURS)
 
 
@@ -70,6 +82,26 @@ def test_trained_model_evaluates_the_same_from_its_file_and_as_torch(case: RealM
     fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
     assert_same(evaluated(fresh, batch), expected)
     assert_same(evaluated(batchnormify(model, "torch"), batch), expected)
+
+
+@each_of_ours
+@pytest.mark.parametrize("case", [case for case in VISION if case.id not in FROZEN], ids=lambda case: case.id)
+@torch.no_grad()
+def test_centred_filters_change_no_output_and_train(case: RealModel, to: str):
+    model, (batch,) = case.model(), case.batches()
+    compared = features if case.id in DETECTORS else outputs
+    expected = compared(model.eval(), batch)
+    batchnormify(model, to, center_weights=batch)
+    assert any(type(module).__name__.startswith("Centered") for module in model.modules())
+    for found, y in zip(compared(model, batch), expected, strict=True):
+        # Filters differ by one rounding, which dozens of layers amplify.
+        torch.testing.assert_close(found, y, rtol=0.0, atol=1e-3 * float(y.abs().max()))
+    found = gradients(model, batch)
+    assert found.keys() == reached(case)
+    assert [name for name, gradient in found.items() if not gradient.isfinite().all()] == []
+    expected = evaluated(model, batch)
+    assert_same(evaluated(batchnormify(model, "torch"), batch), expected)
+    assert not any(type(module).__name__.startswith("Centered") for module in model.modules())
 
 
 @functools.cache

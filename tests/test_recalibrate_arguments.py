@@ -255,7 +255,7 @@ WRONG = [
     {"num_iters": 0}, {"num_iters": -1}, {"num_iters": 2.0}, {"num_iters": True}, {"progress": "bar"}, {"progress": 1},
     {"normalize": "layer"}, {"variance": "biased"}, {"variance": None}, {"tolerance": 0}, {"tolerance": -0.1},
     {"tolerance": float("nan")}, {"prior": -1}, {"prior": float("inf")}, {"prior": float("nan")},
-    {"normalize": "population", "variance": "batch"},
+    {"normalize": "population", "variance": "batch"}, {"memory_limit": -1},
 ]  # fmt: skip
 
 

@@ -131,6 +131,7 @@ def draw(n: int, generator: torch.Generator) -> list[torch.Tensor]:
     return list(x + 0.3 * x.square())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["population", "batch"])
 def test_truth_is_within_two_standard_errors_about_95_times_in_100(variance):
     """100 runs of 32 batches; the truth from 2000, whose own error is an eighth.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 from cases import (
+    GRADIENTS,
     RAGGED,
     RULES,
     RUNNING,
@@ -16,8 +17,10 @@ from cases import (
     each,
     each_dtype,
     each_gradient,
+    each_pair,
     each_rule,
     from_this_state,
+    names_of,
     noise,
     with_random_affine,
 )
@@ -31,13 +34,14 @@ from reference import (
     element_weights,
     pooled_moments,
 )
-from steps import buffers_of
+from steps import assert_identical, buffers_of, see, training_step
 from torch import Tensor, nn
 
 from runningbn import Horizon, RunningBatchNorm, SquareRoot
 
 SHAPES = RUNNING[:5]  # 2-D to 6-D input
 IMAGE = next(case for case in RUNNING if case.id == "running-4d-input")
+FULL_PRECISION = names_of(torch.float32, torch.float64)
 STATE = ("count", "count_sqrs", "debias", "samples", "steps")
 BACKWARD_STATE = ("sum_dy", "sum_dy_xhat", "count_dy")
 
@@ -55,15 +59,6 @@ def reference_of(layer: RunningBatchNorm) -> ReferenceRunningBatchNorm:
     return ReferenceRunningBatchNorm(weight, bias, layer.momentum, layer.gradient, layer.max_lag, layer.eps)
 
 
-def train_step(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, dx, dweight, dbias of one training forward and backward."""
-    x = x.detach().clone().requires_grad_()
-    layer.zero_grad()
-    y = layer(x)
-    y.backward(dy)
-    return y.detach(), x.grad, *(None if p is None else p.grad for p in (layer.weight, layer.bias))
-
-
 def side_by_side(
     layer: RunningBatchNorm, reference: ReferenceRunningBatchNorm, batches: Iterable[Tensor]
 ) -> Iterator[tuple[tuple[Tensor | None, ...], Step, tuple[Tensor, Tensor, Tensor], Tensor]]:
@@ -71,7 +66,9 @@ def side_by_side(
     for seed, x in enumerate(batches):
         dy = noise(x.shape, seed, x.dtype) + 0.5  # a mean, so that dropping its subtraction shows
         step = reference.forward(x)
-        yield train_step(layer, x, dy), step, reference.backward(step, dy), dy
+        found = training_step(layer, x, dy)
+        outputs = tuple(found.get(name) for name in ("y", "dx", "dweight", "dbias"))
+        yield outputs, step, reference.backward(step, dy), dy
 
 
 def assert_outputs_near(y: Tensor, step: Step, roundings: float = ROUNDINGS) -> None:
@@ -107,82 +104,39 @@ def assert_states_near(layer: RunningBatchNorm, reference: ReferenceRunningBatch
     assert_near(pooled_var.to(dtype), var, ROUNDINGS, spread.square())
     for name in STATE:
         assert_near(getattr(layer, name), reference.state(name), ROUNDINGS)
+    assert_near(layer.running_mean, reference.state("running_mean"), ROUNDINGS, spread)
+    assert_near(layer.running_var, reference.state("running_var"), ROUNDINGS, spread.square())
     assert layer.num_batches_tracked.item() == reference.num_batches_tracked
 
 
-def assert_identical(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), f"{name} is {actual[name]}, was {value}"
-
-
-def train(layer: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    for x in batches:
-        layer(x)
-    return layer
+def assert_backward_sums_near(
+    layer: RunningBatchNorm, reference: ReferenceRunningBatchNorm, step: Step, dy: Tensor
+) -> None:
+    assert_near(layer.count_dy, reference.state("count_dy"), ROUNDINGS)
+    scale = channel_rows(dy.abs()).sum(1).max()
+    assert_near(layer.sum_dy, reference.state("sum_dy"), ROUNDINGS, scale)
+    # x_hat reaches about 4
+    assert_near(layer.sum_dy_xhat, reference.state("sum_dy_xhat"), ROUNDINGS, 4 * scale)
 
 
 # ------------------------------------------------------------------------------------------------ against the reference
 
 
-@each(SHAPES)
-@each_rule()
-@each_dtype(torch.float32, torch.float64)
-def test_training_output_equals_reference(case, momentum, dtype):
-    layer = case.layer(dtype, momentum=momentum)
-    for (y, *_), step, _, _ in side_by_side(layer, reference_of(layer), case.batches(dtype=dtype)):
-        assert_outputs_near(y, step)
-
-
-@each(SHAPES)
-@each_rule()
-@each_gradient()
-@each_dtype(torch.float32, torch.float64)
-def test_gradients_equal_reference(case, momentum, gradient, dtype):
+@each_pair(case=names_of(*SHAPES), momentum=RULES, gradient=dict(zip(GRADIENTS, GRADIENTS)), dtype=FULL_PRECISION)
+def test_a_step_equals_reference(case, momentum, gradient, dtype):
     layer = case.layer(dtype, momentum=momentum, gradient=gradient)
-    for (_, *gradients), step, expected, dy in side_by_side(layer, reference_of(layer), case.batches(dtype=dtype)):
+    reference = reference_of(layer)
+    for (y, *gradients), step, expected, dy in side_by_side(layer, reference, case.batches(dtype=dtype)):
+        assert_outputs_near(y, step)
         assert_gradients_near(gradients, expected, step, dy)
-
-
-@each(SHAPES)
-@each_rule()
-@each_dtype(torch.float32, torch.float64)
-def test_state_equals_reference(case, momentum, dtype):
-    layer = case.layer(dtype, momentum=momentum)
-    reference = reference_of(layer)
-    for _ in side_by_side(layer, reference, case.batches(dtype=dtype)):
         assert_states_near(layer, reference)
+        if gradient == "running":
+            assert_backward_sums_near(layer, reference, step, dy)
 
 
-@each(SHAPES)
-@each_rule()
-@each_dtype(torch.float32, torch.float64)
-def test_running_statistics_are_those_of_the_reference(case, momentum, dtype):
-    layer = case.layer(dtype, momentum=momentum)
-    reference = reference_of(layer)
-    for _, step, _, _ in side_by_side(layer, reference, case.batches(dtype=dtype)):
-        scale = step.x.abs().max()
-        assert_near(layer.running_mean, reference.state("running_mean"), ROUNDINGS, scale)
-        assert_near(layer.running_var, reference.state("running_var"), ROUNDINGS, scale.square())
-
-
-@each_rule()
-@each_dtype(torch.float32, torch.float64)
-def test_backward_sums_equal_reference(momentum, dtype):
-    layer = IMAGE.layer(dtype, momentum=momentum, gradient="running")
-    reference = reference_of(layer)
-    for *_, dy in side_by_side(layer, reference, IMAGE.batches(dtype=dtype)):
-        assert_near(layer.count_dy, reference.state("count_dy"), ROUNDINGS)
-        scale = channel_rows(dy.abs()).sum(1).max()
-        assert_near(layer.sum_dy, reference.state("sum_dy"), ROUNDINGS, scale)
-        # x_hat reaches about 4
-        assert_near(layer.sum_dy_xhat, reference.state("sum_dy_xhat"), ROUNDINGS, 4 * scale)
-
-
-@pytest.mark.parametrize(("growth", "drift"), [(3.0, 0.0), (1.0, 3.0), (3.0, 3.0)], ids=["wider", "farther", "both"])
-@each_rule()
-@each_dtype(torch.float32, torch.float64)
-def test_steps_whose_statistics_lag_equal_reference(momentum, dtype, growth, drift):
-    layer = IMAGE.layer(dtype, momentum=momentum)
+@each_pair(lag={"wider": (3.0, 0.0), "farther": (1.0, 3.0), "both": (3.0, 3.0)}, momentum=RULES, dtype=FULL_PRECISION)
+def test_steps_whose_statistics_lag_equal_reference(lag, momentum, dtype):
+    (growth, drift), layer = lag, IMAGE.layer(dtype, momentum=momentum)
     batches = [x * growth**i + drift * i for i, x in enumerate(IMAGE.batches(dtype=dtype))]
     for (y, *gradients), step, expected, dy in side_by_side(layer, reference_of(layer), batches):
         assert_outputs_near(y, step)
@@ -233,12 +187,13 @@ def test_two_forwards_before_their_backwards_equal_reference(gradient, order):
 @each_gradient()
 def test_forwards_without_a_backward_leave_the_backward_sums_alone(gradient):
     layer = IMAGE.layer(gradient=gradient)
-    train_step(layer, IMAGE.input(4), noise((4, *IMAGE.shape), 0))
+    training_step(layer, IMAGE.input(4), noise((4, *IMAGE.shape), 0))
     before = buffers_of(layer)
     with torch.no_grad():
         layer(IMAGE.input(4, seed=1))
     layer(IMAGE.input(4, seed=2))
-    assert_identical(buffers_of(layer), {name: before[name] for name in BACKWARD_STATE})
+    after = buffers_of(layer)
+    assert_identical({name: after[name] for name in BACKWARD_STATE}, {name: before[name] for name in BACKWARD_STATE})
 
 
 @pytest.mark.parametrize("momentum", [Horizon(), 0.1, 1.0], ids=repr)
@@ -249,7 +204,7 @@ def test_exact_gradient_is_the_derivative_of_the_forward(momentum, seen, check):
     case = RUNNING[0]
     layer = case.layer(torch.float64, momentum=momentum, gradient="exact")
     scale = torch.tensor([1.0, 0.01, 1.0], dtype=torch.float64) if seen == (12,) else 1.0
-    train(layer, [x * scale for x in case.batches(seen, torch.float64)])
+    see(layer, [x * scale for x in case.batches(seen, torch.float64)])
     function, parameters = from_this_state(layer)
     x = case.input(4, seed=9, dtype=torch.float64) * scale
     assert check(function, (x.requires_grad_(), *parameters))
@@ -266,24 +221,19 @@ def test_second_derivative_of_the_running_gradient_says_what_to_do():
 # ------------------------------------------------------------------------------------------------------ against fast.ai
 
 
-def fastai_pairs(positions: tuple[int, ...]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """(y, dx, dweight, dbias) of our layer and of the fast.ai class over 36 ragged batches, all float64."""
+@pytest.mark.parametrize("positions", [(), (5,), (4, 3)], ids=["2d-input", "3d-input", "4d-input"])
+def test_square_root_rule_and_exact_gradient_are_the_fastai_class(positions):
+    """Over 36 ragged batches, all float64."""
     case = LayerCase("", RunningBatchNorm, (3, *positions), {"momentum": SquareRoot(0.1), "gradient": "exact"})
     layer = case.layer(torch.float64)
     theirs = with_random_affine(FastaiRunningBatchNorm(case.channels))
     for seed in range(36):
         x = case.input((2, 3, 5, 8, 2, 16)[seed % 6], seed, torch.float64)
         dy = noise(x.shape, seed, torch.float64) + 0.5
-        yield train_step(layer, x, dy), train_step(theirs, x, dy)
-
-
-@pytest.mark.parametrize("positions", [(), (5,), (4, 3)], ids=["2d-input", "3d-input", "4d-input"])
-@pytest.mark.parametrize("what", ["y", "dx", "dweight", "dbias"])
-def test_square_root_rule_and_exact_gradient_are_the_fastai_class(positions, what):
-    index = ("y", "dx", "dweight", "dbias").index(what)
-    for ours, theirs in fastai_pairs(positions):
-        # Their raw moments lose mean²/var ≲ 100 of the 2e-16, ours nothing; both round some tens of times.
-        torch.testing.assert_close(ours[index], theirs[index], rtol=1e-11, atol=1e-11)
+        ours, others = training_step(layer, x, dy), training_step(theirs, x, dy)
+        for name in ("y", "dx", "dweight", "dbias"):
+            # Their raw moments lose mean²/var ≲ 100 of the 2e-16, ours nothing; both round some tens of times.
+            torch.testing.assert_close(ours[name], others[name], rtol=1e-11, atol=1e-11)
 
 
 # ------------------------------------------------------------------------------------------------- against nn.BatchNorm
@@ -295,13 +245,18 @@ def torch_twin(layer: RunningBatchNorm) -> nn.BatchNorm2d:
     return twin
 
 
+def pairs(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    assert actual.keys() == expected.keys()
+    return [(actual[name], value) for name, value in expected.items()]
+
+
 @each_rule()
 @each_gradient()
 def test_first_step_is_that_of_batchnorm(momentum, gradient):
     layer = IMAGE.layer(torch.float64, momentum=momentum, gradient=gradient)
     twin = torch_twin(layer)
     x, dy = IMAGE.input(6, dtype=torch.float64), noise((6, *IMAGE.shape), 0, torch.float64)
-    for actual, expected in zip(train_step(layer, x, dy), train_step(twin, x, dy), strict=True):
+    for actual, expected in pairs(training_step(layer, x, dy), training_step(twin, x, dy)):
         assert_near(actual, expected, ROUNDINGS)
 
 
@@ -312,7 +267,7 @@ def test_momentum_one_is_batchnorm_at_every_step(momentum, gradient):
     twin = torch_twin(layer)
     for seed, x in enumerate(IMAGE.batches(dtype=torch.float64)):
         dy = noise(x.shape, seed, torch.float64)
-        for actual, expected in zip(train_step(layer, x, dy), train_step(twin, x, dy), strict=True):
+        for actual, expected in pairs(training_step(layer, x, dy), training_step(twin, x, dy)):
             assert_near(actual, expected, ROUNDINGS)
 
 
@@ -334,7 +289,7 @@ def test_is_a_batchnorm_to_third_parties():
 
 def trained_batchnorm() -> nn.BatchNorm2d:
     twin = with_random_affine(nn.BatchNorm2d(IMAGE.channels, dtype=torch.float64), seed=1)
-    return train(twin, [IMAGE.input(8, seed, torch.float64) for seed in range(10, 17)])
+    return see(twin, [IMAGE.input(8, seed, torch.float64) for seed in range(10, 17)])
 
 
 def seeded_pair(momentum: object, gradient: str = "running") -> tuple[RunningBatchNorm, ReferenceRunningBatchNorm]:
@@ -348,8 +303,8 @@ def seeded_pair(momentum: object, gradient: str = "running") -> tuple[RunningBat
 
 def test_seeding_keeps_the_statistics_bit_for_bit():
     layer, _ = seeded_pair(Horizon())
-    twin = trained_batchnorm()
-    assert_identical(buffers_of(layer), buffers_of(twin))
+    found, given = buffers_of(layer), buffers_of(trained_batchnorm())
+    assert_identical({name: found[name] for name in given}, given)
 
 
 def test_seeded_layer_evaluates_as_its_source():
@@ -359,17 +314,11 @@ def test_seeded_layer_evaluates_as_its_source():
 
 
 @each_rule()
-def test_seeded_training_output_equals_reference(momentum):
-    layer, reference = seeded_pair(momentum)
-    for (y, *_), step, _, _ in side_by_side(layer, reference, IMAGE.batches(dtype=torch.float64)):
-        assert_outputs_near(y, step)
-
-
-@each_rule()
 @each_gradient()
-def test_seeded_gradients_equal_reference(momentum, gradient):
+def test_seeded_training_equals_reference(momentum, gradient):
     layer, reference = seeded_pair(momentum, gradient)
-    for (_, *gradients), step, expected, dy in side_by_side(layer, reference, IMAGE.batches(dtype=torch.float64)):
+    for (y, *gradients), step, expected, dy in side_by_side(layer, reference, IMAGE.batches(dtype=torch.float64)):
+        assert_outputs_near(y, step)
         assert_gradients_near(gradients, expected, step, dy)
 
 
@@ -398,7 +347,7 @@ def test_fresh_batchnorm_seeds_nothing():
 
 def test_assigned_statistics_seed_the_state():
     """After `bn.running_mean = t` the next batch is pooled with t, at weight a, and not with what was there before."""
-    layer = train(IMAGE.layer(torch.float64, momentum=0.1), IMAGE.batches(dtype=torch.float64))
+    layer = see(IMAGE.layer(torch.float64, momentum=0.1), IMAGE.batches(dtype=torch.float64))
     mean, var = torch.full((IMAGE.channels,), 7.0).double(), torch.full((IMAGE.channels,), 2.0).double()
     layer.running_mean, layer.running_var = mean.clone(), var
     x = IMAGE.input(5, seed=9, dtype=torch.float64)
@@ -410,7 +359,7 @@ def test_reset_makes_a_new_layer():
     layer = IMAGE.layer()
     fresh = buffers_of(layer)
     for seed, x in enumerate(IMAGE.batches()):
-        train_step(layer, x, noise(x.shape, seed))
+        training_step(layer, x, noise(x.shape, seed))
     layer.reset_running_stats()
     assert_identical(buffers_of(layer), fresh)
 
@@ -424,7 +373,7 @@ def test_running_statistics_are_weighted_moments_of_everything_seen(case, moment
     """No recursion: every element ever seen, with the weight it carries by now, in two direct sums."""
     layer = case.layer(torch.float64, momentum=momentum)
     batches = case.batches(dtype=torch.float64)
-    train(layer, batches)
+    see(layer, batches)
     expected = pooled_moments(batches, element_weights(momentum, RAGGED, math.prod(case.shape[1:])))
     # 23 samples are past the clamp, except where all weight is on the last 4 ...
     assert_near(layer.running_mean, expected.mean, ROUNDINGS, 4)
@@ -436,7 +385,7 @@ def test_cumulative_statistics_do_not_depend_on_the_split():
     """momentum=None: the biased moments of all data, in batches of whatever sizes."""
     x = IMAGE.input(24, dtype=torch.float64)
     for sizes in (1, 4, 24, [1, 20, 3]):
-        layer = train(IMAGE.layer(torch.float64, momentum=None), x.split(sizes))
+        layer = see(IMAGE.layer(torch.float64, momentum=None), x.split(sizes))
         assert_near(layer.running_mean, x.mean((0, 2, 3)), ROUNDINGS, 4)
         assert_near(layer.running_var, x.var((0, 2, 3), correction=0), ROUNDINGS, 16)
 
@@ -446,7 +395,7 @@ def test_settled_horizon_forgets_per_sample():
     for size in (1, 2, 32):
         layer = IMAGE.layer(torch.float64)
         layer.running_mean = torch.ones(IMAGE.channels, dtype=torch.float64)
-        train(layer, torch.zeros(32, *IMAGE.shape, dtype=torch.float64).split(size))
+        see(layer, torch.zeros(32, *IMAGE.shape, dtype=torch.float64).split(size))
         # The data are zeros, so what is left of the mean of one is the weight of the old state.
         assert_near(layer.running_mean, torch.full_like(layer.running_mean, math.exp(-32 / 128)), ROUNDINGS)
 
@@ -455,7 +404,7 @@ def test_horizon_weighs_batches_of_any_size_by_a():
     """Large batches must not drown small ones: a batch of one moves the mean by its a even after a batch of 64."""
     layer = IMAGE.layer(torch.float64, momentum=Horizon(samples=10, start=10))
     zeros = torch.zeros(64, *IMAGE.shape, dtype=torch.float64)
-    train(layer, [zeros, torch.ones_like(zeros[:1])])
+    see(layer, [zeros, torch.ones_like(zeros[:1])])
     a_large, a_small = 1 - math.exp(-6.4), 1 - math.exp(-0.1)
     share = a_small / (a_large * (1 - a_small) + a_small)
     assert_near(layer.running_mean, torch.full_like(layer.running_mean, share), ROUNDINGS)
@@ -473,7 +422,7 @@ def test_without_a_limit_to_the_lag_training_and_evaluation_agree(case, momentum
 
 
 def test_evaluation_changes_nothing():
-    layer = train(IMAGE.layer(), IMAGE.batches())
+    layer = see(IMAGE.layer(), IMAGE.batches())
     before = buffers_of(layer)
     layer.eval()(IMAGE.input(4, seed=9))
     assert_identical(buffers_of(layer), before)
@@ -577,8 +526,9 @@ def test_momentum_zero_stays_finite(momentum):
     """A batch that weighs nothing leaves nothing to divide by."""
     layer = IMAGE.layer(momentum=momentum)
     x = IMAGE.input(2)
-    y, dx, dweight, dbias = train_step(layer, x, noise(x.shape, 0))
-    for tensor in (y, dx, dweight, dbias, layer.running_mean, layer.running_var):
+    step = training_step(layer, x, noise(x.shape, 0))
+    assert step.keys() == {"y", "dx", "dweight", "dbias"}
+    for tensor in (*step.values(), layer.running_mean, layer.running_var):
         assert tensor.isfinite().all()
 
 
@@ -591,30 +541,24 @@ def test_one_value_per_channel_gives_the_bias_and_no_gradient(momentum, gradient
     """A first batch of one value: its mean is itself, the clamp keeps rstd at 10, and BatchNorm's dx is zero."""
     layer = RUNNING[0].layer(torch.float64, momentum=momentum, gradient=gradient)
     x = RUNNING[0].input(1, dtype=torch.float64)
-    y, dx, _, _ = train_step(layer, x, torch.ones_like(x))
-    assert_near(y, layer.bias.detach()[None], 4)
-    assert_near(dx, torch.zeros_like(x), ROUNDINGS, 15)  # weight · rstd · dy
+    step = training_step(layer, x, torch.ones_like(x))
+    assert_near(step["y"], layer.bias.detach()[None], 4)
+    assert_near(step["dx"], torch.zeros_like(x), ROUNDINGS, 15)  # weight · rstd · dy
 
 
 @each(SHAPES)
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-def test_empty_batch_gives_an_empty_output_and_changes_nothing(case, trained):
+def test_empty_batch_gives_an_empty_output_gradients_of_zero_and_changes_nothing(case, trained):
     layer = case.layer()
     if trained:
-        train(layer, case.batches())
+        see(layer, case.batches())
     before = buffers_of(layer)
     x = torch.empty(0, *case.shape)
-    y, dx, _, _ = train_step(layer, x, torch.empty_like(x))
-    assert y.shape == dx.shape == x.shape
+    step = training_step(layer, x, torch.empty_like(x))
+    assert step["y"].shape == step["dx"].shape == x.shape
+    assert torch.equal(step["dweight"], torch.zeros(case.channels))
+    assert torch.equal(step["dbias"], torch.zeros(case.channels))
     assert_identical(buffers_of(layer), before)
-
-
-def test_empty_batch_gives_gradients_of_zero():
-    layer = IMAGE.layer()
-    x = torch.empty(0, *IMAGE.shape)
-    _, _, dweight, dbias = train_step(layer, x, torch.empty_like(x))
-    assert torch.equal(dweight, torch.zeros_like(dweight))
-    assert torch.equal(dbias, torch.zeros_like(dbias))
 
 
 # ------------------------------------------------------------------------------------------------------------ the clamp
@@ -635,7 +579,7 @@ def test_variance_is_clamped_below_twenty_samples():
 def test_variance_is_free_at_twenty_samples():
     layer = IMAGE.layer(torch.float64, momentum=None)
     x = still(CLAMP_SAMPLES)
-    train(layer, x.split(5))
+    see(layer, x.split(5))
     assert_near(layer.running_var, pooled_moments([x]).var, ROUNDINGS)
 
 
@@ -696,7 +640,7 @@ def with_poison(poison: float, dtype: torch.dtype = torch.float64) -> list[Tenso
 )
 def test_poisoned_channel_keeps_its_state(poison, seen):
     """1e30 is finite and its square, in float32, is not."""
-    layer = train(IMAGE.layer(), seen)
+    layer = see(IMAGE.layer(), seen)
     before = buffers_of(layer)
     layer(poisoned(IMAGE.input(4, seed=9), poison))
     after = buffers_of(layer)
@@ -740,7 +684,7 @@ def test_exact_gradient_of_a_poisoned_channel_is_that_of_evaluation(poison):
     reference = reference_of(layer)
     for seed, x in enumerate(with_poison(poison)):
         dy = noise(x.shape, seed, torch.float64)
-        dx = train_step(layer, x, dy)[1]
+        dx = training_step(layer, x, dy)["dx"]
         step = reference.forward(x)
         expected = reference.backward(step, dy)[0]
         assert_near(
@@ -762,9 +706,9 @@ def test_backward_of_a_poisoned_forward_leaves_the_backward_sums_of_its_channel(
     """At 1e30 all sums of the backward are finite: it is the forward that has kept the channel out."""
     layer = IMAGE.layer(gradient="running")
     x, dy = IMAGE.input(4), noise((4, *IMAGE.shape), 0)
-    train_step(layer, x, dy)
+    training_step(layer, x, dy)
     before = {name: getattr(layer, name).clone() for name in BACKWARD_STATE}
-    train_step(layer, poisoned(x, poison), noise(dy.shape, 1))
+    training_step(layer, poisoned(x, poison), noise(dy.shape, 1))
     for name in BACKWARD_STATE:
         assert getattr(layer, name)[POISONED] == before[name][POISONED], name
 
@@ -773,9 +717,9 @@ def test_backward_of_a_poisoned_forward_leaves_the_backward_sums_of_its_channel(
 def test_overflow_in_backward_leaves_the_backward_sums_of_its_channel(poison):
     layer = IMAGE.layer(gradient="running")
     x, dy = IMAGE.input(4), noise((4, *IMAGE.shape), 0)
-    train_step(layer, x, dy)
+    training_step(layer, x, dy)
     before = {name: getattr(layer, name).clone() for name in BACKWARD_STATE}
-    train_step(layer, x, poisoned(dy, poison))
+    training_step(layer, x, poisoned(dy, poison))
     for name in BACKWARD_STATE:
         unchanged = getattr(layer, name) == before[name]
         assert unchanged.tolist() == [c == POISONED for c in range(IMAGE.channels)], name
@@ -786,14 +730,14 @@ def test_overflow_in_backward_leaves_the_backward_sums_of_its_channel(poison):
 def test_overflow_in_backward_shows_in_dx(gradient, poison):
     """A GradScaler has to see it."""
     layer = IMAGE.layer(gradient=gradient)
-    dx = train_step(layer, IMAGE.input(4), poisoned(noise((4, *IMAGE.shape), 0), poison))[1]
+    dx = training_step(layer, IMAGE.input(4), poisoned(noise((4, *IMAGE.shape), 0), poison))["dx"]
     assert not dx[0, POISONED, 2, 3].isfinite()
 
 
 @each_gradient()
 def test_overflow_in_backward_stays_in_its_channel(gradient):
     layer = IMAGE.layer(gradient=gradient)
-    dx = train_step(layer, IMAGE.input(4), poisoned(noise((4, *IMAGE.shape), 0), math.inf))[1]
+    dx = training_step(layer, IMAGE.input(4), poisoned(noise((4, *IMAGE.shape), 0), math.inf))["dx"]
     others = [c for c in range(IMAGE.channels) if c != POISONED]
     assert dx[:, others].isfinite().all()
 
@@ -833,7 +777,7 @@ def test_unknown_gradient_names_those_there_are():
 
 
 def test_failed_forward_leaves_the_state():
-    layer = train(IMAGE.layer(), IMAGE.batches())
+    layer = see(IMAGE.layer(), IMAGE.batches())
     before = buffers_of(layer)
     with pytest.raises((RuntimeError, ValueError)):
         layer(torch.zeros(2, IMAGE.channels + 1, 5, 6))
@@ -856,13 +800,14 @@ def test_buffers_carry_no_autograd_history():
     y = layer(IMAGE.input(4).requires_grad_())
     twin = copy.deepcopy(layer)
     y.sum().backward()
-    assert_identical(buffers_of(twin), {n: b for n, b in buffers_of(layer).items() if n not in BACKWARD_STATE})
+    before, after = ({n: b for n, b in buffers_of(of).items() if n not in BACKWARD_STATE} for of in (twin, layer))
+    assert_identical(before, after)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_resuming_from_a_checkpoint_continues_bit_for_bit(name):
     batches = IMAGE.batches()
-    layer = train(IMAGE.layer(momentum=RULES[name]), batches[:3])
+    layer = see(IMAGE.layer(momentum=RULES[name]), batches[:3])
     resumed = IMAGE.layer(momentum=RULES[name])
     resumed.load_state_dict(layer.state_dict())
     for x in batches[3:]:

@@ -50,12 +50,16 @@ def two_layers(kind: str) -> nn.Module:
     return nn.Sequential(layer_of(kind, sync=True), nn.Tanh(), with_random_affine(layer_of(kind, sync=True), seed=1))
 
 
-@pytest.mark.parametrize("kind", ["running", "running-limited", "exact", "precise"])
+@pytest.mark.parametrize(
+    "kind",
+    ["running", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("running-limited", "exact", "precise"))],
+)
 @each_backend
 def test_compiled_ranks_train_as_eager_ones_in_one_graph(kind, backend):
     assert ranks(2)(train_compiled, functools.partial(one_layer, kind), [(5, 3)] * 4, {"backend": backend}) == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact", "running"])
 @each_backend
 def test_compiled_ranks_meet_where_one_of_them_is_empty(kind, backend):
@@ -82,6 +86,7 @@ def compile_without_statistics(rank: int) -> tuple[str, Tensor]:
         return text, torch.compile(layer, backend="aot_eager")(x) - layer(x)
 
 
+@pytest.mark.slow
 def test_without_running_statistics_the_graph_breaks():
     for text, difference in ranks(2)(compile_without_statistics):
         assert "track_running_stats=False cannot be compiled into one graph" in text

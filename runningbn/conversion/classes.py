@@ -65,19 +65,12 @@ class RunningBatchNormAct2d(NormAct, RunningBatchNorm2d):
     """What `batchnormify` makes of timm's ``BatchNormAct2d``; not meant to be constructed."""
 
 
-class RunningSyncBatchNormAct(NormAct, RunningSyncBatchNorm):
-    """What `batchnormify` makes of timm's ``SyncBatchNormAct``; not meant to be constructed."""
-
-
 class PreciseBatchNormAct2d(NormAct, PreciseBatchNorm2d):
     """What `batchnormify` makes of timm's ``BatchNormAct2d``; not meant to be constructed."""
 
 
-class PreciseSyncBatchNormAct(NormAct, PreciseSyncBatchNorm):
-    """What `batchnormify` makes of timm's ``SyncBatchNormAct``; not meant to be constructed."""
-
-
-# The target class of each layer of torch and, below, of timm's norm-act layers by their base class of torch.
+# The target class of each layer of torch and, below, of timm's norm-act layers by their base class of torch. timm's
+# SyncBatchNormAct calls ``super().forward``, then drop and act: the class that it is derived from only normalises.
 RUNNING: dict[type[nn.Module], type[PooledStatistics]] = {
     nn.BatchNorm1d: RunningBatchNorm1d,
     nn.BatchNorm2d: RunningBatchNorm2d,
@@ -92,11 +85,11 @@ PRECISE: dict[type[nn.Module], type[PooledStatistics]] = {
 }
 RUNNING_ACT: dict[type[nn.Module], type[PooledStatistics]] = {
     nn.BatchNorm2d: RunningBatchNormAct2d,
-    nn.SyncBatchNorm: RunningSyncBatchNormAct,
+    nn.SyncBatchNorm: RunningSyncBatchNorm,
 }
 PRECISE_ACT: dict[type[nn.Module], type[PooledStatistics]] = {
     nn.BatchNorm2d: PreciseBatchNormAct2d,
-    nn.SyncBatchNorm: PreciseSyncBatchNormAct,
+    nn.SyncBatchNorm: PreciseSyncBatchNorm,
 }
 
 
@@ -203,12 +196,12 @@ def _empty(ours: type[PooledStatistics], origin: type[nn.Module]) -> PooledStati
 
 
 def is_norm_act(layer: nn.Module) -> bool:
-    """Whether it is one of timm's norm-act layers, or a converted one."""
+    """Whether it is timm's ``BatchNormAct2d``, or a converted one; not ``SyncBatchNormAct``, which wraps a forward."""
     cls = type(layer)
     if issubclass(cls, NormAct):
         return True
     # By name, without importing timm. Subclasses that do not override the forward are included.
-    origin = next((base for base in cls.__mro__ if base.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")), None)
-    if origin is None or not issubclass(cls, tuple(PRECISE_ACT)) or cls.forward is not vars(origin).get("forward"):
+    origin = next((base for base in cls.__mro__ if base.__name__ == "BatchNormAct2d"), None)
+    if origin is None or not issubclass(cls, nn.BatchNorm2d) or cls.forward is not vars(origin).get("forward"):
         return False
     return isinstance(getattr(layer, "drop", None), nn.Module) and isinstance(getattr(layer, "act", None), nn.Module)

@@ -31,7 +31,6 @@ from .rules import (
     is_foreign,
     reason_to_leave,
     reason_to_leave_foreign,
-    shown,
     torch_type,
 )
 
@@ -137,7 +136,7 @@ def batchnormify(
         if is_foreign(layer):
             # `where` is not called: the module may lack attributes of nn.BatchNorm. With `where`, it is not reported.
             if where is None:
-                left_alone[shown(names)] = reason_to_leave_foreign(layer)
+                left_alone[names[0]] = reason_to_leave_foreign(layer)
             continue
         if where is not None and not any(where(name, layer) for name in names):
             continue
@@ -147,7 +146,7 @@ def batchnormify(
         if reason is None:
             convertible.append(layer)
         else:
-            left_alone[shown(names)] = reason
+            left_alone[names[0]] = reason
     choice = Choice(normalisations=None if where is None else convertible) if centers else None
     # Decided before anything is changed, since the pass may fail.
     plan = None if choice is None or center_weights is True else decide(model, choice, call, center_weights)

@@ -47,11 +47,6 @@ def reason_to_leave_foreign(layer: nn.Module) -> str:
     return f"{type(layer).__name__} is not a subclass of nn.BatchNorm"
 
 
-def shown(names: list[str]) -> str:
-    """The name of a layer in the log."""
-    return names[0] or "the model itself"
-
-
 def reason_to_leave(layer: nn.Module, to: str) -> str | None:
     """Why a layer cannot be converted, or None."""
     if isinstance(layer, torch.jit.ScriptModule):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..recalibration.text import positive_integer
 from .result import Diagnosis
 from .rules import ERROR, RULES
 from .run import diagnose
@@ -49,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric", metavar="PATH", help="a function of the model that gives a number, larger being better"
     )
     parser.add_argument("--forward", metavar="PATH", help="a function of the model and a batch that calls the model")
-    parser.add_argument("--num-iters", type=_positive, default=50, metavar="N", help="batches to use (default: 50)")
+    parser.add_argument(
+        "--num-iters", type=positive_integer, default=50, metavar="N", help="batches to use (default: 50)"
+    )
     parser.add_argument("--device", help="where to move the batches, the model being there")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -123,10 +126,3 @@ def _resolved(path: str) -> Any:
             raise PathError(f"{path}: {found!r} has no attribute {attribute!r}")
         found = getattr(found, attribute)
     return found
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number

@@ -172,15 +172,15 @@ def of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagn
     )
     mean, var = subject.stored[number]
     return LayerDiagnosis(
-        subject.names[number],
-        stored,
-        recomputed,
-        between_batches(measured.groups[number], recomputed.std.square()),
-        number in subject.frozen,
-        measured.recomputed.calls[number],
-        bool((mean.isfinite() & var.isfinite() & (var >= 0)).all()),
-        int(measured.recomputed.sums[number].dropped),
-        _normalises_by_running(layer),
+        name=subject.names[number],
+        stored=stored,
+        recomputed=recomputed,
+        between=between_batches(measured.groups[number], recomputed.std.square()),
+        frozen=number in subject.frozen,
+        calls=measured.recomputed.calls[number],
+        finite=bool((mean.isfinite() & var.isfinite() & (var >= 0)).all()),
+        not_finite=int(measured.recomputed.sums[number].dropped),
+        relies_on_no_batch=_normalises_by_running(layer),
     )
 
 
@@ -188,17 +188,30 @@ def _compared(
     name: str, layer: _BatchNorm, correction: int, sums: Accumulator, statistics: Moments
 ) -> LayerReport:  # fmt: skip
     """A report with the moments of the layer's input as new statistics, and those it normalised by as old ones."""
-    mean, var, mean_error, var_error, batches, elements, samples = (part.clone() for part in sums.estimate())
-    n = int(elements[0])
+    estimate = sums.estimate()
+    mean, var, mean_error, var_error = (
+        vector.clone() for vector in (estimate.mean, estimate.var, estimate.mean_error, estimate.var_error)
+    )
+    n = int(estimate.elements[0])
     if n == 0:
         mean, var, mean_error, var_error = (torch.full_like(mean, torch.nan) for _ in range(4))
     elif n > 1:
         var, var_error = var * (n / (n - correction)), var_error * (n / (n - correction))
     old_mean, old_var = (moment.to("cpu", torch.float64) for moment in statistics)
     return LayerReport(
-        name, mean, var, old_mean, old_var, layer.eps, mean_error, var_error, int(batches[0]), int(samples[0]), n,
+        name=name,
+        mean=mean,
+        var=var,
+        old_mean=old_mean,
+        old_var=old_var,
+        eps=layer.eps,
+        mean_error=mean_error,
+        var_error=var_error,
+        batches=int(estimate.batches[0]),
+        samples=int(estimate.samples[0]),
+        elements=n,
         correction=correction,
-    )  # fmt: skip
+    )
 
 
 def _statistics(layers: list[_BatchNorm]) -> dict[int, Moments]:

@@ -17,7 +17,7 @@ from .between import BetweenBatches
 from .outputs import OutputChange
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerDiagnosis:
     """The results for one layer. C channels; tensors are (C,), float64, on the CPU.
 
@@ -79,7 +79,7 @@ class MetricValues:
     batch: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """The result of `diagnose`. Prints as a table that ends with advice; `layers` has the numbers.
 
@@ -196,12 +196,10 @@ data): update_bn_stats repairs that (the output changes by 99.7%).
         Raises:
             ImportError: without matplotlib, which comes with ``pip install 'runningbn[plot]'``.
         """
+        from ..recalibration.plot import saved
         from .plot import plot
 
-        figure = plot(self)
-        if path is not None:
-            figure.savefig(path, dpi=150, bbox_inches="tight")
-        return figure
+        return saved(plot(self), path)
 
 
 def _row(layer: LayerDiagnosis) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..recalibration.text import counted
+from ..recalibration.text import counted, shown
 from .evidence import (
     ERRORS,
     FEW,
@@ -80,7 +80,7 @@ def _off(diagnosis: Diagnosis) -> str | None:
     first = wrong[0]
     where = (
         f"Stored statistics are off in {len(wrong)} of {counted(len(diagnosis.layers), 'layer')}, first in "
-        f"{_shown(first.name)} "
+        f"{shown(first.name)} "
         f"(mean by {first.stored.mean_shift:.2f} std, variance {1 / first.stored.var_ratio:.2g} times that of the data)"
     )
     left = [layer.name for layer in diagnosis.layers if is_off_recomputed(layer)]
@@ -102,7 +102,7 @@ def _off_without_effect(diagnosis: Diagnosis) -> str | None:
     wrong = [layer for layer in diagnosis.layers if is_off(layer.stored)]
     if not wrong or not _without_effect(diagnosis):
         return None
-    where = f"{len(wrong)} of {counted(len(diagnosis.layers), 'layer')}, first in {_shown(wrong[0].name)}"
+    where = f"{len(wrong)} of {counted(len(diagnosis.layers), 'layer')}, first in {shown(wrong[0].name)}"
     return (
         f"Stored statistics are off in {where}, but with recomputed ones the metric gains less than {GAIN:.0%} "
         f"({_effect(diagnosis)}): look for other causes, too."
@@ -166,7 +166,7 @@ def _few(diagnosis: Diagnosis) -> str | None:
     between = smallest.between
     if is_correlated(smallest):
         what = (
-            f"The samples of a batch are correlated: in {_shown(smallest.name)}, the effective sample size of a batch "
+            f"The samples of a batch are correlated: in {shown(smallest.name)}, the effective sample size of a batch "
             f"of {between.samples_per_batch:.3g} is {between.effective_batch:.2g}"
         )
     else:
@@ -192,14 +192,9 @@ def _effect(diagnosis: Diagnosis) -> str:
     return f"the output changes by {diagnosis.recomputed.relative_rms:.1%}"
 
 
-def _shown(name: str) -> str:
-    """The name of a layer; it is empty if the model is itself the layer."""
-    return name or "the model itself"
-
-
 def _listed(names: list[str] | tuple[str, ...]) -> str:
-    shown = [_shown(name) for name in names]
-    return ", ".join(shown) if len(shown) <= 3 else f"{', '.join(shown[:2])} and {len(shown) - 2} more"
+    listed = [shown(name) for name in names]
+    return ", ".join(listed) if len(listed) <= 3 else f"{', '.join(listed[:2])} and {len(listed) - 2} more"
 
 
 RULES = (

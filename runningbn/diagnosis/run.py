@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..recalibration.batches import Forward, call
+from ..recalibration.batches import Forward, call, check_num_iters
 from ..recalibration.selection import chosen, has_statistics, left_alone
-from ..recalibration.text import by_reason
+from ..recalibration.text import by_reason, shown
 from .measure import Metric, Subject, measure, of_layer, score
 from .result import Diagnosis, MetricValues
 from .watch import unchanged
@@ -83,8 +83,7 @@ def diagnose(
     layers = _with_statistics(model)
     if not layers:
         raise ValueError(_nothing_to_diagnose(model))
-    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
-        raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
+    check_num_iters(num_iters)
     with unchanged(model):
         subject = Subject.of(model, layers)
         batches = subject.recompute(data_loader, num_iters, forward=forward, device=device, normalize=normalize)
@@ -94,15 +93,15 @@ def diagnose(
     if not found:
         raise ValueError(f"no batch reached any of the layers {', '.join(subject.names)}")
     return Diagnosis(
-        tuple(found),
-        tuple(name for number, name in enumerate(subject.names) if number not in measured.used),
-        tuple(name for name, module in model.named_modules() if _lacks_statistics(module)),
-        left_alone(model, subject.layers),
-        len(batches),
-        measured.recomputed.comparison.result(),
-        measured.batch.comparison.result(),
-        values,
-        normalize,
+        layers=tuple(found),
+        unused=tuple(name for number, name in enumerate(subject.names) if number not in measured.used),
+        without_statistics=tuple(name for name, module in model.named_modules() if _lacks_statistics(module)),
+        skipped=left_alone(model, subject.layers),
+        batches=len(batches),
+        recomputed=measured.recomputed.comparison.result(),
+        batch=measured.batch.comparison.result(),
+        metric=values,
+        normalize=normalize,
     )
 
 
@@ -119,7 +118,7 @@ def _lacks_statistics(module: nn.Module) -> bool:
 def _nothing_to_diagnose(model: nn.Module) -> str:
     modules = dict(model.named_modules())
     message = f"there is no BatchNorm layer with running statistics in {type(model).__name__}, so none can be at fault"
-    lacking = [name or "the model itself" for name, module in modules.items() if _lacks_statistics(module)]
+    lacking = [shown(name) for name, module in modules.items() if _lacks_statistics(module)]
     others = left_alone(model, ())
     kinds = sorted({type(m).__name__ for m in modules.values() if "Norm" in type(m).__name__})
     if lacking:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.buffers import VIEW
+from ..ops.compat import is_functorch_wrapped_tensor
 from ..recalibration.conventions import Moments
 from ..recalibration.hooks import random_state_kept
 from ..recalibration.kept import state_kept
@@ -85,7 +86,7 @@ class Watcher(Observer):
 def _sample_means(x: Tensor, dim: int, mask: Tensor | None = None) -> SampleMeans | None:
     """Sample means of x with its channels in dimension `dim`, over the elements in the mask; None if undefined."""
     # The observer raises for wrong shapes. Tensors wrapped by torch.func cannot be read.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    wrapped = is_functorch_wrapped_tensor(x)
     if wrapped or not 0 < dim < x.dim() or not x.numel() or not x.is_floating_point():
         return None
     x = x.as_subclass(Tensor).movedim(dim, 1).to(torch.promote_types(x.dtype, torch.float32))

@@ -25,7 +25,7 @@ class Movement(LayerShift):
         return float(ratio[ratio.log().abs().argmax()])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two state dicts, layer by layer.
 

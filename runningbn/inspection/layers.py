@@ -26,7 +26,7 @@ RELEVANT_KEYS = (*PER_CHANNEL, "num_batches_tracked", "eps")
 EPS = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SavedLayer:
     """One BatchNorm layer of a checkpoint. C channels; tensors are (C,), float64, on the CPU.
 

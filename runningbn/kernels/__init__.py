@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..momentum import Momentum, rule_of
+from ..ops.compat import is_observed
 from ..ops.state import GradientState, LayerState
 from . import aten, cpu, triton
 from .contract import Backend, Centred, FusedBackend, Gradients, GradientSums, Reduction
@@ -33,8 +33,6 @@ TAKES = {
 }
 
 _forced: str | None = None
-# Whether torch.func is at work; it has no public name. Dynamo knows it, too.
-transforms_active = torch._C._are_functorch_transforms_active
 
 
 @contextmanager
@@ -92,16 +90,7 @@ def backend_for(x: Tensor, dtype: torch.dtype) -> Backend:
 
 def is_ordinary() -> bool:
     """Whether nobody traces, transforms or watches what torch does, and no other backend than `cpu` is forced."""
-    watched = (
-        torch.compiler.is_compiling()
-        or transforms_active()
-        # Private, but torch has no other sign of dual numbers that is cheap.
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch.is_inference_mode_enabled()
-    )
-    return not watched and _forced in (None, "cpu")
+    return not is_observed() and _forced in (None, "cpu")
 
 
 class Fused(NamedTuple):

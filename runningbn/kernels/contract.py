@@ -2,6 +2,9 @@
 
 Shapes: N batch, C channels, any trailing dimensions, n = elements per channel. Per-channel vectors are (C,) in the
 dtype of the statistics (float32 or float64). z = (x − mean)·rstd.
+
+Every operation is written as its equation in `aten`, in the branches for compilers (`batch_norm` is `batch_sums`,
+`state.moments` and `normalize`), and the update of the state that fused backends do in between in `ops.update`.
 """
 
 from __future__ import annotations

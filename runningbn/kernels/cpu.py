@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..ops.compat import number_of_dispatch_modes
 from ..ops.law import Law
 from ..ops.spec import Coefficients, Mode, StepSpec
 from ..ops.state import Batch, GradientState, LayerState, Sums
@@ -74,7 +75,7 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
         and STATISTICS.get(x.dtype) is dtype
         # Subclasses and modes want to see operations, and may have no memory.
         and type(x) in (Tensor, Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and number_of_dispatch_modes() == 0
         and x.layout is torch.strided
         # A negated view and a tensor of zeros do not mean what lies at their address.
         and not (x.is_neg() or x._is_zerotensor())

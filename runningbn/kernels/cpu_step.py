@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..momentum import rule_of
+from ..ops.compat import increment_versions
 from ..ops.spec import Mode, StepSpec
 from ..ops.state import GradientState, NoiseState, State
 from . import cpu
@@ -55,7 +56,7 @@ def extension() -> _Extension:
         return _without("built from other sources than these: install runningbn again")
     handle = library().handle
     functions = [cast(f, c_void_p).value for f in (handle.runningbn_forward, handle.runningbn_backward)]
-    of_torch = Tensor, Parameter, torch.empty_like, torch._C._increment_version, torch.get_num_threads
+    of_torch = Tensor, Parameter, torch.empty_like, increment_versions, torch.get_num_threads
     if not step.initialize(exchange, *functions, *of_torch, functools.partial(_plan_of, step.plan)):
         return _without("torch has another version of DLPack than is known here")
     return _Extension(step.forward, step.backward)

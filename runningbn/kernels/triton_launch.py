@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor
 
+from ..ops.compat import current_raw_stream
+
 # A tensor, or a named tuple of them; None where the kernel is compiled without.
 Pointers = Union[Tensor, tuple[Tensor, ...], None]
 
@@ -104,8 +106,7 @@ def counter(device: torch.device, blocks: int) -> Tensor:
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return _of_a_graph(device, blocks)
-        # What torch.cuda.current_stream makes an object of.
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        stream = current_raw_stream(device.index)
     key = device, stream
     found = counters.get(key)
     if found is None or len(found) < blocks:

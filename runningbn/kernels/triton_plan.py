@@ -27,7 +27,7 @@ _MERGED_AT_ONCE, _FEW_SPLITS = 1024, 16
 LARGEST_SIZE, MOST_CHANNELS = 2**31 - 2**13, 2**20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
     """How the elements of an input are shared out.
 
@@ -85,7 +85,15 @@ def plan(rows: bool, outer: int, channels: int, inner: int, double: bool, device
     }  # fmt: skip
     summing, mapping = shared_out(_SUMMING), shared_out(_MAPPING)
     at_once = _FEW_SPLITS if summing[0] <= _FEW_SPLITS else max(_MERGED_AT_ONCE // of_channels, _FEW_SPLITS)
-    return Plan((outer, channels, inner), summing, mapping, shape, at_once, double or not device.slow_float64, blocks)
+    return Plan(
+        sizes=(outer, channels, inner),
+        summing=summing,
+        mapping=mapping,
+        tile=shape,
+        at_once=at_once,
+        wide=double or not device.slow_float64,
+        blocks=blocks,
+    )
 
 
 def ceil(size: int, of: int) -> int:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from .compat import class_functions_disabled, disabled_torch_function, torch_function_enabled
+
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 
 
@@ -24,7 +26,7 @@ def is_derived(x: Tensor) -> bool:
 
     Not so of a class that only has a ``__torch_dispatch__``: it may have no memory of its own and sees every operation.
     """
-    if torch._C._is_torch_function_enabled() and _is_asked(x):
+    if torch_function_enabled() and _is_asked(x):
         return True
     return _only_adds(x) and not torch.compiler.is_compiling()
 
@@ -57,7 +59,7 @@ def plain(x: Any) -> Any:
 
 def _is_asked(x: Tensor) -> bool:
     """Whether the class of x has a ``__torch_function__`` of its own. With function modes, torch says yes for all."""
-    return type(x).__torch_function__ is not torch._C._disabled_torch_function_impl and has_torch_function_unary(x)
+    return type(x).__torch_function__ is not disabled_torch_function and has_torch_function_unary(x)
 
 
 def _has_default_function(cls: Any) -> bool:
@@ -83,7 +85,7 @@ class _TakenOver(TorchFunctionMode):
             return func(*args, **kwargs)
         classes = [cls for cls in types if cls is not Tensor]
         if not classes:
-            with torch._C.DisableTorchFunctionSubclass():
+            with class_functions_disabled():
                 return self.compute(plain(args[0] if args else kwargs["input"]))
         # torch would ask this mode again before the classes.
         with self:

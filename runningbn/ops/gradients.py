@@ -36,7 +36,8 @@ def exact_gradients(
     ranks: RankGroup | None = None,
 ) -> Gradients:  # fmt: skip
     """dx, Σdy and Σdy·z, those of this rank; κ = None is 1/n."""
-    mean, rstd, kappa_mean, kappa_var = coefficients[:4]
+    mean, rstd = coefficients.mean, coefficients.rstd
+    kappa_mean, kappa_var = coefficients.kappa_mean, coefficients.kappa_var
     if needs_dx and (kappa_mean is None or kappa_var is None):
         return kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
     sums = pooled = _gradient_sums(dy, x, mean, rstd)
@@ -90,7 +91,8 @@ def differentiable_gradients(
     from the saved values alone the second derivative would be wrong, and from x alone the state before this batch
     would be needed.
     """
-    mean, rstd, kappa_mean, kappa_var = coefficients[:4]
+    mean, rstd = coefficients.mean, coefficients.rstd
+    kappa_mean, kappa_var = coefficients.kappa_mean, coefficients.kappa_var
     if kappa_mean is None or kappa_var is None:
         kappa_mean = kappa_var = torch.full_like(mean, x.shape[1] / x.numel())
     all_but_channels = [d for d in range(x.dim()) if d != 1]

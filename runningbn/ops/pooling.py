@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.contract import GradientSums
+from .compat import process_group_of_name
 from .state import Sums, move_pivot, without_empty
 
 
@@ -135,15 +136,10 @@ def pool_gradients(sums: GradientSums, ranks: RankGroup) -> GradientSums:
     return GradientSums(pooled[0], pooled[1])
 
 
-def _resolve_process_group(group_name: str) -> Any:
-    # The registry of torch's own functional collectives; it has no public name.
-    return torch._C._distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
-
-
 def _all_gather(written: Tensor | None, vector: Tensor, world_size: int, group_name: str) -> Tensor:
     gathered = vector.new_empty(world_size, *vector.shape)
     # Into views of one tensor: the collectives on single tensors differ from backend to backend and release to release.
-    dist.all_gather(list(gathered.unbind()), vector, _resolve_process_group(group_name))
+    dist.all_gather(list(gathered.unbind()), vector, process_group_of_name(group_name))
     return gathered
 
 

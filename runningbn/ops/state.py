@@ -71,6 +71,11 @@ class State(NamedTuple):
     last_keep: Tensor
     last_gain: Tensor
 
+    @property
+    def linear(self) -> Sums:
+        """The linear state, as pure functions take it."""
+        return Sums(self.shift, self.sums, self.sqrs, self.count)
+
 
 class NoiseState(NamedTuple):
     """How noisy batch means are, measured in forward, with ``gradient="running"``; buffers too. See `law`.

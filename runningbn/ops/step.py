@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from .. import kernels
@@ -36,11 +35,18 @@ from ..kernels import cpu_step
 from ..kernels.contract import Reduction, StepKind
 from ..momentum import rule_of
 from .autograd import Done, FusedStep, Normalize, Pooling
+from .compat import are_transformed
 from .masks import blank, fill, real_sums
 from .pooling import RankGroup, pool
 from .spec import Coefficients, Mode, StepSpec
 from .state import Batch, GradientState, LayerState, Sums, moments, without_empty
 from .update import is_recomputation, update
+
+TRANSFORMED = (
+    "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
+    "...) or forward-mode differentiation. Call eval() on the layer, or "
+    "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
+)
 
 # What `Function.apply` adds to this is for torch.func, whose transforms `kernels.is_ordinary` excludes.
 _apply = super(Function, FusedStep).apply  # type: ignore[misc]
@@ -72,8 +78,14 @@ def training_step(
         state: the buffers of the layer, updated in place; `state.gradient` in backward.
         ranks: the processes to pool the batch over.
         mask: (N, *), True for the elements that count, see `masks`; None for all.
+
+    Raises:
+        RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
+            differentiation.
     """
-    _refuse_transforms(x, weight, bias)
+    # Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
+    if are_transformed(x, weight, bias):
+        raise RuntimeError(TRANSFORMED)
     fused = kernels.fused(x, weight, bias, state, spec.momentum) if ranks is None and mask is None else None
     if fused is not None:
         backend, prepared = fused
@@ -110,25 +122,6 @@ def _check_buffers(x: Tensor, state: LayerState) -> None:
         f"buffers of different numbers of channels: {lengths}, the state {len(shift)}, the input {channels}. To resize "
         "a layer, assign running_mean and running_var as attributes, not their .data"
     )
-
-
-def _refuse_transforms(*inputs: Tensor | None) -> None:
-    """Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
-
-    Raises:
-        RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
-            differentiation.
-    """
-    transformed = kernels.transforms_active()
-    # Private, but torch has no other sign that is cheap.
-    if not transformed and forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        transformed = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
-    if transformed:
-        raise RuntimeError(
-            "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
-            "...) or forward-mode differentiation. Call eval() on the layer, or "
-            "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
-        )
 
 
 def normalize_by_batch(

@@ -3,26 +3,30 @@
 Shapes: C channels; all tensors are (C,) in the dtype of the statistics (float32 or float64) unless stated. n is the
 number of elements per channel of the batch.
 
-Traced code that writes buffers in place compiles to wrong gradients without a warning (torch 2.13): the backward
-recomputes its coefficients from buffers that the forward has already overwritten. So each update is one operator,
-which the compiler cannot look into and whose results it has to save. Eager mode calls the function itself, which
-spares the dispatch.
+Traced code that writes buffers in place compiles to wrong gradients without a warning (seen in torch 2.13 and 2.14):
+the backward recomputes its coefficients from buffers that the forward has already overwritten. So each update is one
+operator, which the compiler cannot look into and whose results it has to save. Eager mode calls the function itself,
+which spares the dispatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..kernels.contract import GradientSums
+from .compat import current_backward
 from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
 from .spec import Coefficients, Mode, StepSpec
 from .state import Batch, GradientState, LayerState, NoiseState, State, Sums, combine, moments, nonzero, unbiased
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 def update(state: LayerState, batch: Batch, spec: StepSpec) -> tuple[Tensor, Coefficients]:
@@ -71,7 +75,7 @@ def _update_batch(state: LayerState, batch: Batch, law: Law, updates: bool) -> t
     if updates:
         statistics = state.statistics
         ignored = _enter(statistics, batch)
-        mean, var = moments(Sums(*statistics[:4]))
+        mean, var = moments(statistics.linear)
         _set_unless(ignored, statistics.running_mean, mean)
         _set_unless(ignored, statistics.running_var, unbiased(var, statistics.count, statistics.count_sqrs))
     return moments(batch.sums)
@@ -112,9 +116,9 @@ _IN_TORCH = {Mode.BATCH: _update_batch, Mode.EXACT: _update_exact, Mode.RUNNING:
 
 
 def _update_gradient(*arguments: Any) -> tuple[Tensor, ...]:
-    fields = len(GradientState._fields)
-    state, sums = GradientState(*arguments[:fields]), GradientSums(*arguments[fields : fields + 2])
-    rstd, weight, offset, batch_std, n = arguments[fields + 2 :]
+    given = iter(arguments)
+    state, sums = _next_fields(GradientState, given), _next_fields(GradientSums, given)
+    rstd, weight, offset, batch_std, n = given
     if (backend := kernels.updating(state)) is not None:
         coefficients = Coefficients(rstd, rstd, trust=weight, offset=offset, batch_std=batch_std)
         return backend.update_gradient(state, sums, coefficients, n)
@@ -134,7 +138,7 @@ def is_recomputation() -> bool:
     """Whether this thread is inside a backward pass, where a forward is one that activation checkpointing repeats."""
     # There is no public sign of it; torch.utils.checkpoint itself asks the same function. Asked here, inside the
     # operators, it holds for compiled code, too.
-    return bool(torch._C._current_graph_task_id() != -1)
+    return bool(current_backward() != -1)
 
 
 def _enter(state: State, batch: Batch) -> Tensor:
@@ -149,7 +153,7 @@ def _enter(state: State, batch: Batch) -> Tensor:
     distance = new.shift - state.shift
     finite = torch.addcmul(new.sqrs, new.count, distance * distance) < torch.inf
     not_finite = finite.logical_not()
-    shift, sums, sqrs = (part.masked_fill(not_finite, 0) for part in new[:3])
+    shift, sums, sqrs = (part.masked_fill(not_finite, 0) for part in (new.shift, new.sums, new.sqrs))
     new = Sums(shift, sums, sqrs, new.count)
     weight = batch.weight.masked_fill(not_finite, 0)
     ignored = weight == 0
@@ -162,7 +166,7 @@ def _enter(state: State, batch: Batch) -> Tensor:
     new_unit = torch.where((state.count_sqrs == 0) & ~ignored, new.count, unit)
     keep_sums = keep * new_unit / unit
     gain = weight * new_unit / new.count if batch.whole else weight
-    combined = combine(Sums(*state[:4]), new, keep_sums, gain)
+    combined = combine(state.linear, new, keep_sums, gain)
     count_sqrs = torch.addcmul(keep_sums.square() * state.count_sqrs, gain.square(), new.count)
     debias = torch.addcmul(weight, keep, state.debias)
     for buffer, value in zip(state, (*combined, count_sqrs, debias)):
@@ -182,7 +186,7 @@ def _enter(state: State, batch: Batch) -> Tensor:
 def _enter_and_normalise_by(state: State, batch: Batch, law: Law) -> Tensor:
     """`_enter`, and the view of the state that is normalised by: the biased variance, with its floor."""
     ignored = _enter(state, batch)
-    mean, var = moments(Sums(*state[:4]))
+    mean, var = moments(state.linear)
     floored = (var < law.variance_floor) & (state.samples < law.warmup_samples)
     _set_unless(ignored, state.running_mean, mean)
     _set_unless(ignored, state.running_var, var.masked_fill_(floored, law.variance_floor))
@@ -196,14 +200,15 @@ def _set_unless(ignored: Tensor, buffer: Tensor, value: Tensor) -> None:
 def _unpack(mode: Mode, arguments: Sequence[Any]) -> tuple[LayerState, Batch, Law]:
     """The flat arguments of an operator by name."""
     given = iter(arguments)
-
-    def fields(cls: Any) -> Any:
-        return cls(*(next(given) for _ in cls._fields))
-
-    state = LayerState(fields(State), fields(NoiseState) if mode is Mode.RUNNING else None)
-    sums = fields(Sums)
+    state = LayerState(_next_fields(State, given), _next_fields(NoiseState, given) if mode is Mode.RUNNING else None)
+    sums = _next_fields(Sums, given)
     weight, samples, whole, law = given
     return state, Batch(sums, samples, weight, whole), Law(*law)
+
+
+def _next_fields(cls: type[Fields], given: Iterator[Any]) -> Fields:
+    """A named tuple of as many of the next arguments as it has fields."""
+    return cls(*itertools.islice(given, len(cls._fields)))  # type: ignore[attr-defined]
 
 
 def _call(name: str, number: int | Tensor, *arguments: Any) -> Any:

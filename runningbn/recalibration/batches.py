@@ -17,6 +17,12 @@ Forward = Callable[[nn.Module, Any], object]
 Progress = Callable[[Iterable[Any], "int | None"], Iterable[Any]]
 
 
+def check_num_iters(num_iters: object) -> None:
+    """Raise a ValueError unless this is a number of batches, or None for all."""
+    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
+        raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
+
+
 def runner(
     model: nn.Module, forward: Forward | None = None, device: torch.device | str | None = None
 ) -> Callable[[Any], None]:
@@ -52,6 +58,11 @@ def call(model: nn.Module, batch: Any) -> object:
         return model(batch)
     _check_keywords(model, batch)
     return model(**batch)
+
+
+def used_by_call(batch: Any) -> Any:
+    """The batch without what `call` does not use: the elements of a list or tuple after the first."""
+    return tuple(batch[:1]) if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence) else batch
 
 
 def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:

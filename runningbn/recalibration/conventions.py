@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
 from .. import kernels
 from ..layers.buffers import VIEW, is_narrow
+from ..ops.compat import tree_map_only
 from ..ops.state import moments
 
 Moments = tuple[Tensor, Tensor]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .flags import restore_flags, set_training, training_flags
+from ..ops.compat import compiler_is_loaded
+from .flags import all_tensors, restore_flags, set_training, training_flags
 from .interception import OutsideUseRecorder
 from .observer import Observer
 
@@ -34,7 +35,7 @@ def recording_outside_use(observer: Observer) -> Iterator[None]:
 
     Does nothing where torch.compile would have to trace the recording.
     """
-    if _CAN_BE_EAGER or "torch._dynamo" not in sys.modules:
+    if _CAN_BE_EAGER or not compiler_is_loaded():
         with OutsideUseRecorder(observer.layers, observer.used_outside):
             yield
     else:
@@ -57,8 +58,7 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
                 replace_forward(stack, module, module.module.__call__)
         for number, layer in enumerate(observer.layers):
             replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
-        # If dynamo is not imported, nothing is compiled; importing it would take seconds.
-        if "torch._dynamo" in sys.modules and _CAN_BE_EAGER:
+        if _CAN_BE_EAGER and compiler_is_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         yield
@@ -73,7 +73,6 @@ def head_skipped(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[No
     not skipped.
     """
     wanted = set(layers)
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     with ExitStack() as stack:
         module = model.module if isinstance(model, PARALLEL_WRAPPERS) else model
         while type(module) is nn.Sequential and "forward" not in vars(module) and not _has_hooks(module):
@@ -83,6 +82,7 @@ def head_skipped(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[No
                 break
             replace_forward(stack, module, partial(_run_in_order, parts[: last + 1]))
             module = parts[last]
+            places = Counter(part for _, part in model.named_modules(remove_duplicate=False))
             if places[module] > 1:
                 break
         yield
@@ -114,7 +114,7 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
     numpy_random = sys.modules.get("numpy.random")
     state_of_python = random.getstate()
     state_of_numpy = numpy_random.get_state() if numpy_random else None
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    devices = {tensor.device for tensor in all_tensors(model)}
     accelerators = sorted({d.index or 0 for d in devices if d.type not in ("cpu", "meta")})
     kind = next((d.type for d in devices if d.type not in ("cpu", "meta")), "cuda")
     try:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .flags import restore_flags, training_flags
+from .flags import all_modules, restore_flags, training_flags
 from .ranks import interrupts_deferred, is_sharded
 
+# Containers of every module that hold no state: the parameters are not restored, submodules and hooks are no tensors.
+_WITHOUT_STATE = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {"_buffers"}
 # Largest size in bytes up to which the values of a tensor attribute that is no buffer are copied; larger ones are data.
 _MAX_BYTES = 2**24
 
@@ -29,11 +32,11 @@ class KeptState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+        modules = all_modules(model)
         self._flags = training_flags(model)
         self._modules = [] if is_sharded(model) else [_Attributes(module) for module in modules]
-        buffers = [buffer for module in modules for _, buffer in module.named_buffers(recurse=False)]
-        small = [t for part in self._modules for t in part.tensors() if t.nbytes <= _MAX_BYTES]
+        buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
+        small = [t for part in self._modules for t in part.tensors if t.nbytes <= _MAX_BYTES]
         unique = {id(tensor): tensor for tensor in (*buffers, *small) if not tensor.is_meta}
         self._values = {key: _Values(tensor) for key, tensor in unique.items()}
 
@@ -55,17 +58,14 @@ class _Attributes:
         self.containers: list[tuple[Any, Any]] = [
             (value, value.copy())
             for name, value in self.kept.items()
-            if isinstance(value, (dict, list)) and name != "_parameters"
+            if isinstance(value, (dict, list)) and name not in _WITHOUT_STATE
         ]
-
-    def tensors(self) -> Iterator[Tensor]:
-        contents = (_values(copy) for _, copy in self.containers)
-        for values in (_values(self.kept), *contents):
-            yield from (value for value in values if isinstance(value, Tensor))
+        contents = (self.kept, *(copy for _, copy in self.containers))
+        self.tensors = [value for values in contents for value in _values(values) if isinstance(value, Tensor)]
 
     def restore(self, changed: set[int]) -> None:
         """`changed`: the ids of the tensors whose values had changed."""
-        touched = any(id(tensor) in changed for tensor in self.tensors())
+        touched = bool(changed) and any(id(tensor) in changed for tensor in self.tensors)
         for container, copy in self.containers:
             if _has_other_tensors(container, copy):
                 touched = True
@@ -109,12 +109,14 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return True
 
 
-def _values(container: Any) -> list[Any]:
-    return list(container.values() if isinstance(container, dict) else container)
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
 
 
 def _has_other_tensors(now: Any, before: Any) -> bool:
     """Whether an entry that is or was a tensor was replaced. A list whose length has changed is not taken as state."""
+    if len(now) == len(before) and all(map(is_, _values(now), _values(before))):
+        return False
     if isinstance(now, list):
         pairs = list(zip(now, before)) if len(now) == len(before) else []
     else:

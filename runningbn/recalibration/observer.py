@@ -16,11 +16,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import kernels
 from ..layers.buffers import PooledStatistics
+from ..ops.compat import (
+    functions_disabled,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    outside_transforms,
+    peek_interpreter_stack,
+)
 from ..ops.derived_tensors import is_derived, through_class
 from ..ops.state import moments
 from ..ops.step import normalize_by_itself
@@ -60,18 +67,18 @@ class Observer:
         fixed: mean and variance by layer, for layers that normalise by these instead of their batch.
         watched: the layers to collect from.
         last: (layer, calls): after this number of calls of that layer, `EnoughSeen` is raised.
+        settle: if given, called with the first call of each layer that is not fixed; returns what to fix it to.
         conventions: by layer, for subclasses with a custom forward, once detected.
         used_outside: layers whose statistics other code normalises by, see `OutsideUseRecorder`.
     """
 
-    def __init__(
-        self, layers: list[_BatchNorm], so_far: Callable[[int], Moments], names: Sequence[str] = ()
-    ) -> None:  # fmt: skip
+    def __init__(self, layers: list[_BatchNorm], so_far: Callable[[int], Moments], names: Sequence[str] = ()) -> None:
         self.layers, self.so_far, self.names = layers, so_far, names
         self.calls: list[Call] = []
         self.fixed: dict[int, Moments] = {}
         self.watched: set[int] = set(range(len(layers)))
         self.last: tuple[int, int] | None = None
+        self.settle: Callable[[Call], Moments] | None = None
         self.conventions: dict[int, Convention] = {}
         self.used_outside: set[int] = set()
         self._without_batch_norm_call: set[int] = set()
@@ -91,7 +98,9 @@ class Observer:
             if type(x) is not Tensor and is_derived(x):
                 compute = partial(self.normalize, number, weight=layer.weight, bias=layer.bias, eps=layer.eps)
                 return through_class(compute, layer, x)
-            return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
+            # The first batch runs under a function mode, which slows every operation and has nothing to see here.
+            with functions_disabled() if type(x) is Tensor else nullcontext():
+                return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
         # The caller may have called train() inside the block.
         set_training(layer, False)
@@ -151,17 +160,17 @@ class Observer:
         if differentiates:
             weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
         if n > 1 and (by is None or number in self.watched):
-            if differentiates:
-                with temporarily_clear_interpreter_stack() if transformed else nullcontext():
-                    mean, var = moments(kernels.batch_sums(_plain(x.detach()), dtype).sums)
-                if by is None and transformed:
-                    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-                elif by is None:
-                    y = normalize_by_itself(x, weight, bias, eps, mean, var)
+            by_batch = by is None and self.settle is None
+            if by_batch and not differentiates:
+                y, mean, var = kernels.batch_norm(x, weight, bias, eps, dtype)
             else:
-                affine = (weight, bias, eps) if by is None else (None, None, 1.0)
-                y, mean, var = kernels.batch_norm(x, *affine, dtype)
-            self._record(Call(number, mean, var, n, samples))
+                with outside_transforms() if transformed else nullcontext():
+                    mean, var = moments(kernels.batch_sums(_plain(x.detach()), dtype).sums)
+                if by_batch and transformed:
+                    y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+                elif by_batch:
+                    y = normalize_by_itself(x, weight, bias, eps, mean, var)
+            by = self._record(Call(number, mean, var, n, samples)) or by
             if by is None:
                 return y
         elif n == 1:
@@ -182,7 +191,7 @@ class Observer:
         n = x.numel() // layer.num_features
         if n > 1 and (by is None or number in self.watched):
             found = self._moments(number, forward, args, kwargs, x)
-            self._record(Call(number, found.mean, found.var, n, len(x)))
+            by = self._record(Call(number, found.mean, found.var, n, len(x))) or by
             if by is None:
                 mean, var = batch_moments(x, found) if torch.is_grad_enabled() else (found.mean, found.var)
                 with replaced(layer, mean, var):
@@ -242,12 +251,17 @@ class Observer:
         name, kind = self.names[number] if self.names else "", type(self.layers[number]).__name__
         return f"{name} ({kind})" if name else kind
 
-    def _record(self, call: Call) -> None:
+    def _record(self, call: Call) -> Moments | None:
+        """Record a call; returns the statistics that `settle` fixes the layer to, if it does."""
         if call.layer not in self.watched:
-            return
+            return None
         self.calls.append(call)
         if self.last == (call.layer, sum(other.layer == call.layer for other in self.calls)):
             raise EnoughSeen
+        if self.settle is not None and call.layer not in self.fixed:
+            with outside_transforms() if _inside_torch_func() else nullcontext():
+                self.fixed[call.layer] = self.settle(call)
+        return self.fixed.get(call.layer)
 
 
 def _has_other_processes() -> bool:
@@ -262,7 +276,7 @@ def _input_of_forward(input: Tensor) -> Tensor:
 
 def _inside_torch_func() -> bool:
     """Whether this runs inside ``torch.func.grad`` or a similar transform, which takes only torch's own functions."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -271,12 +285,12 @@ def _plain(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: under ``torch.func.vmap``, where the moments of a batch are not defined.
     """
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
             raise RuntimeError(
                 "under torch.func.vmap a BatchNorm layer cannot be updated; leave it out with layers=..."
             )
-        x = torch._C._functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     return x
 
 

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.buffers import PooledStatistics
 from .conventions import Convention, Moments
+from .found import Found, on_cpu
 from .kept import state_kept
 from .moments import Accumulator, Estimator, MeanOfBatches, Population
 from .observer import Observer
@@ -26,29 +27,6 @@ logger = logging.getLogger("runningbn")
 _ESTIMATORS: dict[str, type[Estimator]] = {"population": Population, "batch": MeanOfBatches}
 # With fewer batches, the estimate of the standard error is too uncertain to stop on it.
 _MIN_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class Found:
-    """The statistics of one layer; tensors are (C,), float64.
-
-    Attributes:
-        mean, var: of its input; var in the convention of the layer's `running_var`.
-        stored: the values to write to the buffers: with the prior mixed in, in their dtype.
-        mean_error, var_error: standard errors.
-        batches, samples, elements: the amount of data used.
-        residual: see `LayerReport`.
-    """
-
-    mean: Tensor
-    var: Tensor
-    stored: Moments
-    mean_error: Tensor
-    var_error: Tensor
-    batches: int
-    samples: int
-    elements: int
-    residual: float = float("nan")
 
 
 class Passes:
@@ -69,17 +47,12 @@ class Passes:
         targets = chosen(model, layers)
         self.names, self.layers = list(targets), list(targets.values())
         self.prior = prior
-        self.batches = 0
         self.available: int | None = None  # number of batches that this process has; None if not known
         self.observer = Observer(self.layers, self._so_far, self.names)
         self._model = model
         self._estimator = _ESTIMATORS[variance]()
-        self._sums = self._accumulator(range(len(self.layers)))
-        self._found: dict[int, Found] = {}
-        self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
-        self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
-        self._repeated: set[int] = set()  # layers called more than once in some batch
-        self._passes = 1
+        self._forget_batches()
+        self._passes = 0
         self._seen = self._dropped = 0  # batches of all processes
         self._available: int | None = None  # of all processes
         self._biased: set[int] = set()  # layers whose running_var is biased
@@ -87,6 +60,15 @@ class Passes:
         self._old = self._flat("running_mean"), self._flat("running_var")
         count = len(self.layers)
         self.ranks = Ranks(process_group, max(len(self._message(self._sums, done=True)), count * count))
+
+    def _forget_batches(self) -> None:
+        """Start to collect from no batch."""
+        self.batches = 0
+        self._sums = self._accumulator(range(len(self.layers)))
+        self._found: dict[int, Found] = {}
+        self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
+        self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
+        self._repeated: set[int] = set()  # layers called more than once in some batch
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -128,6 +110,7 @@ class Passes:
             refines: whether `Recalibration.refine` follows.
         """
         own = self._sums
+        self._passes += 1
         next_check = _MIN_BATCHES
 
         def check(done: bool) -> bool:
@@ -211,28 +194,42 @@ class Passes:
     def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, Found]:
         """The statistics of these layers from their sums, for the layers that were used."""
         estimate = sums.estimate()
-        parts = zip(*(sums.split(vector) for vector in (*estimate, sums.totals[0])))
+        mean, var = estimate.mean, estimate.var
+        if isinstance(self._estimator, Population):
+            bessel = estimate.elements / (estimate.elements - 1).clamp_min(1)
+            for number, factor in zip(numbers, sums.split(bessel)):
+                if number in self._biased:
+                    factor.fill_(1)
+            var = var * bessel
+        stored = self._with_prior(numbers, mean, var, estimate.samples) if self.prior else (mean, var)
+        vectors = zip(*(sums.split(v) for v in (mean, var, *stored, estimate.mean_error, estimate.var_error)))
+        # All counts in one transfer; they are the same for all channels of a layer.
+        firsts = [0, *accumulate(sums.channels)][:-1]
+        counts = torch.stack((estimate.batches, estimate.elements, estimate.samples, sums.totals[0]))[
+            :, firsts
+        ].T.tolist()
         found = {}
-        for number, (mean, var, mean_error, var_error, batches, elements, samples, total) in zip(numbers, parts):
-            if not total[0]:
-                continue
-            n = elements[0]
-            if number not in self._biased and isinstance(self._estimator, Population):
-                var = var * n / (n - 1).clamp_min(1)
-            stored = self._with_prior(number, mean, var, float(samples[0]))
-            counts = int(batches[0]), int(samples[0]), int(n)
-            found[number] = Found(mean, var, stored, mean_error, var_error, *counts)
+        for number, (mean, var, m, v, mean_error, var_error), (*data, total) in zip(numbers, vectors, counts):
+            if total:
+                batches, elements, samples = map(int, data)
+                stored_here = self._in_dtype_of_buffers(number, m, v)
+                found[number] = Found(
+                    mean=mean, var=var, stored=stored_here, mean_error=mean_error, var_error=var_error,
+                    batches=batches, samples=samples, elements=elements,
+                )  # fmt: skip
         return found
 
-    def _with_prior(self, number: int, mean: Tensor, var: Tensor, samples: float) -> Moments:
-        """The values to store: the moments mixed with the old statistics as `prior` samples, in the buffers' dtype."""
+    def _with_prior(self, numbers: Sequence[int], mean: Tensor, var: Tensor, samples: Tensor) -> Moments:
+        """The moments of the layers, concatenated, mixed with the old statistics as `prior` samples."""
+        old = (self._sums.split(old) for old in self._old)
+        m0, v0 = (torch.cat([parts[number] for number in numbers]).to(mean.device) for parts in old)
+        w = self.prior / (self.prior + samples)
+        return w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
+
+    def _in_dtype_of_buffers(self, number: int, mean: Tensor, var: Tensor) -> Moments:
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        m0, v0 = (self._sums.split(old)[number].to(mean.device) for old in self._old)
-        w = self.prior / (self.prior + samples)
-        mixed = w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
-        mean, var = mixed if self.prior else (mean, var)
         return mean.to(layer.running_mean), var.to(layer.running_var)
 
     def _so_far(self, number: int) -> Moments:
@@ -250,13 +247,19 @@ class Passes:
         layer = self.layers[number]
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        tensors = (*found.stored, layer.running_mean, layer.running_var, found.mean_error, found.var_error)
-        mean, var, old_mean, old_var, *errors = (t.detach().to("cpu", torch.float64, copy=True) for t in tensors)
+        mean, var = map(on_cpu, found.stored)
         return LayerReport(
-            self.names[number], mean, var, old_mean, old_var, layer.eps, errors[0], errors[1],
-            found.batches, found.samples, found.elements, found.residual, number in self._repeated,
-            correction=int(number not in self._biased), computes_itself=number in self.observer.conventions,
-        )  # fmt: skip
+            name=self.names[number],
+            mean=mean,
+            var=var,
+            old_mean=on_cpu(layer.running_mean),
+            old_var=on_cpu(layer.running_var),
+            eps=layer.eps,
+            feeds_itself=number in self._repeated,
+            correction=int(number not in self._biased),
+            computes_itself=number in self.observer.conventions,
+            **found.certainty_on_cpu(),
+        )
 
     def _first_not_finite(self) -> str:
         not_finite = [number for number, part in enumerate(self._sums.split(self._sums.not_finite)) if bool(part.any())]

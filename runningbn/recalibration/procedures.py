@@ -14,24 +14,21 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.buffers import VIEW, PooledStatistics
+from .at_once import AtOnce, write_views
 from .batches import Progress
-from .conventions import Moments
 from .moments import Accumulator
 from .observer import EnoughSeen
-from .passes import Found, Passes
 from .ranks import interrupts_deferred
 from .report import StatsReport
 from .selection import left_alone
 
 logger = logging.getLogger("runningbn")
 
-# Largest residual at convergence: of the mean in std, of the variance relative to itself.
-_TOLERANCE = 1e-4
 # Maximal number of passes through all layers.
 _MAX_ROUNDS = 3
 
 
-class Recalibration(Passes):
+class Recalibration(AtOnce):
     """A recalibration in progress, as `precise_bn` yields it.
 
     Attributes:
@@ -61,14 +58,7 @@ class Recalibration(Passes):
             sums = self._pass(batches, run, every_layer)
             with interrupts_deferred():
                 evaluated = self._statistics(self._exchange(sums, done=True)[0], every_layer)
-                for number, now in evaluated.items():
-                    kept = self._found.get(number, now)
-                    residual = _distance(kept, now, self.layers[number].eps)
-                    self._found[number] = replace(
-                        now, mean=kept.mean, var=kept.var, stored=kept.stored, residual=residual
-                    )
-                new = evaluated.keys() - self.observer.fixed.keys()
-                converged = self._largest_residual() <= _TOLERANCE and not new
+                converged = self._compare(evaluated)
                 self.ranks.open &= not converged and attempt + 1 < _MAX_ROUNDS
             if converged:
                 return
@@ -88,12 +78,15 @@ class Recalibration(Passes):
             name: self._reason_missed(number) for number, name in enumerate(self.names) if number not in self._found
         }
         report = StatsReport(
-            [self._report(number, found) for number, found in sorted(self._found.items())],
-            [name for name, reason in missed.items() if not reason],
-            self._seen - self._dropped, self._dropped, self._passes, self._available,
-            {name: reason for name, reason in missed.items() if reason} | left_alone(self._model, self.layers),
-            before,
-        )  # fmt: skip
+            layers=[self._report(number, found) for number, found in sorted(self._found.items())],
+            unused=[name for name, reason in missed.items() if not reason],
+            batches=self._seen - self._dropped,
+            not_finite=self._dropped,
+            passes=self._passes,
+            available=self._available,
+            skipped={name: reason for name, reason in missed.items() if reason} | left_alone(self._model, self.layers),
+            _before=before,
+        )
         if self._dropped:
             logger.warning("batches left out, not finite: %d, first in %s", self._dropped, self._first_not_finite())
         try:
@@ -115,7 +108,7 @@ class Recalibration(Passes):
         # Every pass starts from the same state. Only the statistics are new, since other modules may read them.
         self._kept.restore()
         for number, found in self._found.items():
-            _write_views(self.layers[number], found.stored)
+            write_views(self.layers[number], found.stored)
         sums = self._accumulator(numbers)
         self._passes += 1
         places = {number: place for place, number in enumerate(numbers)}
@@ -160,13 +153,6 @@ class Recalibration(Passes):
             order.append(min(free or left))
         return order, first
 
-    def _largest_residual(self) -> float:
-        """The largest residual of the layers that are called once per forward."""
-        return max(map(self._residual, self._found), default=0.0)
-
-    def _residual(self, number: int) -> float:
-        return 0.0 if number in self._repeated else self._found[number].residual
-
     def _reason_missed(self, number: int) -> str:
         """Why a layer was not updated; empty if no batch reached it."""
         if number in self.observer.used_outside:
@@ -182,25 +168,8 @@ class Recalibration(Passes):
 
 
 @torch.no_grad()
-def _write_views(layer: _BatchNorm, statistics: Moments) -> None:
-    """Write `running_mean` and `running_var`, without the state of this library's layers."""
-    for name, value in zip(VIEW, statistics):
-        buffer = layer._buffers[name]
-        assert buffer is not None
-        buffer.copy_(value)
-
-
-@torch.no_grad()
 def _write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     if isinstance(layer, PooledStatistics):
         layer.replace_statistics(mean, var)
         return
-    _write_views(layer, (mean, var))
-
-
-def _distance(one: Found, other: Found, eps: float) -> float:
-    """The largest difference between two statistics of a layer: of means in std, of variances relative to `other`."""
-    scale = other.var + eps
-    by_mean = (one.mean - other.mean).abs() / scale.sqrt()
-    by_var = (one.var - other.var).abs() / scale
-    return float(torch.maximum(by_mean, by_var).max())
+    write_views(layer, (mean, var))

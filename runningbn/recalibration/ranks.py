@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops.pooling import check_synchronisation
+from .flags import all_modules, all_tensors
 
 logger = logging.getLogger("runningbn")
 
@@ -144,7 +145,6 @@ def interrupts_deferred() -> Iterator[None]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the forward has to communicate because parameters are spread over processes (FSDP, DTensor)."""
-    by_class = any(
-        base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for m in model.modules() for base in type(m).__mro__
-    )
-    return by_class or any(type(p).__name__ == "DTensor" for p in model.parameters())
+    bases = {base.__name__ for cls in set(map(type, all_modules(model))) for base in cls.__mro__}
+    by_class = bases & {"FullyShardedDataParallel", "FSDPModule"}
+    return bool(by_class) or "DTensor" in {cls.__name__ for cls in set(map(type, all_tensors(model)))}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .batches import Forward, keeping, length, progress_bar, runner
+from .batches import Forward, check_num_iters, keeping, length, progress_bar, runner, used_by_call
 from .hooks import head_skipped, observed, random_state_kept, recording_outside_use
 from .procedures import Recalibration
 from .ranks import is_sharded
@@ -40,6 +40,7 @@ def update_bn_stats(
     tolerance: float | None = None,
     prior: float = 0.0,
     process_group: Any = None,
+    memory_limit: float = 2**30,
 ) -> StatsReport:
     r"""Recompute the statistics of the BatchNorm layers of a model from data, exactly.
 
@@ -81,8 +82,11 @@ def update_bn_stats(
             - ``"population"``: by the final statistics of the layers before. The statistics are then the moments of
               each layer's input in evaluation, to 1e-4, for any batch size. The residual is measured with the new
               statistics in place, and reported. Every pass starts from the same state of the model, for stateful
-              modules. The batches are kept in memory, and the number of passes is about half the number of layers. (If
-              all data fit into one batch, ``"batch"`` gives the same in one pass, up to Bessel's correction.)
+              modules. The batches are kept in memory. There are two passes, of all batches joined and of each batch,
+              if `memory_limit` allows it, the batches can be concatenated, and the model treats their samples
+              independently. Otherwise, and with several processes, the number of passes is about half the number of
+              layers. The statistics of both ways agree to rounding. (If all data fit into one batch, ``"batch"`` gives
+              the same in one pass, up to Bessel's correction.)
         variance: ``"population"``, all data as one sample as above; ``"batch"``, the averages of the batches' means and
             of their Bessel-corrected variances, which omits the variance between batches.
         layers: which of ``get_bn_modules(model)`` to update: ``layers(name, module)`` or a collection of names or
@@ -94,6 +98,8 @@ def update_bn_stats(
             m = w·m₀ + (1 − w)·m₁ and v = w·v₀ + (1 − w)·v₁ + w·(1 − w)·(m₀ − m₁)².
         process_group: the processes that share the data; None for all; False for this process alone, without
             communication.
+        memory_limit: with ``normalize="population"``, how many bytes a forward pass of all batches joined may need
+            beside these, estimated from the first batch; by default 1 GiB. 0 never joins batches, infinity always.
 
     Returns:
         A `StatsReport`: prints as a table of how far each layer moved, and can ``undo()``.
@@ -124,9 +130,9 @@ def update_bn_stats(
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
         _warn_no_layers("update_bn_stats", model)
-        return StatsReport([], skipped=left_alone(model, ()))
+        return StatsReport(layers=[], skipped=left_alone(model, ()))
     with recalibration.transaction(), random_state_kept(model):
-        _check(normalize, variance, num_iters, tolerance)
+        _check(normalize, variance, num_iters, tolerance, memory_limit)
         show, run_plain = progress_bar(progress), runner(model, forward, device)
 
         def run(batch: Any) -> None:
@@ -141,11 +147,19 @@ def update_bn_stats(
         batches = show(itertools.islice(data_loader, num_iters), _smaller(recalibration.available, num_iters))
         if is_sharded(model):
             batches = recalibration.in_step(batches)
-        kept: list[Any] = []
-        refines = normalize == "population"
-        recalibration.collect(keeping(batches, kept) if refines else batches, run, tolerance, refines)
-        if refines:
-            recalibration.refine(kept, run, show)
+        if normalize == "batch":
+            recalibration.collect(batches, run, tolerance)
+        else:
+            kept: list[Any] = []
+            if tolerance is None:
+                kept.extend(batches)
+            else:
+                recalibration.collect(keeping(batches, kept), run, tolerance, refines=True)
+            used = [used_by_call(batch) for batch in kept] if forward is None else kept
+            if not recalibration.refine_at_once(used, run, memory_limit):
+                if not recalibration.batches:
+                    recalibration.collect(kept, run, refines=True)
+                recalibration.refine(kept, run, show)
     return recalibration.finish()
 
 
@@ -184,7 +198,7 @@ def precise_bn(
     recalibration = Recalibration(model, variance=variance, layers=layers, prior=prior, process_group=process_group)
     if not recalibration.names:
         _warn_no_layers("precise_bn", model)
-        recalibration.report = StatsReport([], skipped=left_alone(model, ()))
+        recalibration.report = StatsReport(layers=[], skipped=left_alone(model, ()))
         yield recalibration
         return
     with recalibration.transaction(), observed(model, recalibration.observer):
@@ -233,12 +247,15 @@ def _smaller(*numbers: int | None) -> int | None:
     return min((number for number in numbers if number is not None), default=None)
 
 
-def _check(normalize: str, variance: str, num_iters: int | None, tolerance: float | None) -> None:
+def _check(
+    normalize: str, variance: str, num_iters: int | None, tolerance: float | None, memory_limit: float
+) -> None:  # fmt: skip
     if normalize not in ("batch", "population"):
         raise ValueError(f"normalize: expected 'batch' or 'population', got {normalize!r}")
     if normalize == "population" and variance == "batch":
         raise ValueError("normalize='population' needs variance='population', got variance='batch'")
-    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
-        raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
+    check_num_iters(num_iters)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected None or a positive number, got {tolerance!r}")
+    if isinstance(memory_limit, bool) or not isinstance(memory_limit, (int, float)) or not memory_limit >= 0:
+        raise ValueError(f"memory_limit: expected a number of bytes of at least 0, got {memory_limit!r}")

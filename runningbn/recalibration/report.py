@@ -57,20 +57,15 @@ class LayerShift:
         return float((self.mean_shift**2 + self.std_shift**2) ** 0.5)
 
 
-@dataclass(frozen=True)
-class LayerReport(LayerShift):
-    """How a recalibration changed the statistics of one layer, with the standard errors of the new statistics.
+@dataclass(frozen=True, kw_only=True)
+class Certainty:
+    """How well the new statistics of a layer are known; the tensors are (C,), float64.
 
     Attributes:
         mean_error, var_error: standard errors of the new statistics; NaN for a single batch.
         batches, samples, elements: amount of data that reached the layer: batches, the sum of N, elements per channel.
-        residual: with ``normalize="population"``, the difference between `mean`, `var` and the moments of the layer's
-            input in evaluation: the largest over channels, of means in std, of variances in var; NaN otherwise.
-        feeds_itself: whether it was called more than once in a forward pass.
-        correction: 1 where var has Bessel's correction n/(n − 1), as in torch's layers; 0 where it is biased, as in
-            RunningBatchNorm and in subclasses that compute a biased variance.
-        computes_itself: whether it is a subclass with a custom forward, whose convention was detected by comparing its
-            update in training with the moments of its input.
+        residual: with ``normalize="population"``, the difference between the new statistics and the moments of the
+            layer's input in evaluation: the largest over channels, of means in std, of variances in var; NaN otherwise.
     """
 
     mean_error: Tensor
@@ -79,6 +74,21 @@ class LayerReport(LayerShift):
     samples: int
     elements: int
     residual: float = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport(Certainty, LayerShift):
+    """How a recalibration changed the statistics of one layer, with the standard errors of the new statistics.
+
+    Attributes:
+        mean_error, var_error, batches, samples, elements, residual: see `Certainty`.
+        feeds_itself: whether it was called more than once in a forward pass.
+        correction: 1 where var has Bessel's correction n/(n − 1), as in torch's layers; 0 where it is biased, as in
+            RunningBatchNorm and in subclasses that compute a biased variance.
+        computes_itself: whether it is a subclass with a custom forward, whose convention was detected by comparing its
+            update in training with the moments of its input.
+    """
+
     feeds_itself: bool = False
     correction: int = 1
     computes_itself: bool = False
@@ -100,7 +110,7 @@ class LayerReport(LayerShift):
         return mean if mean != mean or mean > std else std
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StatsReport:
     """The result of `update_bn_stats`. Prints as a table; `layers` has the numbers; `undo()` restores the statistics.
 
@@ -219,35 +229,9 @@ class StatsReport:
         Raises:
             ImportError: without matplotlib, which comes with ``pip install 'runningbn[plot]'``.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("StatsReport.plot needs matplotlib: pip install 'runningbn[plot]'") from error
-        figure = Figure(figsize=(7.5, 1.6 + 0.24 * max(len(self.layers), 4)), layout="constrained")
-        axes = figure.add_subplot()
-        places = torch.arange(len(self.layers), dtype=torch.float64)
-        series = (
-            ("mean, in std", "#0072b2", "o", [(r.mean_shift, r.mean_standard_error) for r in self.layers], -0.13),
-            ("std, relative", "#d55e00", "s", [(r.std_shift, r.std_standard_error) for r in self.layers], 0.13),
-        )
-        for label, colour, marker, values, offset in series:
-            moved = [value for value, _ in values]
-            axes.barh((places + offset).tolist(), moved, height=0.22, color=colour, alpha=0.25)
-            bars = [2 * error if error == error else 0.0 for _, error in values]
-            axes.errorbar(
-                moved, (places + offset).tolist(), xerr=bars, fmt=marker, color=colour, label=label, markersize=4,
-                capsize=2,
-            )  # fmt: skip
-        axes.set_yticks(places.tolist(), [layer.name for layer in self.layers], fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xlim(left=0)
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_xlabel("how far the statistics moved (root mean square over channels; bars: ± 2 standard errors)")
-        axes.set_title(f"Recalibrated from {counted(self.batches, 'batch')}: first layer on top", fontsize=10)
-        axes.legend(loc="best", fontsize=8)
-        if path is not None:
-            figure.savefig(path, dpi=150, bbox_inches="tight")
-        return figure
+        from .plot import plot, saved
+
+        return saved(plot(self), path)
 
 
 def restore(layer: nn.Module, buffers: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from ..layers.buffers import VIEW
+from .flags import all_modules, all_tensors
 
 Layers = Union[Callable[[str, nn.Module], bool], Iterable[Union[str, nn.Module]], None]
 
@@ -38,12 +39,15 @@ def has_statistics(layer: _BatchNorm) -> bool:
 
 def left_alone(model: nn.Module, updated: Iterable[nn.Module]) -> dict[str, str]:
     """The other modules with running statistics: by first name, the reason why each is not updated."""
-    known, possible = set(updated), set(updatable(model).values())
-    return {
-        name: _reason(module, possible)
-        for name, module in model.named_modules()
-        if module not in known and all(isinstance(getattr(module, view, None), Tensor) for view in VIEW)
+    left = {
+        module
+        for module in all_modules(model).difference(updated)
+        if all(isinstance(getattr(module, view, None), Tensor) for view in VIEW)
     }
+    if not left:
+        return {}
+    possible = set(updatable(model).values())
+    return {name: _reason(module, possible) for name, module in model.named_modules() if module in left}
 
 
 def _reason(module: nn.Module, possible: Collection[nn.Module]) -> str:
@@ -70,9 +74,10 @@ def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:
         ValueError: for a requested layer that cannot be updated, or a model with lazy modules.
     """
     found = updatable(model)
-    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
-    if lazy:
-        raise ValueError(f"{lazy[0]} is not initialised yet; run a batch through the model first")
+    if any(map(is_lazy, all_tensors(model))):
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        lazy = next(name for name, tensor in tensors if is_lazy(tensor))
+        raise ValueError(f"{lazy} is not initialised yet; run a batch through the model first")
     if layers is None:
         return found
     if isinstance(layers, (str, nn.Module)):

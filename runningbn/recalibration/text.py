@@ -1,7 +1,8 @@
-"""Format text for reports: tables, counts with nouns, names grouped by reason."""
+"""Text of reports and command lines: tables, counts with nouns, names grouped by reason, numbers as arguments."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 
 
@@ -20,9 +21,30 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
-def by_reason(reasons: Mapping[str, str]) -> str:
-    """Names grouped by reason, one reason per line."""
+def shown(name: str) -> str:
+    """The name of a module, of which the root of a model has none."""
+    return name or "the model itself"
+
+
+def grouped(reasons: Mapping[str, str]) -> dict[str, str]:
+    """For each reason the names of the modules that it applies to, separated by commas."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name or "the model itself")
-    return "\n".join(f"{reason}: {', '.join(those)}" for reason, those in names.items())
+        names.setdefault(reason, []).append(shown(name))
+    return {reason: ", ".join(those) for reason, those in names.items()}
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Names of modules grouped by reason, one reason per line."""
+    return "\n".join(f"{reason}: {names}" for reason, names in grouped(reasons).items())
+
+
+def positive_integer(text: str) -> int:
+    """An argument of a command line that is a number of things; ``type=`` of ``argparse``."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+    return number

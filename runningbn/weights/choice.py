@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..recalibration.batches import Forward
-from ..recalibration.text import counted
+from ..recalibration.text import counted, grouped, shown
 from .layers import CENTERED, CenteredWeights, filter_means
 from .uses import Uses, trace_uses
 
@@ -169,15 +169,12 @@ def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Where
 
 def names_of(model: nn.Module) -> dict[nn.Module, str]:
     """The first name of each module."""
-    return {module: name or "the model itself" for name, module in model.named_modules()}
+    return {module: shown(name) for name, module in model.named_modules()}
 
 
 def report(level: int, line: str, left_alone: Mapping[str, str]) -> None:
     """Log a line, followed by the names of the layers left alone, grouped by reason."""
     if left_alone:
-        names: dict[str, list[str]] = {}
-        for name, reason in left_alone.items():
-            names.setdefault(reason, []).append(name)
-        reasons = "; ".join(f"{', '.join(together)} ({reason})" for reason, together in names.items())
+        reasons = "; ".join(f"{names} ({reason})" for reason, names in grouped(left_alone).items())
         line = f"{line}, {len(left_alone)} left alone: {reasons}"
     logger.log(level, "%s", line)

@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..ops.compat import TorchDispatchMode, tree_map_only
 from ..recalibration.batches import Forward, runner
 from ..recalibration.hooks import observed, random_state_kept, replace_forward
 from ..recalibration.observer import Observer

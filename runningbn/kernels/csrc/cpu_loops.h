@@ -9,6 +9,9 @@
 
    What depends on the dtype is undefined at the end, for the next.
 
+   The equations in plain torch: kernels/aten.py, `batch_sums`, `normalize`, `gradient_sums` and `input_gradient`, each
+   in its branch for compilers.
+
    Sums are taken in double, about a pivot: no run of additions is long enough, and no mean far enough, to matter.
    Several accumulators hide the latency of an addition. */
 

@@ -1,0 +1,114 @@
+"""What the package uses of torch's private interface: each name with its reason, and with what it falls back to.
+
+No other module uses a private name of torch (`tests/test_architecture.py`), except for the base classes in
+``torch.nn.modules``, such as ``_BatchNorm``, which other libraries and torch's own documentation name as well. The
+private attributes of tensors and modules, such as ``_version`` and ``_buffers``, stand where they are used.
+
+Names are bound when this is imported. So a call of one is a call of torch's own function, which compilers know. A
+release of torch that lacks one without a fallback fails here, with an ImportError that names it: statistics that are
+wrong without a word would be worse.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What runs above a call, of which there is no public sign, and the version counters of several tensors by one call, for
+# which older releases have no public function; no fallback.
+from torch._C import DisableTorchFunction as functions_disabled
+from torch._C import DisableTorchFunctionSubclass as class_functions_disabled
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _current_graph_task_id as current_backward
+from torch._C import _disabled_torch_function_impl as disabled_torch_function
+from torch._C import _increment_version as increment_versions
+from torch._C import _is_torch_function_enabled as torch_function_enabled
+from torch._C import _len_torch_dispatch_stack as number_of_dispatch_modes
+from torch._C import _len_torch_function_stack as number_of_function_modes
+
+# A layer inside ``torch.func.grad`` sees wrapped tensors, whose moments are taken outside of the transform. torch.func
+# has no public way to look into its wrappers or to step out; no fallback.
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
+from torch.autograd import forward_ad
+
+# Documented, and used by many libraries, but only at these places; no fallback.
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+__all__ = [
+    "TorchDispatchMode",
+    "are_transformed",
+    "class_functions_disabled",
+    "compiler_is_loaded",
+    "current_backward",
+    "current_raw_stream",
+    "disabled_torch_function",
+    "functions_disabled",
+    "get_unwrapped",
+    "increment_versions",
+    "is_batchedtensor",
+    "is_functorch_wrapped_tensor",
+    "is_observed",
+    "number_of_dispatch_modes",
+    "number_of_function_modes",
+    "outside_transforms",
+    "peek_interpreter_stack",
+    "process_group_of_name",
+    "torch_function_enabled",
+    "transforms_active",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_unflatten",
+]
+
+
+def are_transformed(*inputs: Tensor | None) -> bool:
+    """Whether a transform of ``torch.func`` is at work, or one of these is a dual number of forward-mode derivatives.
+
+    The level of forward-mode differentiation is private. It spares three calls of `unpack_dual` in every step outside
+    of that mode, and is a number that changes, so it is read here. No fallback.
+    """
+    if transforms_active():
+        return True
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+
+
+def is_observed() -> bool:
+    """Whether a compiler, a transform, forward-mode differentiation or a mode sees what torch does here."""
+    return bool(
+        torch.compiler.is_compiling()
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or number_of_dispatch_modes()
+        or number_of_function_modes()
+        or torch.is_inference_mode_enabled()
+    )
+
+
+def process_group_of_name(name: str) -> Any:
+    """The process group of this name: operators take names, and the registry of torch's own collectives is private.
+
+    Not bound above, since torch may be built without ``torch.distributed``. No fallback.
+    """
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can be compiled: asked by the name of dynamo's module, since importing it takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# The address of the current stream of a device. Fallback: the public way, which makes an object in each launch. It is
+# what a torch without CUDA has.
+current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
