@@ -281,8 +281,8 @@ static int execute(Job *job, int64_t dtype, int64_t threads) {
     Scratch *s = &job->scratch;
     job->loops = loops[dtype];
     const int64_t elements = job->outer * job->channels * job->inner;
-    const int64_t worth = job->stages & (SUMS | APPLY) ? (elements + LARGE - 1) / LARGE : 1;
-    job->threads = threads < worth ? threads : worth;
+    const int64_t most = job->stages & (SUMS | APPLY) && elements >= LARGE ? elements / LARGE : 1;
+    job->threads = threads < most ? threads : most;
     s->repeats = widening(job);
     s->columns = s->repeats * job->channels;
     const int64_t share = (job->channels + job->threads - 1) / job->threads;

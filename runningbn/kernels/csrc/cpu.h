@@ -81,7 +81,9 @@ typedef struct {
     DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME)                                     \
     FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE) BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
 
-#define LARGE (1 << 15) /* elements that are worth a thread */
+/* Elements that each thread has to get: waking it for fewer costs more than it saves. Measured, the best of thousands of
+   forwards on two cores: of 36864 elements 7.7 us on one thread and 8.4 us on two, of 73728 11.0 us and 8.6 us. */
+#define LARGE (1 << 15)
 
 /* Scratch of one call: vectors over channels, or over `columns` of widened rows, see `widening` in cpu.c. */
 typedef struct {

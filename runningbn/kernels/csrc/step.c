@@ -180,7 +180,7 @@ static int is_ready(Py_ssize_t given, Py_ssize_t expected) {
 PyDoc_STRVAR(forward_doc,
 "forward(layer, x, updates)\n--\n\n"
 "A training step of a layer: (weight, bias, (y, rows, kind, gradient)); or None, and nothing has changed.\n\n"
-"`rows` are the coefficients, `kind` is what the layer was planned as, and `gradient` are the buffers that its backward\n"
+"`rows` are the coefficients, `kind` is what the layer was planned as, and `gradient` are the buffers that a backward\n"
 "updates, in a tuple, which may be empty. Without `updates` the state is taken as it is.");
 
 static PyObject *forward(PyObject *module, PyObject *const *args, Py_ssize_t count) {
@@ -266,15 +266,15 @@ done:
 PyDoc_STRVAR(initialize_doc,
 "initialize(exchange, forward, backward, tensor, parameter, empty_like, increment_version, get_num_threads, plan_of)\n"
 "--\n\n"
-"Told once: the capsule of DLPack's functions, the addresses of those of the library, what is called of torch, and what\n"
-"makes the plan of a layer. Returns whether this DLPack is known here.");
+"Told once: the capsule of DLPack's functions, the addresses of those of the library, what is called of torch, and\n"
+"what makes the plan of a layer. Returns whether this DLPack is known here.");
 
 static PyObject *initialize(PyObject *module, PyObject *args) {
     PyObject *capsule, *told[6];
     unsigned long long forward_address, backward_address;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OKKOOOOOO:initialize", &capsule, &forward_address, &backward_address, &told[0], &told[1],
-                          &told[2], &told[3], &told[4], &told[5]))
+    if (!PyArg_ParseTuple(args, "OKKOOOOOO:initialize", &capsule, &forward_address, &backward_address, &told[0],
+                          &told[1], &told[2], &told[3], &told[4], &told[5]))
         return NULL;
     const Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     if (!exchange) return NULL;
@@ -301,7 +301,7 @@ static PyMethodDef methods[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_step", "Training steps in which nothing is out of the ordinary; see csrc/step.c.", -1, methods,
+    PyModuleDef_HEAD_INIT, "_step", "Steps in which nothing is out of the ordinary; see csrc/step.c.", -1, methods,
     NULL, NULL, NULL, NULL,
 };
 

@@ -123,10 +123,11 @@ static int is_like(const View *dy, const View *x) {
 
 /* The threads of torch, where there is work for more than one; 0 for an error. */
 static int64_t threads_for(const Data *data) {
-    if (data->elements <= LARGE) return 1;
+    if (data->elements < 2 * LARGE) return 1;
     PyObject *number = PyObject_CallNoArgs(get_num_threads);
     if (!number) return 0;
     const long threads = PyLong_AsLong(number);
     Py_DECREF(number);
-    return threads > 0 ? threads : 0;
+    if (threads == -1 && PyErr_Occurred()) return 0;
+    return threads > 1 ? threads : 1;
 }
