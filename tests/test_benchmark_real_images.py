@@ -329,6 +329,7 @@ def test_a_cell_is_run_to_its_end_and_not_again(tmp_path, tiny_files, monkeypatc
     assert said[3:] == ["complete"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SHUFFLED, ONE_CLASS, VIEWS, STREAM])
 def test_runs_of_all_kinds_are_the_same_every_time(tiny_files, kind):
     job = Job(replace(TINY, batches=kind), OURS, (0.003,), (0, 1))

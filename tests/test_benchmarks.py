@@ -59,6 +59,7 @@ def test_data_have_the_layout_that_they_say(layout):
     assert dy.is_contiguous(memory_format=last if layout == "channels_last" else torch.contiguous_format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", layers.MODES)
 def test_a_case_gives_a_row(mode, dtype):

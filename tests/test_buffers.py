@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm
+from runningbn.ops.state import Sums, moments, unbiased
 
 each_class = pytest.mark.parametrize("cls", [RunningBatchNorm, PreciseBatchNorm2d], ids=lambda cls: cls.__name__)
 
@@ -34,6 +35,18 @@ def reference_evaluation(layer: nn.Module, x: Tensor, mean: Tensor, var: Tensor)
 # ------------------------------------------------------------------------------------------- assigned and written
 
 MEAN, VAR = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.25, 4.0, 1.0])
+
+
+@each_class
+def test_replaced_statistics_are_those_of_the_sums(cls):
+    """So that the next batch is pooled with them; the variance in the convention of the layer."""
+    layer = trained_layer(cls)
+    layer.replace_statistics(MEAN, VAR)
+    mean, var = moments(Sums(layer.shift, layer.sums, layer.sqrs, layer.count))
+    if cls is not RunningBatchNorm:
+        var = unbiased(var, layer.count, layer.count_sqrs)
+    torch.testing.assert_close(mean, MEAN)
+    torch.testing.assert_close(var, VAR)
 
 
 def assign(layer: nn.Module) -> nn.Module:

@@ -180,8 +180,10 @@ def test_layers_that_cannot_be_selected_are_not_reported(caplog):
 
 
 @pytest.mark.slow
-@each_of_ours
-@pytest.mark.parametrize("id", ["pp_lcnet", "pyg-gin", "monai-unet-1d"])
+@pytest.mark.parametrize(
+    ("id", "to"),
+    [("pp_lcnet", "running"), ("pyg-gin", "precise"), ("monai-unet-1d", "running"), ("monai-unet-1d", "precise")],
+)
 def test_compiled_training_takes_the_steps_of_eager(id: str, to: str):
     eager = batchnormify(ALL[id].model(), to)
     compiled = copy.deepcopy(eager)

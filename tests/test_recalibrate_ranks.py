@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from runningbn import StatsReport, precise_bn, update_bn_stats
 
-each_size = pytest.mark.parametrize("size", [2, 4])
+each_size = pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 # The batch sizes of each rank; two ranks take the first two.
 SHARDS = {
     "unequal": ((5, 3, 8), (2, 9), (16,), (4, 4, 4, 4)),

@@ -33,6 +33,7 @@ def recalibrate_pair(rank: int) -> tuple:
     return outcome
 
 
+@pytest.mark.slow
 def test_process_group_shares_among_its_members_only():
     outcomes = ranks(4)(recalibrate_pair)
     for pair in ((0, 2), (1, 3)):

@@ -124,6 +124,12 @@ def test_variance_is_never_negative():
     assert moments(sums)[1].item() >= 0
 
 
+def test_a_variance_that_rounding_left_below_zero_is_zero():
+    sums = Sums(*(torch.tensor([value]) for value in (0.0, 3.000001, 3.0, 3.0)))
+    assert sums.sqrs / sums.count < (sums.sums / sums.count).square()
+    assert moments(sums)[1].item() == 0
+
+
 def test_unbiased_with_equal_weights_is_bessels_correction():
     data = rows(11)
     var = unbiased(data.var(0, correction=0), one(11.0), one(11.0))

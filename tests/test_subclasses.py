@@ -236,6 +236,7 @@ def test_a_class_that_adds_nothing_compiles_into_one_graph(to):
         y.square().sum().backward()
 
 
+@pytest.mark.slow
 @each_of_ours
 @pytest.mark.parametrize("kind", ["with metadata", "monai"])
 @pytest.mark.filterwarnings("ignore")  # Dynamo has a lot to say about such classes

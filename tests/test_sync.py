@@ -25,7 +25,7 @@ KINDS = {
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_basic_kind = pytest.mark.parametrize("kind", ["running", "exact", "precise"])
-each_size = pytest.mark.parametrize("size", [2, 4])
+each_size = pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # Samples of each rank, step by step; two ranks take the first two columns.
 SIZES = ((5, 2, 1, 3), (0, 3, 2, 0), (4, 4, 1, 6), (1, 0, 0, 0))
@@ -132,6 +132,7 @@ def train_on(rank: int, kind: str, inputs: list[Tensor], dtype: torch.dtype) -> 
     return training_step(layer, inputs[rank]), buffers_of(layer)
 
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("apart", [0.0, 1.0, 100.0], ids=lambda apart: f"{apart:g} std apart")
 def test_ranks_with_other_data_each_keep_the_variance_far_from_zero(kind, apart):
@@ -233,6 +234,7 @@ def train_in_pairs(rank: int, kind: str) -> dict:
     return buffers_of(layer)
 
 
+@pytest.mark.slow
 @each_basic_kind
 def test_a_process_group_pools_over_its_members_only(kind):
     outcomes = ranks(4)(train_in_pairs, kind)

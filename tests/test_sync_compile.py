@@ -16,8 +16,6 @@ from torch._dynamo.utils import counters
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm
 from runningbn.ops.law import Law
 
-each_backend = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-
 
 def train_compiled(rank: int, build, sizes: list[tuple[int, ...]], options: dict) -> int:
     """The number of graphs; outputs, gradients and statistics are compared with those of eager mode here."""
@@ -50,18 +48,26 @@ def two_layers(kind: str) -> nn.Module:
     return nn.Sequential(layer_of(kind, sync=True), nn.Tanh(), with_random_affine(layer_of(kind, sync=True), seed=1))
 
 
+# What inductor makes of each kind is in test_compile.py.
 @pytest.mark.parametrize(
-    "kind",
-    ["running", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("running-limited", "exact", "precise"))],
+    ("kind", "backend"),
+    [
+        ("running", "aot_eager"),
+        pytest.param("running-limited", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("exact", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("precise", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("running", "inductor", marks=pytest.mark.slow),
+        pytest.param("precise", "inductor", marks=pytest.mark.slow),
+    ],
 )
-@each_backend
 def test_compiled_ranks_train_as_eager_ones_in_one_graph(kind, backend):
     assert ranks(2)(train_compiled, functools.partial(one_layer, kind), [(5, 3)] * 4, {"backend": backend}) == [1, 1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["exact", "running"])
-@each_backend
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("exact", "aot_eager"), ("running", "aot_eager"), ("running", "inductor")]
+)
 def test_compiled_ranks_meet_where_one_of_them_is_empty(kind, backend):
     # Nothing on an empty rank depends on the collectives, and still it has to take part in each, in order.
     ranks(2)(train_compiled, functools.partial(two_layers, kind), [(5, 3), (0, 3), (5, 3)], {"backend": backend})

@@ -758,7 +758,7 @@ def test_without_a_gpu_there_is_a_reason() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "part", ["test_a_step and (small or rows)", pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"]
+    "part", ["test_a_step and small", pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"]
 )
 @pytest.mark.skipif(RUNS, reason="every other test here does it")
 def test_in_the_interpreter(part: str) -> None:

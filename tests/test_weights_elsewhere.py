@@ -56,6 +56,7 @@ def test_compiled_layer_has_the_gradients_of_eager(case: LayerCase):
             assert_near(found[name.replace("d0.", "d_orig_mod.0.").replace("d1.", "d_orig_mod.1.")], value, 256, scale)
 
 
+@pytest.mark.slow
 def test_whole_model_compiles_in_one_graph_and_trains_as_eager():
     model = batchnormify(small_net(), center_weights=images())
     twin = copy.deepcopy(model)
