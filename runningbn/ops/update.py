@@ -3,10 +3,10 @@
 Shapes: C channels; all tensors are (C,) in the dtype of the statistics (float32 or float64) unless stated. n is the
 number of elements per channel of the batch.
 
-Traced code that writes buffers in place compiles to wrong gradients without a warning (torch 2.13): the backward
-recomputes its coefficients from buffers that the forward has already overwritten. So each update is one operator,
-which the compiler cannot look into and whose results it has to save. Eager mode calls the function itself, which
-spares the dispatch.
+Traced code that writes buffers in place compiles to wrong gradients without a warning (seen in torch 2.13 and 2.14):
+the backward recomputes its coefficients from buffers that the forward has already overwritten. So each update is one
+operator, which the compiler cannot look into and whose results it has to save. Eager mode calls the function itself,
+which spares the dispatch.
 """
 
 from __future__ import annotations
