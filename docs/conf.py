@@ -27,6 +27,8 @@ version = release = runningbn.__version__
 html_title = f"runningbn {release}"
 html_theme = "furo"
 html_show_copyright = False
+# myst-nb's borders of cells are of one colour, too bright on a dark page.
+html_theme_options = {"light_css_variables": {"mystnb-source-border-color": "var(--color-background-border)"}}
 exclude_patterns = ["_build"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
