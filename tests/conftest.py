@@ -1,5 +1,7 @@
 """What holds for all tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -20,3 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if torch.__version__ < (2, 5):
         for line in WARNINGS_OF_TORCH_2_4:
             config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture
+def accelerate_forgets() -> Iterator[None]:
+    """Undo what accelerate keeps of a training, also that of transformers, for all that come later."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

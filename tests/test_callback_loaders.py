@@ -166,11 +166,8 @@ def test_the_share_of_a_process():
 
 
 @pytest.fixture
-def accelerator():
-    accelerate = pytest.importorskip("accelerate")
-    yield accelerate.Accelerator(cpu=True)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+def accelerator(accelerate_forgets):
+    return pytest.importorskip("accelerate").Accelerator(cpu=True)
 
 
 @pytest.mark.parametrize("stream", [True, False])

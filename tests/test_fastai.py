@@ -1,8 +1,7 @@
 """The callback for fastai: what is validated is what is saved, and training does not notice.
 
-fastai requires torchvision, spacy and others that these tests do not need: where it is installed without them
-(``pip install --no-deps``, with fastcore, fastprogress, fasttransform, fastdownload, plum-dispatch and beartype), they
-run.
+fastai requires torchvision, spacy and others that these tests do not need. They run where it is installed without them:
+``pip install --no-deps fastai fastcore "fastprogress<1.1" fasttransform fastdownload "plum-dispatch<2.10" beartype``.
 """
 
 from __future__ import annotations
