@@ -185,3 +185,12 @@ def test_single_elements_have_no_variance_by_batches():
     report = update_bn_stats(nn.Sequential(nn.BatchNorm1d(3)), [noise((1, 3), i) for i in range(4)], variance="batch")
     reason = "a single element per channel in every batch, which has no variance"
     assert (report.skipped, report.unused) == ({"0": reason}, [])
+
+
+def test_a_batch_that_is_dropped_counts_for_nothing():
+    """Neither a sample nor an element of it reached a layer, not even one whose input was finite."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    data = [noise((n, 3, 5), n) for n in (4, 2, 7)]
+    data[1][0, 0, 0] = torch.nan
+    report = update_bn_stats(model, data)
+    assert [(layer.batches, layer.samples, layer.elements) for layer in report.layers] == [(2, 11, 55)] * 2
