@@ -2,6 +2,9 @@
 
 import collections
 import logging
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -323,6 +326,18 @@ def test_peak_counts_what_is_alive_and_no_views():
         four = torch.empty(1500)  # 6000
     assert memory.peak == 8000
     assert four.shape == (1500,)
+
+
+def test_the_compiler_is_not_imported():
+    """It takes seconds, longer than many a recalibration."""
+    code = """
+        import sys, torch, runningbn
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4))
+        report = runningbn.update_bn_stats(model, torch.randn(4, 8, 3), normalize="population")
+        assert report.passes == 2
+        assert "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def needed(model: nn.Module, batches: list[Tensor]) -> float:

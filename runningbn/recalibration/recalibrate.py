@@ -151,9 +151,9 @@ def update_bn_stats(
             recalibration.collect(batches, run, tolerance)
         else:
             kept: list[Any] = []
-            if tolerance is None:
+            if tolerance is None and memory_limit and recalibration.ranks.size == 1:
                 kept.extend(batches)
-            else:
+            else:  # by batches, which tells when there are enough, and keeps processes in step
                 recalibration.collect(keeping(batches, kept), run, tolerance, refines=True)
             used = [used_by_call(batch) for batch in kept] if forward is None else kept
             if not recalibration.refine_at_once(used, run, memory_limit):
