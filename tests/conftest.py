@@ -8,8 +8,9 @@ import torch
 # Most tensors here are tiny, and two threads that wait for each other are then several times slower than one.
 torch.set_num_threads(1)
 
-# Memory that nobody has written holds NaN, or the largest integer, so that whoever reads it is seen.
-torch.use_deterministic_algorithms(True)
+# Memory that nobody has written holds NaN, or the largest integer, so that whoever reads it is seen. On CUDA devices
+# the same setting refuses operations of models.
+torch.use_deterministic_algorithms(not torch.cuda.is_available())
 
 # torch 2.4 warns of what it does itself, in a reentrant checkpoint and in torch.export.load.
 WARNINGS_OF_TORCH_2_4 = (

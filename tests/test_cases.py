@@ -41,6 +41,7 @@ def unwritten(rank: int = 0) -> list[torch.Tensor]:
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="see conftest.py")
 @pytest.mark.parametrize("where", ["here", "in ranks"])
 def test_unwritten_memory_is_poisoned(where):
     for tensors in [unwritten()] if where == "here" else ranks(2)(unwritten):

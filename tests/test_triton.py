@@ -76,8 +76,12 @@ MODES = {"precise": (False, False), "running, exact": (True, False), "running": 
 
 
 @pytest.fixture(autouse=True)
-def _counters_are_left_at_zero() -> Iterator[None]:
+def _empty_memory_is_poisoned() -> Iterator[None]:
+    """On a GPU, too; and counters are left at zero."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
     yield
+    torch.use_deterministic_algorithms(before)
     assert all(int(counter.count_nonzero()) == 0 for counter in triton_launch.counters.values())
 
 
