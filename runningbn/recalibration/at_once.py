@@ -43,9 +43,10 @@ class AtOnce(Passes):
         over the batches then measures the residuals, as in `refine`, and collects the counts and the standard errors.
 
         Returns:
-            Whether it succeeded. If not, the statistics must be computed in another way; unless `batches` is still
-            above 0, `collect` first. Reasons are several processes, batches that cannot be joined, too little memory,
-            an error, batches that are not finite, layers called several times, and residuals above the tolerance.
+            Whether it succeeded. If not, the statistics must be computed in another way; where `batches` is 0 in the
+            only process, `collect` first. Reasons are several processes, batches that cannot be joined, too little
+            memory, an error, batches that are not finite, layers called several times, and residuals above the
+            tolerance.
         """
         if self.ranks.size > 1 or not batches or not memory_limit:
             return False

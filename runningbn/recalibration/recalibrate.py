@@ -151,13 +151,15 @@ def update_bn_stats(
             recalibration.collect(batches, run, tolerance)
         else:
             kept: list[Any] = []
-            if tolerance is None and memory_limit and recalibration.ranks.size == 1:
+            alone = recalibration.ranks.size == 1
+            if tolerance is None and memory_limit and alone:
                 kept.extend(batches)
             else:  # by batches, which tells when there are enough, and keeps processes in step
                 recalibration.collect(keeping(batches, kept), run, tolerance, refines=True)
             used = [used_by_call(batch) for batch in kept] if forward is None else kept
             if not recalibration.refine_at_once(used, run, memory_limit):
-                if not recalibration.batches:
+                # Of several processes, one may have no batch: all have collected.
+                if alone and not recalibration.batches:
                     recalibration.collect(kept, run, refines=True)
                 recalibration.refine(kept, run, show)
     return recalibration.finish()
