@@ -16,7 +16,7 @@ GROUPS = {
         "running", "precise", "statistics", "momentum", "autograd", "masks", "memory_format", "buffers", "state*",
         "law*", "subclasses", "resizing", "merge", "transforms", "hostile_inputs", "checkpointing", "deployment",
     ),
-    "backends and kernels": ("backends", "kernels", "cpu_kernels", "triton*"),
+    "backends and kernels": ("backends", "kernels", "cpu_*", "triton*"),
     "torch.compile and export": ("compile*", "export"),
     "several processes": ("sync*", "*_ranks*"),
     "batchnormify": ("convert*", "pickled_models"),
@@ -25,9 +25,9 @@ GROUPS = {
     "diagnose": ("diagnose*",),
     "checkpoint files and commands": ("checkpoint*", "command_line"),
     "models of other packages": ("real_*",),
-    "training frameworks": ("frameworks*", "lightning"),
-    "types and packaging": ("typing", "packaging", "architecture"),
-    "pages, examples and benchmarks": ("docs", "readme", "examples", "demo", "benchmark*"),
+    "training frameworks": ("frameworks*", "lightning", "transformers*", "ignite", "fastai", "callback*"),
+    "types and packaging": ("typing", "packaging", "architecture", "release_files"),
+    "pages, examples and benchmarks": ("docs", "readme", "examples", "demo", "benchmark*", "tutorials"),
 }  # fmt: skip
 OTHERS = "others"
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from runningbn.ops.compat import number_of_function_modes
+
 # Most tensors here are tiny, and two threads that wait for each other are then several times slower than one.
 torch.set_num_threads(1)
 
@@ -23,6 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if torch.__version__ < (2, 5):
         for line in WARNINGS_OF_TORCH_2_4:
             config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def no_mode_is_left() -> Iterator[None]:
+    """What a test leaves on torch's stack of function modes would be seen by all that come later."""
+    yield
+    assert number_of_function_modes() == 0
 
 
 @pytest.fixture

@@ -24,10 +24,12 @@ from torch._C import DisableTorchFunctionSubclass as class_functions_disabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _current_graph_task_id as current_backward
 from torch._C import _disabled_torch_function_impl as disabled_torch_function
+from torch._C import _get_function_stack_at as function_mode_at
 from torch._C import _increment_version as increment_versions
 from torch._C import _is_torch_function_enabled as torch_function_enabled
 from torch._C import _len_torch_dispatch_stack as number_of_dispatch_modes
 from torch._C import _len_torch_function_stack as number_of_function_modes
+from torch._C import _pop_torch_function_stack as pop_function_mode
 
 # A layer inside ``torch.func.grad`` sees wrapped tensors, whose moments are taken outside of the transform. torch.func
 # has no public way to look into its wrappers or to step out; no fallback.
@@ -47,6 +49,7 @@ __all__ = [
     "current_backward",
     "current_raw_stream",
     "disabled_torch_function",
+    "function_mode_at",
     "functions_disabled",
     "get_unwrapped",
     "increment_versions",
@@ -57,6 +60,7 @@ __all__ = [
     "number_of_function_modes",
     "outside_transforms",
     "peek_interpreter_stack",
+    "pop_function_mode",
     "process_group_of_name",
     "torch_function_enabled",
     "transforms_active",
