@@ -102,7 +102,9 @@ def test_nothing_is_kept_and_nothing_freed_too_often(make, use):
     before = counts()
     for _ in range(50):
         use(layer, x)
-    assert counts() == before
+    tensors, *references = counts()
+    assert references == before[1:]
+    assert tensors <= before[0]  # what earlier tests have left may go meanwhile
 
 
 @needs_extension
