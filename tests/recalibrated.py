@@ -6,6 +6,7 @@ import copy
 import random
 
 import torch
+from processes import ranks
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -78,3 +79,15 @@ class OneShot(IterableDataset):
 
     def __iter__(self):
         return self.left
+
+
+def assert_two_processes_share(make, train_in_parallel) -> None:
+    """``train_in_parallel(rank, recalibrated)`` has the parameters of plain training, and statistics of all data."""
+    plain = ranks(2)(train_in_parallel, False)
+    for state, other in zip(ranks(2)(train_in_parallel, True), plain):
+        model = make()
+        model.load_state_dict(state)
+        parameters = dict(model.named_parameters())
+        assert all(torch.equal(parameters[name], other[name]) for name in parameters)
+        batches = [x for rank in (0, 1) for x in X[rank::2].split(4)]
+        torch.testing.assert_close(statistics(model), expected(model, batches))

@@ -5,6 +5,7 @@ import pickle
 from typing import Any, NamedTuple
 
 import pytest
+import real_models_elsewhere
 import torch
 import torch.nn.functional as F
 from cases import noise
@@ -62,20 +63,12 @@ class Activated(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
-class SyncBatchNormAct(nn.SyncBatchNorm):
+class SyncBatchNormAct(real_models_elsewhere.SyncBatchNormAct):
     """timm's, which drops and acts itself; its activation, done twice, is another one."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
         self.drop, self.act = nn.Identity(), nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        if hasattr(self, "drop"):
-            x = self.drop(x)
-        if hasattr(self, "act"):
-            x = self.act(x)
-        return x
 
 
 WRAPPERS: dict[type[nn.Module], Any] = {

@@ -16,16 +16,12 @@ pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
 from recalibrated import STEPS, X, Y, assert_same_training, expected, norms, statistics
-from trainers import Images, Noisy, Own, Spy, Stream, net, saved, trained
+from trainers import MARKS, Images, Noisy, Own, Spy, Stream, net, saved, trained
 from transformers import TrainerCallback
 
 from runningbn.integrations.transformers import RecalibrateBatchNorm
 
-pytestmark = [
-    pytest.mark.usefixtures("accelerate_forgets"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),  # accelerate asks for it without a GPU
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"),
-]
+pytestmark = MARKS
 
 
 def eval_losses(trainer):

@@ -10,16 +10,12 @@ pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
 from recalibrated import X, expected, norms, statistics
-from trainers import Images, Spy, Stream, arguments, net, one_shot, saved, trained
+from trainers import MARKS, Images, Spy, Stream, arguments, net, one_shot, saved, trained
 from transformers import ResNetForImageClassification, Trainer, TrainerCallback
 
 from runningbn.integrations.transformers import RecalibrateBatchNorm
 
-pytestmark = [
-    pytest.mark.usefixtures("accelerate_forgets"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),  # accelerate asks for it without a GPU
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.filterwarnings("ignore:.*bfloat16:UserWarning")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from recalibrated import OneShot, X, Y, noting, statistics
 from safetensors.torch import load_file
@@ -12,6 +13,12 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from runningbn import batchnormify
+
+MARKS = [
+    pytest.mark.usefixtures("accelerate_forgets"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),  # accelerate asks for it without a GPU
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"),
+]
 
 
 class Images(Dataset):

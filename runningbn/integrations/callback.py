@@ -164,7 +164,7 @@ class RecalibrationCallback:
         """Recalibrate the model, in the state of the last training step.
 
         Args:
-            loader: the training loader.
+            loader: the training loader, which `dataloader` replaces.
             forward: calls the model as in training.
             step: number of the step, for the log.
             limit: the largest number of batches.
@@ -172,6 +172,7 @@ class RecalibrationCallback:
             copied: gives a loader a separate iterator.
             is_main: whether this process logs.
         """
+        loader = loader if self.dataloader is None else self.dataloader
         if loader is None:
             raise ValueError(f"there is no training loader; pass dataloader= to {type(self).__name__}")
         before = {name: _copies(layer) for name, layer in self._layers.items()}

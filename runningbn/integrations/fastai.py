@@ -69,8 +69,8 @@ class RecalibrateBatchNorm(RecalibrationCallback, Callback):
     def _recalibrate_if_due(self) -> None:
         if self._due():
             self._recalibrate(
-                self.learn.model, self.learn.dls.train if self.dataloader is None else self.dataloader, self._call,
-                step=self.learn.train_iter, copied=_copied, is_main=_learner.rank_distrib() == 0,
+                self.learn.model, self.learn.dls.train, self._call, step=self.learn.train_iter, copied=_copied,
+                is_main=_learner.rank_distrib() == 0,
             )  # fmt: skip
 
     def _call(self, model: nn.Module, batch: Any) -> object:

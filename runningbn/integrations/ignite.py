@@ -82,7 +82,7 @@ class RecalibrateBatchNorm(RecalibrationCallback):
     def _recalibrate_if_due(self, engine: Engine, model: nn.Module) -> None:
         if self._due():
             self._recalibrate(
-                model, engine.state.dataloader if self.dataloader is None else self.dataloader, self.forward,
-                step=engine.state.iteration, limit=engine.state.epoch_length, is_main=get_rank() == 0,
+                model, engine.state.dataloader, self.forward, step=engine.state.iteration,
+                limit=engine.state.epoch_length, is_main=get_rank() == 0,
                 device=next((parameter.device for parameter in model.parameters()), None),
             )  # fmt: skip

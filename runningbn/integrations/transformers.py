@@ -95,9 +95,8 @@ class RecalibrateBatchNorm(RecalibrationCallback, TrainerCallback):
         if control.should_evaluate and not is_last and callable(getattr(kwargs["optimizer"], "eval", None)):
             kwargs["optimizer"].eval()
         self._recalibrate(
-            kwargs["model"], kwargs["train_dataloader"] if self.dataloader is None else self.dataloader,
-            self.forward or _without_labels(args), step=state.global_step, device=args.device,
-            is_main=state.is_world_process_zero,
+            kwargs["model"], kwargs["train_dataloader"], self.forward or _without_labels(args),
+            step=state.global_step, device=args.device, is_main=state.is_world_process_zero,
         )  # fmt: skip
         if own := self.state_dict()["own"]:
             state.stateful_callbacks[_STORED] = {"args": {}, "attributes": {"statistics": _encoded(own)}}

@@ -19,12 +19,10 @@ from torch import Tensor
 
 # What runs above a call, of which there is no public sign, and the version counters of several tensors by one call, for
 # which older releases have no public function; no fallback.
-from torch._C import DisableTorchFunction as functions_disabled
 from torch._C import DisableTorchFunctionSubclass as class_functions_disabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _current_graph_task_id as current_backward
 from torch._C import _disabled_torch_function_impl as disabled_torch_function
-from torch._C import _get_function_stack_at as function_mode_at
 from torch._C import _increment_version as increment_versions
 from torch._C import _is_torch_function_enabled as torch_function_enabled
 from torch._C import _len_torch_dispatch_stack as number_of_dispatch_modes
@@ -49,8 +47,6 @@ __all__ = [
     "current_backward",
     "current_raw_stream",
     "disabled_torch_function",
-    "function_mode_at",
-    "functions_disabled",
     "get_unwrapped",
     "increment_versions",
     "is_batchedtensor",

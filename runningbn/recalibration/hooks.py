@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,17 +29,15 @@ PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _CAN_BE_EAGER = hasattr(torch.compiler, "set_stance")
 
 
-@contextmanager
-def recording_outside_use(observer: Observer) -> Iterator[None]:
+def recording_outside_use(observer: Observer) -> AbstractContextManager[Any]:
     """Record in `observer.used_outside` the layers whose statistics other code normalises by.
 
     Does nothing where torch.compile would have to trace the recording.
     """
     if _CAN_BE_EAGER or not compiler_is_loaded():
-        with OutsideUseRecorder(observer.layers, observer.used_outside):
-            yield
-    else:
-        yield
+        # Not inside a generator: that would leave the mode once more when it is collected after an interrupt.
+        return OutsideUseRecorder(observer.layers, observer.used_outside)
+    return nullcontext()
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from ..ops.compat import function_mode_at, number_of_function_modes
-
 # Argument names of the two functions that all of torch's own BatchNorm layers call.
 _ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -60,11 +58,6 @@ class OutsideUseRecorder(TorchFunctionMode):
     def __init__(self, layers: Sequence[_BatchNorm], found: set[int]) -> None:
         super().__init__()
         self.layers, self.found = layers, found
-
-    def __exit__(self, *error: Any) -> None:
-        # After an interrupt, `state_kept` may have taken it from the stack already.
-        if any(function_mode_at(place) is self for place in range(number_of_function_modes())):
-            super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARGUMENTS:

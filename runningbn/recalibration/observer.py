@@ -21,7 +21,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import kernels
 from ..layers.buffers import PooledStatistics
 from ..ops.compat import (
-    functions_disabled,
     get_unwrapped,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
@@ -98,9 +97,7 @@ class Observer:
             if type(x) is not Tensor and is_derived(x):
                 compute = partial(self.normalize, number, weight=layer.weight, bias=layer.bias, eps=layer.eps)
                 return through_class(compute, layer, x)
-            # The first batch runs under a function mode, which slows every operation and has nothing to see here.
-            with functions_disabled() if type(x) is Tensor else nullcontext():
-                return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
+            return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
         # The caller may have called train() inside the block.
         set_training(layer, False)
