@@ -18,7 +18,7 @@ from .recalibration.recalibrate import get_bn_modules, precise_bn, update_bn_sta
 from .recalibration.report import StatsReport
 from .weights.centering import bake_weights, center_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Diagnosis",

@@ -121,12 +121,12 @@ class Horizon(MomentumRule):
 
     Example:
         >>> Horizon()
-        Horizon(samples=128, start=8, fraction=0.1)
+        Horizon(samples=512, start=8, fraction=0.1)
         >>> Horizon().weight(32, samples=torch.tensor([10_000.0]), steps=torch.tensor([0.0]))
-        tensor([0.2212])
+        tensor([0.0606])
     """
 
-    samples: float = 128
+    samples: float = 512
     start: float = 8
     fraction: float = 0.1
     whole_batches: ClassVar[bool] = True

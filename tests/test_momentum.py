@@ -39,7 +39,7 @@ def weights_given(momentum: object, batch_sizes: list[int]) -> list[float]:
 
 
 def test_horizon_has_the_defaults_it_documents():
-    assert Horizon() == Horizon(samples=128, start=8, fraction=0.1)
+    assert Horizon() == Horizon(samples=512, start=8, fraction=0.1)
 
 
 @DATACLASSES
@@ -68,7 +68,7 @@ def test_rule_differs_from_others(other):
 
 
 def test_equal_rules_hash_alike():
-    assert len({Horizon(), Horizon(128, 8, 0.1), SquareRoot(0.1), SquareRoot(0.1)}) == 2
+    assert len({Horizon(), Horizon(512, 8, 0.1), SquareRoot(0.1), SquareRoot(0.1)}) == 2
 
 
 @LAYERS
@@ -95,7 +95,7 @@ def test_running_batchnorm_has_a_horizon_and_precise_batchnorm_torchs_momentum()
     "kwargs",
     [
         {"samples": 4},  # below the start of 8
-        {"start": 129},  # above the samples of 128
+        {"start": 513},  # above the samples of 512
         {"start": 0},
         {"start": -1},
         {"samples": -1, "start": -2},
@@ -183,7 +183,7 @@ def test_square_root_gives_the_fastai_weights(batch_size, weight):
 
 @pytest.mark.parametrize(
     ("samples_before", "horizon"),
-    [(0, 8), (80, 8), (200, 20), (1000, 100), (1280, 128), (100_000, 128)],
+    [(0, 8), (80, 8), (200, 20), (1000, 100), (5120, 512), (100_000, 512)],
     ids=["empty", "end-of-start", "growing", "growing-more", "settled", "long-settled"],
 )
 @pytest.mark.parametrize("batch_size", [1, 32])
@@ -230,7 +230,7 @@ def test_a_forward_with_momentum_zero_is_not_counted(layer, backend):
 
 
 def test_a_horizon_twice_as_long_makes_up_for_two_forwards_a_step():
-    once, twice = Horizon(), Horizon(samples=256, start=16)
+    once, twice = Horizon(), Horizon(samples=1024, start=16)
     for images in (0.0, 50.0, 500.0, 5000.0):
         one = once.weight(4, torch.tensor([images]), torch.zeros(1))
         two = twice.weight(4, torch.tensor([2 * images]), torch.zeros(1))

@@ -324,7 +324,7 @@ def test_seeded_training_equals_reference(momentum, gradient):
 
 @pytest.mark.parametrize(
     ("momentum", "a"),
-    [(Horizon(), 1 - math.exp(-5 / 128)), (SquareRoot(0.1), 1 - 0.9 / 2), (0.1, 0.1), (None, 1 / 8)],
+    [(Horizon(), 1 - math.exp(-5 / 512)), (SquareRoot(0.1), 1 - 0.9 / 2), (0.1, 0.1), (None, 1 / 8)],
     ids=["horizon", "sqrt", "float", "none"],
 )
 def test_first_batch_after_a_seed_weighs_exactly_a(momentum, a):
@@ -391,13 +391,13 @@ def test_cumulative_statistics_do_not_depend_on_the_split():
 
 
 def test_settled_horizon_forgets_per_sample():
-    """32 batches of 1 leave as much of the old state as one batch of 32: exp(−32/128)."""
+    """32 batches of 1 leave as much of the old state as one batch of 32: exp(−32/512)."""
     for size in (1, 2, 32):
         layer = IMAGE.layer(torch.float64)
         layer.running_mean = torch.ones(IMAGE.channels, dtype=torch.float64)
         see(layer, torch.zeros(32, *IMAGE.shape, dtype=torch.float64).split(size))
         # The data are zeros, so what is left of the mean of one is the weight of the old state.
-        assert_near(layer.running_mean, torch.full_like(layer.running_mean, math.exp(-32 / 128)), ROUNDINGS)
+        assert_near(layer.running_mean, torch.full_like(layer.running_mean, math.exp(-32 / 512)), ROUNDINGS)
 
 
 def test_horizon_weighs_batches_of_any_size_by_a():

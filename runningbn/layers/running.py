@@ -111,7 +111,7 @@ class RunningBatchNorm(Layer):
         >>> layer(torch.randn(1, 16, 8, 8)).shape
         torch.Size([1, 16, 8, 8])
         >>> layer.momentum, layer.gradient, layer.max_lag
-        (Horizon(samples=128, start=8, fraction=0.1), 'running', inf)
+        (Horizon(samples=512, start=8, fraction=0.1), 'running', inf)
     """
 
     gradient: Gradient
