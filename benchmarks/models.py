@@ -1,15 +1,15 @@
 """A whole training step of real networks before and after `batchnormify`. Every case is checked before it is timed.
 
-    python -m benchmarks.models            all cases, about eight minutes on two cores
+    python -m benchmarks.models            all cases, some ten minutes on two cores
     python -m benchmarks.models --quick    ResNet-18 and MobileNetV2 on small images, less than a minute
     python -m benchmarks.models --write    also store the numbers in benchmarks/results
     python -m benchmarks.models --device cuda
 
-A step is forward, cross-entropy, backward and SGD with momentum. The networks are those of transformers, built from a
-config. All variants start as copies of one network and run their steps in turn, round after round in one process, every
-other round in the opposite order, so that other load on the machine affects all of them equally. Reported are medians,
-and the median of the ratios to the plain network within a round. Before timing, the loss with ``PreciseBatchNorm2d`` is
-compared with that of the plain network.
+A step is forward, cross-entropy, backward and SGD with momentum. The networks are those of `networks`. All variants
+start as copies of one network and run their steps in turn, round after round in one process, every other round in the
+opposite order, so that other load on the machine affects all of them equally. Reported are medians, and the median of
+the ratios to the plain network within a round. Before timing, the loss with ``PreciseBatchNorm2d`` is compared with
+that of the plain network.
 
 "norm layers" is the share of the plain step that torch's profiler attributes to batch_norm and its backward. Replacing
 these layers cannot give a ratio below 1 − norm layers; lower ratios are noise. "saved" counts each storage once that
@@ -47,6 +47,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from runningbn import batchnormify
 
+from .networks import CLASSES, NETWORKS
 from .results_file import ALLOCATOR, FOLDER, machine, store
 
 PLAIN = "nn.BatchNorm2d"
@@ -58,37 +59,10 @@ VARIANTS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "running, centred": lambda model, images: batchnormify(model, "running", center_weights=images),
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-CLASSES = 1000
 # Pages once taken from the operating system are kept, so that hardly any step faults.
 KEPT_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 Case = dict[str, Any]
-
-
-def resnet18() -> nn.Module:
-    """Microsoft's resnet-18, untrained; 20 norm layers."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    sizes = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
-    return ResNetForImageClassification(ResNetConfig(embedding_size=64, num_labels=CLASSES, **sizes))
-
-
-def resnet50() -> nn.Module:
-    """Microsoft's resnet-50, untrained; 53 norm layers."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    return ResNetForImageClassification(ResNetConfig(num_labels=CLASSES))
-
-
-def mobilenet_v2() -> nn.Module:
-    """Google's mobilenet_v2_1.0_224, untrained; 52 norm layers, made with eps=0.001 and momentum=0.997."""
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    return MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=CLASSES))
-
-
-# transformers is imported where it is needed: who only wants `markdown_table` does without.
-MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": resnet18, "ResNet-50": resnet50, "MobileNetV2": mobilenet_v2}
 
 
 class Training:
@@ -103,7 +77,8 @@ class Training:
         """Forward, loss, backward with fresh gradients, and the optimizer; the loss, once all of it has been done."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            loss = F.cross_entropy(self.model(self.images).logits, self.labels)
+            out = self.model(self.images)
+            loss = F.cross_entropy(getattr(out, "logits", out), self.labels)
         loss.backward()
         self.optimizer.step()
         if self.images.is_cuda:
@@ -163,9 +138,9 @@ def measure(
 ) -> Case:
     """Time every variant of a network for some seconds, but for so many rounds at least."""
     torch.manual_seed(0)
-    model = MODELS[name]().to(device, memory_format=LAYOUTS[layout])
+    model = NETWORKS[name]().to(device, memory_format=LAYOUTS[layout])
     images = torch.randn(batch, 3, size, size).to(device, memory_format=LAYOUTS[layout])
-    labels = torch.randint(model.config.num_labels, (batch,)).to(device)
+    labels = torch.randint(CLASSES, (batch,)).to(device)
     copies = {variant: convert(copy.deepcopy(model), images) for variant, convert in VARIANTS.items()}
     trainings = {variant: Training(converted, images, labels, dtype) for variant, converted in copies.items()}
     saved = first_steps(trainings)
@@ -203,7 +178,7 @@ def measure(
 
 def plan(quick: bool, device: str) -> list[Case]:
     """The arguments of `measure`, case by case."""
-    names, size, batches, seconds = (list(MODELS), 224, (2, 8), 6.0)
+    names, size, batches, seconds = list(NETWORKS), 224, (1, 2, 8), 6.0
     in_bfloat16 = ("ResNet-18", 2)  # emulated, and slow, on processors without instructions for it
     if device == "cuda":
         batches, in_bfloat16 = (8, 64), ("ResNet-50", 64)  # fewer images only measure how fast kernels are launched

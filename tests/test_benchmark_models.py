@@ -17,8 +17,9 @@ def case(monkeypatch):
     """A measured case of two stages with one block each."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 4}
-    monkeypatch.setitem(models.MODELS, "tiny", lambda: ResNetForImageClassification(ResNetConfig(**sizes)))
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, num_labels=models.CLASSES)
+    monkeypatch.setitem(models.NETWORKS, "tiny", lambda: ResNetForImageClassification(config))
     return models.measure("tiny", 2, 32, "channels_last", "float32", seconds=0, rounds=2)
 
 
@@ -48,4 +49,4 @@ def test_storages_are_counted_once_and_parameters_not_at_all():
 
 def test_the_plan_fits_what_it_is_for():
     assert {case["dtype"] for case in models.plan(quick=True, device="cpu")} == {"float32"}
-    assert {case["name"] for case in models.plan(quick=False, device="cpu")} == models.MODELS.keys()
+    assert {case["name"] for case in models.plan(quick=False, device="cpu")} == models.NETWORKS.keys()
