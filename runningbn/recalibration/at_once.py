@@ -14,10 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.buffers import VIEW
-from .conventions import Moments
+from .conventions import Moments, write_views
 from .found import Found
 from .joined import PeakMemory, check_joinable, joined, samples
 from .moments import Call
@@ -130,15 +128,6 @@ class AtOnce(Passes):
 
     def _residual(self, number: int) -> float:
         return 0.0 if number in self._repeated else self._found[number].residual
-
-
-@torch.no_grad()
-def write_views(layer: _BatchNorm, statistics: Moments) -> None:
-    """Write `running_mean` and `running_var`, without the state of this library's layers."""
-    for name, value in zip(VIEW, statistics):
-        buffer = layer._buffers[name]
-        assert buffer is not None
-        buffer.copy_(value)
 
 
 def _distance(one: Found, other: Found, eps: float) -> float:

@@ -170,3 +170,12 @@ def replaced(layer: _BatchNorm, mean: Tensor, var: Tensor) -> Iterator[None]:
         layer._buffers.update(buffers)
         own.clear()
         own.update(kept)
+
+
+@torch.no_grad()
+def write_views(layer: _BatchNorm, statistics: Moments) -> None:
+    """Write `running_mean` and `running_var`, without the state of this library's layers."""
+    for name, value in zip(VIEW, statistics):
+        buffer = layer._buffers[name]
+        assert buffer is not None
+        buffer.copy_(value)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.buffers import VIEW, PooledStatistics
-from .at_once import AtOnce, write_views
+from .at_once import AtOnce
 from .batches import Progress
+from .conventions import write_views
 from .moments import Accumulator
 from .observer import EnoughSeen
 from .ranks import interrupts_deferred
