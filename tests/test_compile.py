@@ -147,7 +147,7 @@ def arguments(name: str, channels: int = 3) -> list[torch.Tensor]:
 def test_the_updates_are_sound_operators(name, whole_batches):
     operator = getattr(torch.ops.runningbn, name).default
     tensors = arguments(name)
-    torch.library.opcheck(operator, (*tensors, torch.full((3,), 0.3), 10, whole_batches, list(Law(max_lag=0.25))))
+    torch.library.opcheck(operator, (*tensors, torch.full((3,), 0.3), 10, whole_batches, *Law(max_lag=0.25)))
 
 
 def test_the_update_of_the_gradient_is_a_sound_operator():

@@ -117,8 +117,8 @@ def test_the_pooled_updates_are_sound_operators(name, samples):
     state = [buffer.clone() for buffer in layer._layer_state(name == "update_running_pooled").forward_buffers]
     batch = [noise((3,), 2), torch.zeros(3), noise((3,), 3).square(), torch.full((3,), 10.0)]
     operator = getattr(torch.ops.runningbn, name).default
-    law = list(Law(max_lag=0.25))
-    torch.library.opcheck(operator, (*state, *batch, torch.full((3,), 0.3), torch.tensor(samples), True, law))
+    law = Law(max_lag=0.25)
+    torch.library.opcheck(operator, (*state, *batch, torch.full((3,), 0.3), torch.tensor(samples), True, *law))
 
 
 def test_the_pooled_update_of_the_gradient_is_a_sound_operator():

@@ -18,6 +18,7 @@ import torch
 
 from ..momentum import RULES
 from ..ops.law import Law
+from ..ops.spec import Mode
 from ..ops.state import GradientState, NoiseState, State, Sums
 from .building import library_in, why_not_built
 
@@ -25,6 +26,8 @@ _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 # In the order of their codes.
 DTYPES = ("FLOAT32", "BFLOAT16", "FLOAT64")
 STAGES = ("SUMS", "UPDATE", "APPLY")  # bits
+# Functions that `cpu_operators` registers.
+OPERATORS = (*(f"update_{mode.label}" for mode in Mode), "update_gradient")
 _KINDS: dict[str, Any] = {"I": ctypes.c_int64, "P": ctypes.c_size_t, "R": ctypes.c_double}
 _GEOMETRY = [("I", name) for name in ("dtype", "stages", "threads", "rows", "outer", "channels", "inner")]
 
@@ -46,7 +49,9 @@ _BACKWARD = [
     *_pointers("m0", "m1", "kappa_mean", "kappa_var", *GradientState._fields),
     *_pointers("trust", "offset", "batch_std", "pooled_count"),
 ]  # fmt: skip
-INTERFACE = " ".join((*DTYPES, *RULES, *STAGES, *(f"{kind}:{name}" for kind, name in (*_FORWARD, *_BACKWARD))))
+INTERFACE = " ".join(
+    (*DTYPES, *RULES, *STAGES, *OPERATORS, *(f"{kind}:{name}" for kind, name in (*_FORWARD, *_BACKWARD)))
+)
 
 
 class _Call(ctypes.Structure):
@@ -91,6 +96,12 @@ class Library(NamedTuple):
     handle: Any = None
 
 
+def torch_library() -> ctypes.CDLL:
+    """torch's own library, for the functions of its C interface."""
+    folder = Path(torch.__file__).parent / "lib"
+    return ctypes.CDLL(str(folder / _TORCH_LIBRARY.get(sys.platform, "libtorch_cpu.so")))
+
+
 @functools.cache
 def library() -> Library:
     """The library, loaded and told of torch's threads."""
@@ -98,9 +109,8 @@ def library() -> Library:
     built = library_in(folder, EXTENSION_SUFFIXES)
     if built is None:
         return _without(why_not_built(folder, EXTENSION_SUFFIXES))
-    torch_library = Path(torch.__file__).parent / "lib" / _TORCH_LIBRARY.get(sys.platform, "libtorch_cpu.so")
     try:
-        parallel_for = ctypes.CDLL(str(torch_library)).torch_parallel_for
+        parallel_for = torch_library().torch_parallel_for
     except (OSError, AttributeError):
         return _without(f"torch {torch.__version__} has no torch_parallel_for, which came with torch 2.10")
     try:

@@ -39,7 +39,14 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+# C++ functions of torch by their names in its libraries: whether a backward pass is running, as `current_backward`, and
+# what raises a RuntimeError. torch's stable C interface has neither. Fallback: operators in Python.
+C_CURRENT_BACKWARD = "_ZN5torch8autograd25get_current_graph_task_idEv"
+C_RAISE = "_ZN3c106detail14torchCheckFailEPKcS2_jS2_"
+
 __all__ = [
+    "C_CURRENT_BACKWARD",
+    "C_RAISE",
     "TorchDispatchMode",
     "are_transformed",
     "class_functions_disabled",

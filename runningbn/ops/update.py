@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import cpu_operators
 from ..kernels.contract import GradientSums
 from .compat import current_backward
 from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
@@ -43,7 +44,7 @@ def update(state: LayerState, batch: Batch, spec: StepSpec) -> tuple[Tensor, Coe
         spec: the mode, eps and the law; the momentum is in `batch.weight` already.
     """
     buffers = state.forward_buffers if spec.mode is Mode.RUNNING else state.statistics
-    arguments = *buffers, *batch.sums, batch.weight, batch.samples, batch.whole, list(spec.law)
+    arguments = *buffers, *batch.sums, batch.weight, batch.samples, batch.whole, *spec.law
     mean, var, *others = _call(f"update_{spec.mode.label}", batch.samples, *arguments)
     values = mean, (var + spec.eps).rsqrt(), *others
     return var, Coefficients(**dict(zip(spec.mode.coefficients, values)))
@@ -202,7 +203,7 @@ def _unpack(mode: Mode, arguments: Sequence[Any]) -> tuple[LayerState, Batch, La
     given = iter(arguments)
     state = LayerState(_next_fields(State, given), _next_fields(NoiseState, given) if mode is Mode.RUNNING else None)
     sums = _next_fields(Sums, given)
-    weight, samples, whole, law = given
+    weight, samples, whole, *law = given
     return state, Batch(sums, samples, weight, whole), Law(*law)
 
 
@@ -213,9 +214,14 @@ def _next_fields(cls: type[Fields], given: Iterator[Any]) -> Fields:
 
 def _call(name: str, number: int | Tensor, *arguments: Any) -> Any:
     """An update whose `number` of samples or elements is known to the host or, pooled over ranks, a tensor."""
-    if torch.compiler.is_compiling():
-        return getattr(torch.ops.runningbn, f"{name}_pooled" if isinstance(number, Tensor) else name)(*arguments)
-    return _UPDATES[name](*arguments)
+    if not torch.compiler.is_compiling():
+        return _UPDATES[name](*arguments)
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if isinstance(number, Tensor):
+        name = f"{name}_pooled"
+    elif tensors[0].is_cpu and not cpu_operators.supports(tensors):
+        name = f"{name}_in_python"
+    return getattr(torch.ops.runningbn, name)(*arguments)
 
 
 def _mutated(fields: tuple[str, ...]) -> str:
@@ -223,13 +229,21 @@ def _mutated(fields: tuple[str, ...]) -> str:
 
 
 def _per_channel(outputs: int) -> Callable[..., Any]:
-    """The shapes an update returns, for tracing: so many vectors like its first buffer."""
-    return lambda *arguments: tuple(torch.empty_like(arguments[0]) for _ in range(outputs))
+    """What an update returns, for tracing: so many vectors like its first buffer."""
+
+    def traced(*arguments: Any) -> tuple[Tensor, ...]:
+        # Not at import, which does not load the C library; compiled code begins here.
+        if kernels.forced_backend() in (None, "cpu"):
+            cpu_operators.register()
+        return tuple(torch.empty_like(arguments[0]) for _ in range(outputs))
+
+    return traced
 
 
 _BATCH = (
     ", ".join(f"Tensor batch_{name}" for name in Sums._fields)
-    + ", Tensor weight, NUMBER batch_samples, bool whole_batches, float[] law"
+    + ", Tensor weight, NUMBER batch_samples, bool whole_batches, "
+    + ", ".join(f"float {name}" for name in Law._fields)
 )
 _STATE, _STATE_AND_NOISE = _mutated(State._fields), _mutated((*State._fields, *NoiseState._fields))
 # Every name of a schema is one of its own.
@@ -253,7 +267,7 @@ for _name, _arguments, _outputs in (
     ),
     ("update_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
 ):
-    for _operator, _number in ((_name, "SymInt"), (f"{_name}_pooled", "Tensor")):
+    for _operator, _number in ((_name, "SymInt"), (f"{_name}_in_python", "SymInt"), (f"{_name}_pooled", "Tensor")):
         _schema = f"{_operator}({_arguments}) -> ({', '.join(['Tensor'] * _outputs)})"
         _LIBRARY.define(_schema.replace("NUMBER", _number))
         _LIBRARY.impl(_operator, _UPDATES[_name], "CompositeExplicitAutograd")

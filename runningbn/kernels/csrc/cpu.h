@@ -17,6 +17,8 @@
 /* In the order of their codes. */
 #define DTYPES(X) X(FLOAT32) X(BFLOAT16) X(FLOAT64)
 #define RULES(X) X(CONSTANT) X(CUMULATIVE) X(HORIZON) X(SQUARE_ROOT) X(GIVEN)
+/* See operators.c. */
+#define OPERATORS(X) X(update_batch) X(update_exact) X(update_running) X(update_gradient)
 #define AS_ENUM(name) name,
 enum { DTYPES(AS_ENUM) };
 enum { RULES(AS_ENUM) };
@@ -78,7 +80,7 @@ typedef struct {
 #define AS_POINTER(name) "P:" #name " "
 #define AS_DOUBLE(name) "R:" #name " "
 #define INTERFACE                                                                      \
-    DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME)                                     \
+    DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME) OPERATORS(AS_NAME)                  \
     FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE) BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
 
 /* Elements that each thread has to get: waking it for fewer costs more than it saves. Measured, the best of thousands of
