@@ -14,9 +14,10 @@
 #include <immintrin.h>
 #endif
 
+#define CACHE_LINE 64          /* bytes */
 #define GROUP 64               /* channels at a time, at most */
 #define GROUP_BYTES (1 << 18)  /* of data in them: half of a small core's cache, with as much for what comes out */
-#define ROWS 8                 /* of a block of `rows_sums` */
+#define ROWS 16                /* of a block of `rows_sums`; additions in float to one accumulator, at most */
 #define BLOCK (1 << 15)        /* elements that are mapped at a time, of rows */
 #define RUN 16                 /* additions in float to one accumulator, at most */
 #define NARROW 256             /* rows with fewer columns are widened */
@@ -292,8 +293,10 @@ static int execute(Job *job, int64_t dtype, int64_t threads) {
     /* Doubles: pivot, 2 sums a thread and 2 for left-over rows; and four vectors for the map. */
     const int64_t columns = (s->columns + 7) / 8 * 8;
     const int64_t sums = s->columns * (job->threads + 1);
-    double *memory = malloc(sizeof(double) * (size_t)(5 * columns + 2 * sums));
-    if (!memory) return 1;
+    void *allocated = malloc(sizeof(double) * (size_t)(5 * columns + 2 * sums) + CACHE_LINE);
+    if (!allocated) return 1;
+    /* The map reads three of these vectors beside x: where each load takes two cache lines, it is half as fast. */
+    double *memory = (double *)(((uintptr_t)allocated + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
     s->pivot = memory;
     s->centre = memory + columns, s->scale = memory + 2 * columns;
     s->slope = memory + 3 * columns, s->base = memory + 4 * columns;
@@ -318,7 +321,7 @@ static int execute(Job *job, int64_t dtype, int64_t threads) {
         run(job->threads, by_channels, job);
     else
         by_parts(job);
-    free(memory);
+    free(allocated);
     return 0;
 }
 

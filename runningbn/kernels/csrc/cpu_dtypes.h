@@ -8,8 +8,9 @@
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16)))
 #define VECTOR_OF_DOUBLES(p) _mm512_loadu_pd(p)
 #define FLOATS __m512
+#define FLOATS_OF_FLOATS(p) _mm512_loadu_ps(p)
 #define NO_FLOATS _mm512_setzero_ps()
-#define LOAD_FLOATS(p) \
+#define FLOATS_OF_BFLOAT16S(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define LOW(v) _mm512_cvtps_pd(_mm512_castps512_ps256(v))
 #define HIGH(v) _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))
@@ -21,8 +22,9 @@
     _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(p))), 16)))
 #define VECTOR_OF_DOUBLES(p) _mm256_loadu_pd(p)
 #define FLOATS __m256
+#define FLOATS_OF_FLOATS(p) _mm256_loadu_ps(p)
 #define NO_FLOATS _mm256_setzero_ps()
-#define LOAD_FLOATS(p) \
+#define FLOATS_OF_BFLOAT16S(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define LOW(v) _mm256_cvtps_pd(_mm256_castps256_ps128(v))
 #define HIGH(v) _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))
@@ -43,18 +45,22 @@
 
 #define DTYPE float
 #define SINGLE_RUNS 0
+#define SINGLE_ROWS (LANES > 2)
 #define ELEMENT float
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
 #define LOAD_VECTOR(p) VECTOR_OF_FLOATS(p)
+#define LOAD_FLOATS(p) FLOATS_OF_FLOATS(p)
 #include "cpu_loops.h"
 
 #define DTYPE bfloat16
 #define SINGLE_RUNS (LANES > 2)
+#define SINGLE_ROWS (LANES > 2)
 #define ELEMENT uint16_t
 #define LOAD(p) from_bfloat16(*(p))
 #define STORE(p, value) (*(p) = to_bfloat16(value))
 #define LOAD_VECTOR(p) VECTOR_OF_BFLOAT16S(p)
+#define LOAD_FLOATS(p) FLOATS_OF_BFLOAT16S(p)
 #include "cpu_loops.h"
 #undef REAL
 #undef MAXIMUM
@@ -70,6 +76,7 @@
 
 #define DTYPE double
 #define SINGLE_RUNS 0
+#define SINGLE_ROWS 0
 #define ELEMENT double
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
@@ -85,7 +92,8 @@ static const Loops *const JOIN(loops, ISA, all)[] = {
 
 #undef FLOATS
 #undef NO_FLOATS
-#undef LOAD_FLOATS
+#undef FLOATS_OF_FLOATS
+#undef FLOATS_OF_BFLOAT16S
 #undef LOW
 #undef HIGH
 #undef FLOATS_OF

@@ -4,7 +4,8 @@
        TARGET      the function attribute that selects the instruction set
        LANES       doubles per vector register
        ELEMENT, REAL, LOAD(p), STORE(p, value), LOAD_VECTOR(p)
-       SINGLE_RUNS whether runs of RUN additions are in float, for data of few digits; then with
+       SINGLE_RUNS whether runs of RUN additions to a channel are in float, for data of few digits
+       SINGLE_ROWS whether those over the ROWS of a block are; then with
        FLOATS, LOAD_FLOATS(p), LOW(v), HIGH(v), FLOATS_OF(low, high): 2 LANES floats, their halves as doubles, and back
 
    What depends on the dtype is undefined at the end, for the next.
@@ -12,7 +13,8 @@
    The equations in plain torch: kernels/aten.py, `batch_sums`, `normalize`, `gradient_sums` and `input_gradient`, each
    in its branch for compilers.
 
-   Sums are taken in double, about a pivot: no run of additions is long enough, and no mean far enough, to matter.
+   Sums are taken in double, about a pivot: no run of additions is long enough, and no mean far enough, to matter. Where
+   conversions would take longer than the memory, at most 16 additions to an accumulator are in float first.
    Several accumulators hide the latency of an addition. */
 
 typedef double NAME(vector) __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
@@ -119,7 +121,9 @@ TARGET static void NAME(planes_sums)(const void *dy_, const void *x_, const doub
 }
 
 /* Columns side by side. A block of rows is read strip by strip, so that the accumulators of a strip stay in registers
-   over the block while memory is still read along ROWS streams. */
+   over the block while memory is still read along ROWS streams. More streams than processors expect: the strip below is
+   fetched meanwhile. */
+#define FETCH(p) __builtin_prefetch(p), __builtin_prefetch((const char *)(p) + CACHE_LINE);
 TARGET static void NAME(rows_sums)(const void *dy_, const void *x_, const double *pivot, int64_t columns,
                                    int64_t begin, int64_t end, double *first, double *second) {
     const ELEMENT *dy = dy_, *x = x_;
@@ -130,11 +134,13 @@ TARGET static void NAME(rows_sums)(const void *dy_, const void *x_, const double
         for (; c + 4 * LANES <= columns; c += 4 * LANES) {
             VECTOR *s = (VECTOR *)(first + c), *q = (VECTOR *)(second + c);
             const VECTOR *p = (const VECTOR *)(pivot + c);
-#if SINGLE_RUNS
+#if SINGLE_ROWS
             const FLOATS p0 = FLOATS_OF(p[0], p[1]), p1 = FLOATS_OF(p[2], p[3]);
             FLOATS a0 = NO_FLOATS, a1 = a0, b0 = a0, b1 = a0;
             for (int64_t r = top; r < bottom; r++) {
                 const ELEMENT *xs = x + r * columns + c, *gs = dy ? dy + r * columns + c : xs;
+                FETCH(xs + ROWS * columns)
+                if (dy) FETCH(gs + ROWS * columns)
                 const FLOATS d0 = LOAD_FLOATS(xs) - p0, d1 = LOAD_FLOATS(xs + 2 * LANES) - p1;
                 const FLOATS g0 = dy ? (FLOATS)LOAD_FLOATS(gs) : d0, g1 = dy ? (FLOATS)LOAD_FLOATS(gs + 2 * LANES) : d1;
                 a0 += g0, a1 += g1, b0 += g0 * d0, b1 += g1 * d1;
@@ -256,6 +262,9 @@ static const Loops NAME(loops) = {
 #undef VECTOR
 #undef DTYPE
 #undef SINGLE_RUNS
+#undef SINGLE_ROWS
+#undef FETCH
+#undef LOAD_FLOATS
 #undef ELEMENT
 #undef LOAD
 #undef STORE
