@@ -57,6 +57,10 @@ def register() -> bool:
 def supports(tensors: Sequence[Tensor]) -> bool:
     """Whether these can be the arguments: vectors over channels like the first, but for counters."""
     first = tensors[0]
-    return first.dtype in _DTYPES and all(
-        t.is_contiguous() and (t.dim() == 0 or (t.dtype is first.dtype and t.shape == first.shape)) for t in tensors
-    )
+    if first.dtype not in _DTYPES:
+        return False
+    # A loop: torch 2.14 does not trace a generator here.
+    for t in tensors:
+        if not t.is_contiguous() or (t.dim() and (t.dtype is not first.dtype or t.shape != first.shape)):
+            return False
+    return True
