@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from runningbn import MomentumRule, PreciseBatchNorm1d, RunningBatchNorm
-from runningbn.kernels import cpu_calls, cpu_step, use_backend
+from runningbn.kernels import cpu, cpu_calls, cpu_step, use_backend
 from runningbn.momentum import Constant
 
 
@@ -88,6 +88,29 @@ def test_an_input_elsewhere_changes_nothing():
     with pytest.raises(RuntimeError, match="expected an input on cpu, where the layer is, got one on meta"):
         layer(torch.randn(4, 3, device="meta"))
     assert_identical(buffers_of(layer), before)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="plain torch operations crash on it")
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_whose_memory_was_freed_is_an_error_and_changes_nothing(training):
+    """As with ``nn.BatchNorm``; many operations of torch crash on it."""
+    layer = RunningBatchNorm(3).train(training)
+    before = buffers_of(layer)
+    x = noise((4, 3, 5, 5), 0)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        layer(x)
+    assert_identical(buffers_of(layer), before)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="plain torch operations crash on it")
+def test_a_gradient_whose_memory_was_freed_is_an_error():
+    layer, x = RunningBatchNorm(3), noise((4, 3, 5, 5), 0).requires_grad_()
+    y = layer(x)
+    dy = torch.ones_like(y)
+    dy.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        y.backward(dy)
 
 
 def test_a_buffer_without_storage_is_an_error():

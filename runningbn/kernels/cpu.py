@@ -81,7 +81,15 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
         and not (x.is_neg() or x._is_zerotensor())
         and x.numel() > 0
         and library().unavailable is None
+        and _has_memory(x)
     )
+
+
+def _has_memory(x: Tensor) -> bool:
+    """True; without memory, plain torch operations would crash as well, where ``nn.BatchNorm`` raises an error."""
+    if x.data_ptr() == 0:
+        raise RuntimeError("a tensor has no memory: its storage was freed")
+    return True
 
 
 def prepare(buffers: tuple[Tensor, ...]) -> Prepared | None:
