@@ -23,6 +23,8 @@ _FUNCTIONS = (
     "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object", C_CURRENT_BACKWARD, C_RAISE,
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.float64)
+# The C library takes this much, and older compilers do not trace `supports` in a backward.
+_TORCH_MAY_CALL_C = torch.__version__ >= "2.10"  # as versions, not as text
 
 
 class _Torch(ctypes.Structure):
@@ -57,6 +59,8 @@ def register() -> bool:
 def supports(tensors: Sequence[Tensor]) -> bool:
     """Whether these can be the arguments: vectors over channels like the first, but for counters."""
     first = tensors[0]
+    if not _TORCH_MAY_CALL_C:
+        return True
     if first.dtype not in _DTYPES:
         return False
     # A loop: torch 2.14 does not trace a generator here.

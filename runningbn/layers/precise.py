@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..ops.derived_tensors import is_derived, through_class
+from ..ops.law import Law
 from ..ops.spec import Mode, StepSpec
 from ..ops.step import training_step
 from .base import Layer
@@ -38,7 +39,7 @@ class PreciseBatchNorm(Layer):
         return training_step(input, weight, bias, self._spec(), self._layer_state(False), ranks, mask)
 
     def _spec(self) -> StepSpec:
-        return StepSpec(Mode.BATCH, self.eps, self.momentum)
+        return StepSpec(Mode.BATCH, self.eps, self.momentum, Law())
 
 
 class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):

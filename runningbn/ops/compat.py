@@ -74,13 +74,17 @@ __all__ = [
 ]
 
 
+# Whether the compiler cannot trace the question for transforms.
+_TRANSFORMS_ARE_OPAQUE = torch.__version__ < "2.5"  # as versions, not as text
+
+
 def are_transformed(*inputs: Tensor | None) -> bool:
     """Whether a transform of ``torch.func`` is at work, or one of these is a dual number of forward-mode derivatives.
 
     The level of forward-mode differentiation is private. It spares three calls of `unpack_dual` in every step outside
     of that mode, and is a number that changes, so it is read here. No fallback.
     """
-    if transforms_active():
+    if not (_TRANSFORMS_ARE_OPAQUE and torch.compiler.is_compiling()) and transforms_active():
         return True
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False

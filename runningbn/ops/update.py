@@ -43,8 +43,9 @@ def update(state: LayerState, batch: Batch, spec: StepSpec) -> tuple[Tensor, Coe
         batch: the sums of the batch, and how much it weighs.
         spec: the mode, eps and the law; the momentum is in `batch.weight` already.
     """
-    buffers = state.forward_buffers if spec.mode is Mode.RUNNING else state.statistics
-    arguments = *buffers, *batch.sums, batch.weight, batch.samples, batch.whole, *spec.law
+    # Not `state.forward_buffers`: older compilers do not trace a property of a tuple.
+    noise = state.noise if spec.mode is Mode.RUNNING and state.noise is not None else ()
+    arguments = *state.statistics, *noise, *batch.sums, batch.weight, batch.samples, batch.whole, *spec.law
     mean, var, *others = _call(f"update_{spec.mode.label}", batch.samples, *arguments)
     values = mean, (var + spec.eps).rsqrt(), *others
     return var, Coefficients(**dict(zip(spec.mode.coefficients, values)))
