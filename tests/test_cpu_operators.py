@@ -144,6 +144,7 @@ def test_supported_are_contiguous_vectors_of_one_dtype_and_counters():
     for other in (torch.zeros(4), vector.double(), torch.zeros(6)[::2], torch.zeros(1, 3)):
         assert not cpu_operators.supports([vector, other])
     assert not cpu_operators.supports([vector.half(), vector.half()])
+    assert not cpu_operators.supports([vector, torch.zeros(())])
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def supports(tensors: Sequence[Tensor]) -> bool:
         return False
     # A loop: torch 2.14 does not trace a generator here.
     for t in tensors:
-        if not t.is_contiguous() or (t.dim() and (t.dtype is not first.dtype or t.shape != first.shape)):
+        is_vector = t.dtype is first.dtype and t.shape == first.shape and t.is_contiguous()
+        if not is_vector and (t.dim() or t.dtype is not torch.int64):
             return False
     return True

@@ -1,8 +1,8 @@
 /* The updates of the state as operators of torch, for compiled code: what `ops/update.py` does in Python, without Python.
 
-   Through torch's stable C interface, without its headers: the functions are handed over by their addresses, in the order
-   of `Torch`, by cpu_operators.py, which also has the schemas checked against the names of the fields in cpu.h. Arguments
-   and results lie on a stack of 8 bytes each; tensors on it are handles, which belong to whoever takes them. */
+   Through torch's stable C interface, without its headers: cpu_operators.py hands over the addresses of the functions, in
+   the order of `Torch`. Arguments and results lie on a stack of 8 bytes each; tensors on it are handles, which belong to
+   whoever takes them. The arguments have the order of the fields in cpu.h, since both are made of the same tables. */
 
 #include <stdbool.h>
 #include <stddef.h>
