@@ -33,7 +33,7 @@ def test_they_evaluate_as_they_did(saved):
 def test_their_layers_are_those_of_today(saved):
     mixed, centred, precise = saved["models"]
     assert type(mixed[1]) is RunningBatchNorm
-    assert mixed[3].momentum == Horizon()
+    assert mixed[3].momentum == Horizon(samples=128)  # the default of 0.1
     assert mixed[10].gradient == "exact"
     assert type(precise[1]) is PreciseBatchNorm2d
     assert centred[0].weight_offset.shape == (4,)

@@ -64,7 +64,7 @@ def test_two_rounds_of_weighted_averaging_leave_it_settled(to, assign):
         for name in ("running_mean", "running_var", "sums", "count"):
             assert torch.equal(clients[0].get_buffer(name), average[name])
         torch.testing.assert_close(
-            weight_of_next_batch(clients[0], 4), torch.full((3,), -math.expm1(-4 / 128)), rtol=1e-6, atol=0
+            weight_of_next_batch(clients[0], 4), torch.full((3,), -math.expm1(-4 / 512)), rtol=1e-6, atol=0
         )
         for i, c in enumerate(clients):
             assert_usable(c)
@@ -77,7 +77,7 @@ def test_averaging_a_settled_layer_with_fresh_ones_leaves_it_settled(to):
     layer = client(to, 0)
     layer.load_state_dict(weighted(states, [1.0] * len(states)))
     assert_usable(layer)
-    torch.testing.assert_close(weight_of_next_batch(layer, 128), torch.full((3,), -math.expm1(-1)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(weight_of_next_batch(layer, 512), torch.full((3,), -math.expm1(-1)), rtol=1e-6, atol=0)
 
 
 @each_kind
