@@ -1,8 +1,9 @@
-/* The updates of the state as operators of torch, for compiled code: what `ops/update.py` does in Python, without Python.
+/* The updates of the state as operators of torch, for compiled code: what `ops/update.py` does, without Python.
 
-   Through torch's stable C interface, without its headers: cpu_operators.py hands over the addresses of the functions, in
-   the order of `Torch`. Arguments and results lie on a stack of 8 bytes each; tensors on it are handles, which belong to
-   whoever takes them. The arguments have the order of the fields in cpu.h, since both are made of the same tables. */
+   Through torch's stable C interface, without its headers: cpu_operators.py hands over the addresses of the functions,
+   in the order of `Torch`. Arguments and results lie on a stack of 8 bytes each; tensors on it are handles, which
+   belong to whoever takes them. The arguments have the order of the fields in cpu.h, since both are made of the same
+   tables. */
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -100,7 +101,8 @@ enum { MOST_RESULTS = 8 };
 /* (State, [NoiseState,] Sums, weight, samples, whole_batches, Law) -> mean, var and the other coefficients, which
    `results` names in their order. */
 static void update(Value *stack, bool running, bool by_state, const size_t *results, int64_t count) {
-    const int64_t of_state = FIELDS(Forward, shift, last_gain), of_noise = running ? FIELDS(Forward, noise, last_mean) : 0;
+    const int64_t of_state = FIELDS(Forward, shift, last_gain);
+    const int64_t of_noise = running ? FIELDS(Forward, noise, last_mean) : 0;
     const int64_t tracked = FIELDS(Forward, shift, num_batches_tracked) - 1;
     const int64_t sums = of_state + of_noise, of_sums = FIELDS(Forward, batch_shift, batch_count);
     const int64_t tensors = sums + of_sums + 1;
