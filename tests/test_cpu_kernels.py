@@ -295,7 +295,7 @@ def test_the_weight_of_a_batch_is_that_of_the_rule(momentum, dtype):
         rule = rule_of(momentum)
         expected = rule.weight(size, state.samples.double(), state.steps.double())
         x = data((size, 2), dtype, step)
-        cpu.training_forward(x, None, None, cpu.prepare(state), StepSpec(Mode.EXACT, EPS, momentum), True)
+        cpu.training_forward(x, None, None, cpu.prepare(state), StepSpec(Mode.EXACT, EPS, momentum, Law()), True)
         # 1 − a is rounded once where it is stored, and again in the subtraction here.
         assert_near(1 - state.last_keep, expected, 2, scale=1)
         weights.append(expected[0].item())
@@ -630,7 +630,7 @@ def test_the_variance_does_not_suffer_from_the_mean_nor_from_the_first_element(l
     assert_near(y, exact, 8)
     for running in (False, True):
         state = empty_state(shape[1], torch.float32)
-        spec = StepSpec(Mode.EXACT if running else Mode.BATCH, EPS, 1.0)
+        spec = StepSpec(Mode.EXACT if running else Mode.BATCH, EPS, 1.0, Law())
         cpu.training_forward(x, None, None, cpu.prepare(state), spec, True)
         n = x.numel() / shape[1]
         unbiased = state.running_var.double() * (1 if running else (n - 1) / n)

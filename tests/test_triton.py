@@ -436,7 +436,7 @@ def test_far_means_in_float32(last: bool, order: str) -> None:
     x = (x + 1e4).float()
     x = channels_last(x) if last else x.contiguous()
     state, exact = empty_state(2), empty_state(2, torch.float64)
-    y, _ = triton.training_forward(x, None, None, state, StepSpec(Mode.BATCH, EPS, 1.0), True)
+    y, _ = triton.training_forward(x, None, None, state, StepSpec(Mode.BATCH, EPS, 1.0, Law()), True)
     mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3))
     torch.testing.assert_close(state.running_var.double(), var, rtol=1e-6, atol=0)
     torch.testing.assert_close(state.running_mean.double(), mean, rtol=1e-7, atol=0)

@@ -50,7 +50,7 @@ def register() -> bool:
     ours = library().handle
     ours.runningbn_initialize_operators(ctypes.byref(functions))
     registry = ctypes.c_void_p()
-    if init(b"runningbn", b"CPU", str(Path(__file__).name).encode(), 1, ctypes.byref(registry)):
+    if init(b"runningbn", b"CPU", Path(__file__).name.encode(), 1, ctypes.byref(registry)):
         return False
     failed = [add(registry, name.encode(), getattr(ours, f"runningbn_{name}")) for name in OPERATORS]
     return not any(failed)
@@ -58,9 +58,9 @@ def register() -> bool:
 
 def supports(tensors: Sequence[Tensor]) -> bool:
     """Whether these can be the arguments: vectors over channels like the first, but for counters."""
-    first = tensors[0]
     if not _TORCH_MAY_CALL_C:
         return True
+    first = tensors[0]
     if first.dtype not in _DTYPES:
         return False
     # A loop: torch 2.14 does not trace a generator here.

@@ -45,7 +45,7 @@ class StepSpec(NamedTuple):
     mode: Mode
     eps: float
     momentum: Momentum
-    law: Law = Law()
+    law: Law
 
 
 class Coefficients(NamedTuple):

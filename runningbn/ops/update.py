@@ -44,7 +44,7 @@ def update(state: LayerState, batch: Batch, spec: StepSpec) -> tuple[Tensor, Coe
         spec: the mode, eps and the law; the momentum is in `batch.weight` already.
     """
     # Not `state.forward_buffers`: older compilers do not trace a property of a tuple.
-    noise = state.noise if spec.mode is Mode.RUNNING and state.noise is not None else ()
+    noise = () if state.noise is None else state.noise
     arguments = *state.statistics, *noise, *batch.sums, batch.weight, batch.samples, batch.whole, *spec.law
     mean, var, *others = _call(f"update_{spec.mode.label}", batch.samples, *arguments)
     values = mean, (var + spec.eps).rsqrt(), *others
