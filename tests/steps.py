@@ -13,7 +13,7 @@ def training_step(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict
     model.zero_grad()
     y = model(x)
     # with a mean, so that a gradient that forgets to subtract it shows
-    y.backward(noise(y.shape, seed=0, dtype=y.dtype) + 0.5 if dy is None else dy)
+    y.backward(noise(y.shape, seed=0, dtype=y.dtype).to(y.device) + 0.5 if dy is None else dy)
     gradients = {f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "dx": x.grad, **{name: gradient.clone() for name, gradient in gradients.items()}}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops.state import Sums, moments
 from .contract import Centred, Gradients, GradientSums, Reduction
-from .layout import dense, empty_like, is_rows, spread
+from .layout import cast, dense, empty_like, is_rows, spread
 
 # Up to this size of a plane, torch's batch-norm reduction may add up its elements one by one per vector lane in
 # float32: some 1e-6 of rounding. For larger planes, and for rows, torch's plain sums take over, which add pairwise.
@@ -82,7 +82,7 @@ def normalize(
     if torch.compiler.is_compiling():
         rstd = (var + eps).rsqrt()
         y = (x - spread(mean, x)) * spread(rstd if weight is None else rstd * weight, x)
-        return (y if bias is None else y + spread(bias, x)).to(x.dtype)
+        return cast(y if bias is None else y + spread(bias, x), x.dtype)
     # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
     weight = None if weight is None else weight.to(mean.dtype)
     bias = None if bias is None else bias.to(mean.dtype)
@@ -142,7 +142,7 @@ def input_gradient(
     scale = rstd if weight is None else rstd * weight
     if torch.compiler.is_compiling():
         z = (x - spread(mean, x)) * spread(rstd, x)
-        return (spread(scale, x) * (dy - spread(m0, x) - z * spread(m1, x))).to(x.dtype)
+        return cast(spread(scale, x) * (dy - spread(m0, x) - z * spread(m1, x)), x.dtype)
     # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more pass is left for dy.
     wide = x.to(mean.dtype)
     one = torch.ones_like(mean)

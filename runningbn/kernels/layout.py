@@ -37,6 +37,15 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, but no call where there is nothing to do.
+
+    Not only for speed: the compiler of torch 2.11 takes the result of such a call, in the forward of an autograd
+    function, for one more output, which is the same tensor. All gradients are then zero, without a warning.
+    """
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def spread(vector: Tensor, like: Tensor) -> Tensor:
     """A per-channel vector, (C,), shaped to broadcast over (N, C, ...)."""
     return vector.view(-1, *[1] * (like.dim() - 2))

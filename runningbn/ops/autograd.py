@@ -18,6 +18,7 @@ from torch.autograd.function import Function
 from .. import kernels
 from ..kernels import cpu_step
 from ..kernels.contract import Centred, Gradients, StepKind
+from ..kernels.layout import cast
 from .gradients import (
     POOLED_TWICE,
     RUNNING_TWICE,
@@ -172,10 +173,5 @@ class Normalize(Function):
 def _affine_gradients(ctx: Any, weight: Tensor | None, gradients: Gradients) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias, in the dtypes of these."""
     dx, sum_dy, sum_dy_xhat = gradients
-    dweight = None if weight is None else _cast(sum_dy_xhat, weight.dtype)
-    return dx, dweight, None if ctx.bias_dtype is None else _cast(sum_dy, ctx.bias_dtype)
-
-
-def _cast(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """``vector.to(dtype)``, which is a call into torch where there is nothing to do, too."""
-    return vector if vector.dtype is dtype else vector.to(dtype)
+    dweight = None if weight is None else cast(sum_dy_xhat, weight.dtype)
+    return dx, dweight, None if ctx.bias_dtype is None else cast(sum_dy, ctx.bias_dtype)

@@ -153,5 +153,6 @@ def test_memory_kept_for_backward_is_that_of_torch(case: LayerCase, gpu: str) ->
         y = layer(x)
         torch.cuda.synchronize()
         kept[name] = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
+        del y
     # Both keep x, which is there anyway, and vectors, in allocations of 512 bytes each.
     assert kept["ours"] <= kept["torch"] + 5 * 512
