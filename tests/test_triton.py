@@ -25,12 +25,11 @@ from steps import assert_identical, buffers_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.gpu.no_device import H100, no_device
+from benchmarks.gpu.no_device import no_device
 from runningbn import Horizon, SquareRoot
-from runningbn.kernels import aten, triton, triton_devices, triton_launch
+from runningbn.kernels import aten, triton, triton_devices, triton_launch, triton_plan
 from runningbn.kernels import use_backend as use
 from runningbn.kernels.contract import GradientSums
-from runningbn.kernels.triton_devices import Device
 from runningbn.momentum import Momentum, rule_of
 from runningbn.ops.law import Law
 from runningbn.ops.spec import Coefficients, Mode, StepSpec, unpack
@@ -237,7 +236,18 @@ def cases() -> Iterator[Any]:
             yield pytest.param(shape, last, dtype, mode, id=f"{shape}{', last' * last}-{dtype}-{mode}")
 
 
+@pytest.fixture(params=[False, True], ids=["", "in splits"])
+def _in_splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As planned, and as planned where programs share the elements of a channel, however few these are."""
+    if request.param:
+        monkeypatch.setattr(triton_plan, "_TILES_AT_ONCE", 0)
+    triton._plan_of.cache_clear()
+    yield
+    triton._plan_of.cache_clear()
+
+
 @runs_kernels
+@pytest.mark.usefixtures("_in_splits")
 @pytest.mark.parametrize(("shape", "last", "dtype", "mode"), list(cases()))
 def test_a_step(shape: str, last: bool, dtype: str, mode: str) -> None:
     (running, by_gradient), of_x = MODES[mode], DTYPES[dtype]
@@ -278,6 +288,7 @@ def test_a_step(shape: str, last: bool, dtype: str, mode: str) -> None:
 
 
 @runs_kernels
+@pytest.mark.usefixtures("_in_splits")
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_in_a_row(rule: str) -> None:
     which = list(RULES).index(rule)
@@ -401,19 +412,8 @@ def test_a_recomputation_updates_nothing(mode: str) -> None:
     torch.testing.assert_close(fixed, fixed_again, rtol=1e-6, atol=0)
 
 
-@pytest.fixture(params=[False, True], ids=["", "slow float64"])
-def _slow_float64(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As planned for a device that merges partial sums in float32."""
-    here = triton.device_of
-    if request.param:
-        monkeypatch.setattr(triton, "device_of", lambda index: here(index)._replace(slow_float64=True))
-    triton._plan_of.cache_clear()
-    yield
-    triton._plan_of.cache_clear()
-
-
 @runs_kernels
-@pytest.mark.usefixtures("_slow_float64")
+@pytest.mark.usefixtures("_in_splits")
 @pytest.mark.parametrize(
     ("last", "order"),
     [
@@ -583,7 +583,7 @@ def test_an_update_by_gradient_sums_from_elsewhere(pooled: bool) -> None:
 
 
 @runs_kernels
-@pytest.mark.usefixtures("_slow_float64")
+@pytest.mark.usefixtures("_in_splits")
 def test_a_second_run_gives_the_same_bits() -> None:
     x, dy = batch((3, 3, 60, 50), 1), batch((3, 3, 60, 50), 2)
     runs = []
@@ -595,7 +595,8 @@ def test_a_second_run_gives_the_same_bits() -> None:
 
 
 @runs_kernels
-@pytest.mark.usefixtures("_slow_float64")
+@pytest.mark.usefixtures("_in_splits")
+@pytest.mark.parametrize("_in_splits", [True], indirect=True)
 @pytest.mark.parametrize("last", [False, True])
 def test_partial_sums_are_merged_to_the_last_digits(last: bool) -> None:
     """Of many splits, of which the first has another mean than the rest, in x and in dy."""
@@ -636,31 +637,16 @@ def test_layers_train_as_the_reference(dtype: torch.dtype, masked: bool, scenari
 
 
 @runs_kernels
-@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
+@pytest.mark.usefixtures("_in_splits")
+@pytest.mark.parametrize("_in_splits", [True], indirect=True)
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
-def test_layers_train_as_the_reference_without_float64(_slow_float64: None, scenario: Scenario) -> None:
+def test_layers_train_as_the_reference_in_splits(scenario: Scenario) -> None:
     assert_trains_as_the_reference(scenario, "triton", torch.float32, False, DEVICE)
 
 
 @runs_kernels
-@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_without_float64(_slow_float64: None, shape: str, mode: str) -> None:
-    test_a_step(shape, shape in IN_CHANNELS_LAST, "float32", mode)
-
-
-@runs_kernels
-@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
-@pytest.mark.parametrize("rule", RULES)
-def test_steps_in_a_row_without_float64(_slow_float64: None, rule: str) -> None:
-    test_steps_in_a_row(rule)
-
-
-@runs_kernels
-@pytest.mark.parametrize("_slow_float64", [True], indirect=True)
 @pytest.mark.parametrize("samples", [1, 3, 100, 128, 129, 5000])
-def test_the_weight_of_a_batch_without_float64(_slow_float64: None, samples: int) -> None:
+def test_the_weight_of_a_batch(samples: int) -> None:
     """a = 1 − exp(−N/h) for N/h from 1/128 to 40, on either side of where the series ends."""
     rule = Horizon(samples=128, start=128, fraction=1)
     state = empty_state(1)
@@ -805,16 +791,15 @@ def has_assembler() -> bool:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS, reason="without a GPU and without the interpreter, which takes the place of the compiler")
-@pytest.mark.parametrize("device", [H100, H100._replace(slow_float64=True)], ids=["H100", "slow float64"])
-def test_all_kernels_compile_for_a_gpu_that_is_not_there(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_kernels_compile_for_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_assembler():
         pytest.skip("triton comes without ptxas here")
     found: list[tuple[str, Any]] = []
     monkeypatch.setattr(triton, "_kernels", lambda: _CompiledOnly(found))
-    with no_device(device=device):
+    with no_device():
         for x, running in (
-            (torch.zeros(32, 64, 14, 14, dtype=torch.bfloat16), True),
-            (channels_last(torch.zeros(32, 64, 14, 14)), False),
+            (torch.zeros(512, 64, 14, 14, dtype=torch.bfloat16), True),
+            (channels_last(torch.zeros(512, 64, 14, 14)), False),
         ):
             state = empty_state(x.shape[1], statistics_dtype(x.dtype))
             training = empty_training(x.shape[1], statistics_dtype(x.dtype)) if running else None
@@ -823,6 +808,7 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_there(device: Device, monkeyp
             spec = StepSpec(mode, EPS, Horizon(), LAW)
             _, fixed = triton.training_forward(x, state.shift, None, buffers, spec, True)
             triton.training_backward(x, x, None, fixed, mode, training and training.gradient, True)
+        x = torch.zeros(8, 64, 14, 14)
         for dtype in (torch.float32, torch.float64):
             x, state, training = x.to(dtype), empty_state(64, dtype), empty_training(64, dtype)
             for mode in Mode:
@@ -847,4 +833,7 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_there(device: Device, monkeyp
     # What `unsuitable` asks of a device is enough.
     assert max(compiled.metadata.shared for _, compiled in found) <= triton_devices.SHARED_MEMORY
     # What the last program reads is ordered after what the others have written.
-    assert all("atom.global.gpu.acq_rel" in c.asm["ptx"] for name, c in found if name.endswith("_statistics"))
+    sums = [compiled.asm["ptx"] for name, compiled in found if name.endswith("_statistics")]
+    assert all("atom.global.gpu.acq_rel" in text for text in sums[:4])
+    # A program that has all elements of its channels waits for no other.
+    assert not any("atom.global" in text for text in sums[4:])

@@ -51,7 +51,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("name", "device"),
     [
         ("H100", Device(132)), ("A100", Device(108)), ("B200", Device(148)),
-        ("RTX 4090", Device(128, slow_float64=True)), ("RTX 5090", Device(170, slow_float64=True)),
+        ("RTX 4090", Device(128)), ("RTX 5090", Device(170)),
     ],
 )  # fmt: skip
 def test_a_card_that_can(name: str, device: Device, machine: Any) -> None:

@@ -69,10 +69,10 @@ def test_a_prepared_launch_is_the_one_of_triton(case: LayerCase, launches: list[
     layer, x = case.layer(), case.input(3)
     for _ in range(3):
         step(layer, x)
-    names = ["batch_statistics", "affine_map", "gradient_statistics", "input_gradient"]
+    names = ["batch_statistics", "gradient_statistics"]
     assert [launch.kernel for launch in launches] == names * 3
     where = {t.data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
-    for first, second, third in zip(launches[:4], launches[4:8], launches[8:]):
+    for first, second, third in zip(launches[:2], launches[2:4], launches[4:]):
         assert any(isinstance(argument, Tensor) for argument in first.arguments)
         for later in (second, third):
             assert not any(isinstance(argument, Tensor) for argument in later.arguments)
@@ -129,8 +129,6 @@ def test_what_is_not_aligned_takes_tritons_way(launches: list[Launch]) -> None:
     launches.clear()
     layer(x)
     assert isinstance(launches[0].arguments[0], Tensor)
-    # The other kernel does not read it.
-    assert not isinstance(launches[1].arguments[0], Tensor)
 
 
 @needs_compiler
@@ -142,12 +140,12 @@ def test_the_benchmark_of_the_host_measures_all_layers() -> None:
     for name in host.LAYERS:
         row = by_layer[name]
         assert [launch["kernel"] for launch in row["launches"]] == [
-            "batch_statistics", "affine_map", "gradient_statistics", "input_gradient",
+            "batch_statistics", "gradient_statistics",
         ]  # fmt: skip
         assert min(*row["microseconds"].values(), *row["by Triton"].values()) > 0
     arguments = [launch["arguments"] for launch in by_layer["RunningBatchNorm"]["launches"]]
-    # Pointers: x, scratch, counter, weight, bias, fixed, 13 buffers and 3 of the noise; 6 sizes, 10 numbers.
-    assert arguments[0] == 6 + 13 + 3 + 6 + 10
+    # Pointers: x, y, weight, bias, fixed, 13 buffers and 3 of the noise; 6 sizes, 10 numbers.
+    assert arguments[0] == 5 + 13 + 3 + 6 + 10
     # x, y, scratch; 6 sizes.
     assert arguments[1] == 3 + 6
 

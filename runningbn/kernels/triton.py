@@ -1,8 +1,9 @@
-"""Whole training steps on NVIDIA GPUs, in Triton: two launches forward, two backward, and nothing in between.
+"""Whole training steps on NVIDIA GPUs, in Triton: one or two launches forward, one or two backward, nothing between.
 
 The first launch sums up and, in the last of its programs for a block of channels, updates the state; the second maps.
-See `triton_kernels`. Nothing here waits for the device, and all sums are added in a fixed order. Triton is imported by
-the first step that is taken here.
+Of small inputs, each program has all elements of its channels, and the first launch maps as well. See `triton_kernels`.
+Nothing here waits for the device, and all sums are added in a fixed order. Triton is imported by the first step that is
+taken here.
 """
 
 from __future__ import annotations
@@ -98,25 +99,30 @@ def training_forward(
     statistics, measured = State(*prepared[: len(State._fields)]), prepared[len(State._fields) :]
     noise = NoiseState(*measured) if measured else None
     rows = statistics.shift.new_empty((len(mode.coefficients), x.shape[1]))
-    scratch = rows.new_empty((3 * splits + 3, x.shape[1]))
     weight, bias = _vector(weight), _vector(bias)
     code = rule.code()
     assert code is not None, "`kernels.fused` has asked"
     key = "batch_statistics", code.rule, rule.whole_batches, mode, updates, _dtype(weight), _dtype(bias)
     constants = {
         "RULE": code.rule, "WHOLE_BATCHES": rule.whole_batches, "BY_STATE": mode.by_state, "UPDATES": updates,
-        "BP": plan.at_once, "WIDE": plan.wide, **plan.tile,
+        "BP": plan.at_once, **plan.tile,
     }  # fmt: skip
+    # With one split, the sums and the map are one launch; otherwise the map follows, and finds its rows in `scratch`.
+    scratch = None if splits == 1 else rows.new_empty((3 * splits + 3, x.shape[1]))
     with on(x.get_device()):
         launch(
             plan.launches, key, kernels.batch_statistics, plan.blocks * splits,
-            (data, scratch, counter(x.device, plan.blocks), weight, bias, rows, statistics, noise),
+            (
+                data, y if scratch is None else None, scratch, _counter(plan, x.device), weight, bias, rows, statistics,
+                noise,
+            ),
             (*plan.sizes, *plan.summing, len(x), *_numbers(spec.eps, spec.law, code)), constants,
         )  # fmt: skip
-        launch(
-            plan.launches, "affine_map", kernels.affine_map, plan.blocks * plan.mapping[0], (data, y, scratch),
-            (*plan.sizes, *plan.mapping, splits), plan.tile,
-        )  # fmt: skip
+        if scratch is not None:
+            launch(
+                plan.launches, "affine_map", kernels.affine_map, plan.blocks * plan.mapping[0], (data, y, scratch),
+                (*plan.sizes, *plan.mapping, splits), plan.tile,
+            )  # fmt: skip
     if updates:
         torch.autograd.graph.increment_version(prepared)
     return y, rows
@@ -133,18 +139,22 @@ def training_backward(
     of_y = laid_out_like(dy, data)
     plan = _plan_of(x.shape, in_rows, x.dtype, x.get_device())
     splits = plan.summing[0]
-    sums, scratch = rows.new_empty((2, channels)), rows.new_empty((2 * splits + 3, channels))
+    sums = rows.new_empty((2, channels))
+    scratch = None if splits == 1 else rows.new_empty((2 * splits + 3, channels))
     weight = _vector(weight)
     dx = torch.empty_like(data) if needs_dx else None
-    key = "gradient_statistics", mode.by_state, prepared is None, _dtype(weight), dy.dtype
-    constants = {"BY_STATE": mode.by_state, "BP": plan.at_once, "WIDE": plan.wide, **plan.tile}
+    key = "gradient_statistics", mode.by_state, prepared is None, needs_dx, _dtype(weight), dy.dtype
+    constants = {"BY_STATE": mode.by_state, "BP": plan.at_once, **plan.tile}
     with on(x.get_device()):
         launch(
             plan.launches, key, kernels.gradient_statistics, plan.blocks * splits,
-            (of_y, data, scratch, counter(x.device, plan.blocks), weight, rows, sums, prepared),
+            (
+                of_y, data, dx if scratch is None else None, scratch, _counter(plan, x.device), weight, rows, sums,
+                prepared,
+            ),
             (*plan.sizes, *plan.summing), constants,
         )  # fmt: skip
-        if dx is not None:
+        if scratch is not None and dx is not None:
             launch(
                 plan.launches, ("input_gradient", dy.dtype), kernels.input_gradient, plan.blocks * plan.mapping[0],
                 (of_y, data, dx, scratch, rows), (*plan.sizes, *plan.mapping, splits), plan.tile,
@@ -208,6 +218,11 @@ def _plan_of(shape: torch.Size, rows: bool, dtype: torch.dtype, index: int) -> P
     else:
         outer, inner = shape[0], elements // shape[0]
     return plan(rows, outer, channels, inner, dtype == torch.float64, device)
+
+
+def _counter(plan: Plan, device: torch.device) -> Tensor | None:
+    """What the splits of a launch count in, where there are several."""
+    return None if plan.summing[0] == 1 else counter(device, plan.blocks)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,8 +20,6 @@ _OLDEST_TRITON = (3, 3)
 _OLDEST_GPU = (8, 0)
 # Bytes of shared memory for a program, at most: a test compiles the kernels and looks.
 SHARED_MEMORY = 32 << 10
-# Compute capabilities with half as many float64 units as float32 ones; all others have 1/32 or 1/64.
-_FAST_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 
 
 class Device(NamedTuple):
@@ -29,11 +27,9 @@ class Device(NamedTuple):
 
     Attributes:
         multiprocessors: how many it has.
-        slow_float64: whether float64 arithmetic is so slow that a few hundred operations per channel would be felt.
     """
 
     multiprocessors: int
-    slow_float64: bool = False
 
 
 def unavailable() -> str | None:
@@ -58,9 +54,7 @@ def device(index: int) -> Device | None:
         return Device(1) if unavailable() is None else None
     if index < 0 or unavailable() is not None or unsuitable(index) is not None:
         return None
-    properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    return Device(properties.multi_processor_count, capability not in _FAST_FLOAT64)
+    return Device(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def unsuitable(index: int) -> str | None:

@@ -4,10 +4,9 @@ Shapes: x is (N, C, S) in memory, with the sizes `outer`, `channels` and `inner`
 cut into tiles of BN × BC × BS, which are numbered within a block of BC channels, along S first. A program takes `tiles`
 of them one after the other, its `split`. n = N·S elements per channel.
 
-Sums over x are in the dtype of the statistics. What there is of one value per channel is computed in W: in float64, to
-be rounded where it is stored, so that the update is as exact as its buffers. On GPUs with few units for float64 that
-would take longer than many a layer, see docs/gpus.md. There W is the dtype of the statistics, as in plain torch, and
-only the mean of a batch, a few operations, is in float64.
+Sums over x, and what there is of one value per channel, are in the dtype of the statistics, W, as in plain torch; only
+the mean of a batch is in float64. Where one program has all elements of its channels, it also maps them: a step is then
+one launch forward and one backward.
 """
 
 # mypy: ignore-errors
@@ -37,29 +36,29 @@ _RULE = ["batch_samples", "eps", *_LAW, "rule_a", "rule_b", "rule_c"]
 
 @triton.jit(do_not_specialize=[*_SIZES, *_RULE])
 def batch_statistics(
-    x, scratch, counter, weight, bias, packed, state, noise,
+    x, y, scratch, counter, weight, bias, packed, state, noise,
     outer, channels, inner, splits, tiles, batch_samples, eps: tl.int64,
     max_lag: tl.int64, lag_noise: tl.int64, trust_noise: tl.int64, window: tl.int64,
     variance_floor: tl.int64, warmup_samples: tl.int64, rule_a: tl.int64, rule_b: tl.int64, rule_c: tl.int64,
     RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, UPDATES: tl.constexpr,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
-    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sum a batch; the last program of each block of channels lets it enter the state and says what to normalise by.
 
     Args:
         x: (N, C, S).
-        scratch: (3·splits + 3, C): partial sums, then mean, slope and base of `affine_map`, both written here.
-        counter: (blocks of channels,), int32, zero before and after.
+        y: (N, C, S), written where there is one split; None elsewhere, and `affine_map` writes it.
+        scratch: (3·splits + 3, C): partial sums, then mean, slope and base of `affine_map`, both written here. None
+            where there is one split.
+        counter: (blocks of channels,), int32, zero before and after; likewise.
         weight, bias: (C,) or None.
         packed: the coefficients, (R, C), written; see `spec.Mode`.
         state: the buffers of a `State`, updated where UPDATES, and taken as they are elsewhere.
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
         eps, max_lag to warmup_samples (see `law.Law`), rule_a, rule_b, rule_c: float64, as integers of the same bits:
             Triton passes numbers as float32.
-        WIDE: whether all that comes after the sums is in float64, rather than in the dtype of the statistics.
     """
-    dtype = scratch.dtype.element_ty
+    dtype = packed.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
     blocks = tl.cdiv(channels, BC)
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -84,40 +83,73 @@ def batch_statistics(
         deviation = tl.where(mask, values - pivot[None, :, None], 0)
         sums += deviation
         sqrs += deviation * deviation
-    partial = scratch + split.to(tl.int64) * channels + c
-    step = splits.to(tl.int64) * channels
-    tl.store(partial, pivot, mask=exists)
-    tl.store(partial + step, _per_channel(sums), mask=exists)
-    tl.store(partial + 2 * step, _per_channel(sqrs), mask=exists)
+    if scratch is None:
+        of_sums, n = _per_channel(sums), (outer.to(tl.int64) * inner).to(dtype)
+        offset = of_sums / n
+        mean, slope, constant = _entered(
+            pivot.to(tl.float64) + offset.to(tl.float64), _not_negative(_per_channel(sqrs) - of_sums * offset), n,
+            weight, bias, packed, state, noise, channels, batch_samples, eps, max_lag, lag_noise, trust_noise, window,
+            variance_floor, warmup_samples, rule_a, rule_b, rule_c, block, c, exists,
+            RULE, WHOLE_BATCHES, BY_STATE, UPDATES,
+        )  # fmt: skip
+        mean, slope, constant = mean[None, :, None], slope[None, :, None], constant[None, :, None]
+        for tile in range(first, last):
+            base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
+            values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
+            tl.store(y + base + local, ((values - mean) * slope + constant).to(y.dtype.element_ty), mask=mask)
+    else:
+        partial = scratch + split.to(tl.int64) * channels + c
+        step = splits.to(tl.int64) * channels
+        tl.store(partial, pivot, mask=exists)
+        tl.store(partial + step, _per_channel(sums), mask=exists)
+        tl.store(partial + 2 * step, _per_channel(sqrs), mask=exists)
+        if _is_last(counter + block, splits):
+            mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP)
+            rows = _entered(
+                mean, squares, (outer.to(tl.int64) * inner).to(dtype),
+                weight, bias, packed, state, noise, channels, batch_samples, eps, max_lag, lag_noise, trust_noise,
+                window, variance_floor, warmup_samples, rule_a, rule_b, rule_c, block, c, exists,
+                RULE, WHOLE_BATCHES, BY_STATE, UPDATES,
+            )  # fmt: skip
+            _store_rows(scratch + 3 * step, 0, rows, channels, c, exists)
 
-    if _is_last(counter + block, splits):
-        mean, squares = _merged(scratch, c, exists, outer, channels, inner, splits, tiles, BN, BC, BS, BP, WIDE)
-        W: tl.constexpr = tl.float64 if WIDE else dtype
-        n, batch_n, squares = (outer.to(tl.int64) * inner).to(W), batch_samples.to(W), squares.to(W)
-        floor, few = _number(variance_floor, W), _number(warmup_samples, W)
-        if UPDATES:
-            a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_n, state, c, exists, W)
-            of_state = _enter(mean, squares, n, a, batch_n, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE, W)
-            if block == 0:
-                tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
-        elif BY_STATE:
-            of_state = _recalled(state, c, exists, W)
-        if BY_STATE:
-            if noise is None:
-                coefficients = _exact_coefficients(of_state, floor, few, dtype, W)
-            else:
-                coefficients = _running_coefficients(
-                    of_state, mean.to(W), squares, n, batch_n, noise, _number(max_lag, W),
-                    _number(lag_noise, W), _number(trust_noise, W), _number(window, W), c, exists, dtype, UPDATES, W,
-                )  # fmt: skip
-            mean, var = coefficients[0], coefficients[1]
-            _store_rows(packed, 2, coefficients, channels, c, exists)
+
+@triton.jit
+def _entered(
+    mean, squares, n, weight, bias, packed, state, noise, channels, batch_samples, eps, max_lag, lag_noise, trust_noise,
+    window, variance_floor, warmup_samples, rule_a, rule_b, rule_c, block, c, exists,
+    RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, UPDATES: tl.constexpr,
+):  # fmt: skip
+    """Let a batch enter the state and store the coefficients; mean, slope and base of `affine_map`.
+
+    Args: as in `batch_statistics`, and of the batch its mean, float64, Σ(x − mean)², and number of elements.
+    """
+    W: tl.constexpr = packed.dtype.element_ty
+    batch_n = batch_samples.to(W)
+    floor, few = _number(variance_floor, W), _number(warmup_samples, W)
+    if UPDATES:
+        a = _batch_weight(RULE, rule_a, rule_b, rule_c, batch_n, state, c, exists, W)
+        of_state = _enter(mean, squares, n, a, batch_n, state, floor, few, c, exists, WHOLE_BATCHES, BY_STATE, W)
+        if block == 0:
+            tl.store(state.num_batches_tracked, tl.load(state.num_batches_tracked) + 1)
+    elif BY_STATE:
+        of_state = _recalled(state, c, exists, W)
+    if BY_STATE:
+        if noise is None:
+            coefficients = _exact_coefficients(of_state, floor, few, W, W)
         else:
-            var = squares / n
-        rstd = 1 / tl.sqrt(var + _number(eps, W))
-        tl.store(packed + c, mean.to(dtype), mask=exists)
-        tl.store(packed + channels + c, rstd.to(dtype), mask=exists)
-        _store_affine(scratch + 3 * step, mean, rstd, weight, bias, channels, c, exists, W)
+            coefficients = _running_coefficients(
+                of_state, mean.to(W), squares, n, batch_n, noise, _number(max_lag, W),
+                _number(lag_noise, W), _number(trust_noise, W), _number(window, W), c, exists, W, UPDATES, W,
+            )  # fmt: skip
+        mean, var = coefficients[0], coefficients[1]
+        _store_rows(packed, 2, coefficients, channels, c, exists)
+    else:
+        var = squares / n
+    rstd = 1 / tl.sqrt(var + _number(eps, W))
+    tl.store(packed + c, mean.to(W), mask=exists)
+    tl.store(packed + channels + c, rstd.to(W), mask=exists)
+    return _affine(mean, rstd, weight, bias, c, exists, W)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "splits_of_sums"])
@@ -142,24 +174,25 @@ def affine_map(
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_statistics(
-    dy, x, scratch, counter, weight, packed, sums, gradient,
+    dy, x, dx, scratch, counter, weight, packed, sums, gradient,
     outer, channels, inner, splits, tiles,
     BY_STATE: tl.constexpr, ROWS: tl.constexpr, DIVISOR: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Sum dy and dy·z; the last program of each block of channels lets the sums enter the state, for `input_gradient`.
 
     Args:
         dy, x: (N, C, S).
-        scratch: (2·splits + 3, C): partial sums, then the rows of `input_gradient`, both written here.
-        counter: (blocks of channels,), int32, zero before and after.
+        dx: (N, C, S), written where there is one split; None elsewhere, and where it is not needed.
+        scratch: (2·splits + 3, C): partial sums, then the rows of `input_gradient`, both written here. None where there
+            is one split.
+        counter: (blocks of channels,), int32, zero before and after; likewise.
         weight: (C,) or None.
         packed: the coefficients, (R, C), that the forward left.
         sums: (2, C), written: Σdy and Σdy·z.
         gradient: the buffers of a `GradientState`, updated, or None for the exact gradient.
-        WIDE: as in `batch_statistics`.
     """
-    dtype = scratch.dtype.element_ty
+    dtype = packed.dtype.element_ty
     channels, inner = _divisible(channels, inner, ROWS, DIVISOR)
     blocks = tl.cdiv(channels, BC)
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -168,53 +201,75 @@ def gradient_statistics(
     mean = tl.load(packed + c, mask=exists, other=0)[None, :, None]
     first = tl.zeros([BN, BC, BS], dtype)
     second = tl.zeros([BN, BC, BS], dtype)
-    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, _number_of_tiles(outer, inner, BN, BS))):
+    begin, end = split * tiles, tl.minimum((split + 1) * tiles, _number_of_tiles(outer, inner, BN, BS))
+    for tile in range(begin, end):
         base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
         slope = tl.load(dy + base + local, mask=mask, other=0).to(dtype)
         values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
         first += slope
         second += tl.where(mask, slope * (values - mean), 0)
-    partial = scratch + split.to(tl.int64) * channels + c
-    step = splits.to(tl.int64) * channels
-    tl.store(partial, _per_channel(first), mask=exists)
-    tl.store(partial + step, _per_channel(second), mask=exists)
-
-    if _is_last(counter + block, splits):
-        W: tl.constexpr = tl.float64 if WIDE else dtype
-        sum_dy = tl.zeros([BC], W)
-        sum_dy_xhat = tl.zeros([BC], W)
-        for start in range(0, splits, BP):
-            p = (start + tl.arange(0, BP))[:, None]
-            known = (p < splits) & exists[None, :]
-            row = scratch + p.to(tl.int64) * channels + c[None, :]
-            sum_dy += tl.sum(_shared(row, known, W), 0)
-            sum_dy_xhat += tl.sum(_shared(row + step, known, W), 0)
-        rstd = _wide(packed + channels, c, exists, W)
-        sum_dy_xhat *= rstd
-        tl.store(sums + c, sum_dy.to(dtype), mask=exists)
-        tl.store(sums + channels + c, sum_dy_xhat.to(dtype), mask=exists)
-        n = (outer.to(tl.int64) * inner).to(W)
-        if gradient is not None:
-            trust, offset = _wide(packed + 2 * channels, c, exists, W), _wide(packed + 3 * channels, c, exists, W)
-            std = _wide(packed + 4 * channels, c, exists, W)
-            m0, m1 = _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists, W)
-        elif BY_STATE:
-            kappa_mean, kappa_var = (
-                _wide(packed + 2 * channels, c, exists, W),
-                _wide(packed + 3 * channels, c, exists, W),
+    n = (outer.to(tl.int64) * inner).to(dtype)
+    if scratch is None:
+        scale, slope, constant = _gradient_entered(
+            _per_channel(first), _per_channel(second), n, weight, packed, sums, gradient, channels, c, exists, BY_STATE
+        )
+        if dx is not None:
+            scale, slope, constant = scale[None, :, None], slope[None, :, None], constant[None, :, None]
+            for tile in range(begin, end):
+                base, local, mask = _tile(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
+                of_y = tl.load(dy + base + local, mask=mask, other=0).to(dtype)
+                values = tl.load(x + base + local, mask=mask, other=0).to(dtype)
+                of_x = scale * of_y + ((values - mean) * slope + constant)
+                tl.store(dx + base + local, of_x.to(dx.dtype.element_ty), mask=mask)
+    else:
+        partial = scratch + split.to(tl.int64) * channels + c
+        step = splits.to(tl.int64) * channels
+        tl.store(partial, _per_channel(first), mask=exists)
+        tl.store(partial + step, _per_channel(second), mask=exists)
+        if _is_last(counter + block, splits):
+            sum_dy = tl.zeros([BP, BC], dtype)
+            sum_dy_x = tl.zeros([BP, BC], dtype)
+            for start in range(0, splits, BP):
+                p = (start + tl.arange(0, BP))[:, None]
+                known = (p < splits) & exists[None, :]
+                row = scratch + p.to(tl.int64) * channels + c[None, :]
+                sum_dy += _shared(row, known, dtype)
+                sum_dy_x += _shared(row + step, known, dtype)
+            rows = _gradient_entered(
+                tl.sum(sum_dy, 0), tl.sum(sum_dy_x, 0), n, weight, packed, sums, gradient, channels, c, exists, BY_STATE
             )
-            # A channel that was not finite has sums that are not either, and its κ is 0.
-            m0 = tl.where(kappa_mean == 0, 0, kappa_mean * sum_dy)
-            m1 = tl.where(kappa_var == 0, 0, kappa_var * sum_dy_xhat)
-        else:
-            m0, m1 = sum_dy / n, sum_dy_xhat / n
-        scale = rstd
-        if weight is not None:
-            scale *= _wide(weight, c, exists, W)
-        row = scratch + 2 * step + c
-        tl.store(row, scale.to(dtype), mask=exists)
-        tl.store(row + channels, (-scale * rstd * m1).to(dtype), mask=exists)
-        tl.store(row + 2 * channels, (-scale * m0).to(dtype), mask=exists)
+            _store_rows(scratch + 2 * step, 0, rows, channels, c, exists)
+
+
+@triton.jit
+def _gradient_entered(
+    sum_dy, sum_dy_x, n, weight, packed, sums, gradient, channels, c, exists, BY_STATE: tl.constexpr
+):  # fmt: skip
+    """Let Σdy and Σdy·(x − mean) enter the state, and store Σdy and Σdy·z.
+
+    Returns scale, slope and base of `input_gradient`.
+    """
+    W: tl.constexpr = packed.dtype.element_ty
+    rstd = _wide(packed + channels, c, exists, W)
+    sum_dy_xhat = sum_dy_x * rstd
+    tl.store(sums + c, sum_dy, mask=exists)
+    tl.store(sums + channels + c, sum_dy_xhat, mask=exists)
+    if gradient is not None:
+        trust, offset = _wide(packed + 2 * channels, c, exists, W), _wide(packed + 3 * channels, c, exists, W)
+        std = _wide(packed + 4 * channels, c, exists, W)
+        m0, m1 = _update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, std, n, c, exists, W)
+    elif BY_STATE:
+        kappa_mean = _wide(packed + 2 * channels, c, exists, W)
+        kappa_var = _wide(packed + 3 * channels, c, exists, W)
+        # A channel that was not finite has sums that are not either, and its κ is 0.
+        m0 = tl.where(kappa_mean == 0, 0, kappa_mean * sum_dy)
+        m1 = tl.where(kappa_var == 0, 0, kappa_var * sum_dy_xhat)
+    else:
+        m0, m1 = sum_dy / n, sum_dy_xhat / n
+    scale = rstd
+    if weight is not None:
+        scale *= _wide(weight, c, exists, W)
+    return scale, -scale * rstd * m1, -scale * m0
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "splits_of_sums"])
@@ -402,66 +457,40 @@ def _shared(pointer, mask, dtype: tl.constexpr):
 @triton.jit
 def _merged(
     scratch, c, exists, outer, channels, inner, splits, tiles,
-    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squares about it, Σ(x − mean)², float64, from the partial sums of all splits, BP at a time, in order.
+    """Mean, float64, and squares about it, Σ(x − mean)², from the partial sums of all splits, BP at a time, in order.
 
-    Every split is a mean with squares about it, to be merged as Chan, Golub and LeVeque (1983) do: squares + n·d², with
-    d the distances of the means from that of the first. In float64 the first may be far from all others; without WIDE
-    their mean is found beforehand, so that nothing cancels.
+    Means are distances from the pivot of the first split, which is near the others: they have all their digits.
     """
-    dtype: tl.constexpr = tl.float64 if WIDE else scratch.dtype.element_ty
+    dtype = scratch.dtype.element_ty
     step = splits.to(tl.int64) * channels
-    of_first = _elements(tiles, outer, inner, BN, BS).to(dtype)
     pivot = _shared(scratch + c, exists, dtype)
-    offset = _shared(scratch + step + c, exists, dtype) / of_first
-    total = (outer.to(tl.int64) * inner).to(tl.float64)
-    reference = pivot.to(tl.float64) + offset.to(tl.float64)
-    if not WIDE:
-        distance = tl.zeros([BC], dtype)
-        for start in range(0, splits, BP):
-            p = start + tl.arange(0, BP)
-            n, _, _, d, _ = _of_splits(
-                scratch, p, c, exists, pivot, offset, outer, channels, inner, splits, tiles, BN, BS, dtype
-            )
-            distance += tl.sum(n * d, 0)
-        nearer = distance / total.to(dtype)
-        offset += nearer
-        reference += nearer.to(tl.float64)
-    distance = tl.zeros([BC], dtype)
-    squares = tl.zeros([BC], dtype)
+    n = tl.zeros([BP, BC], dtype)
+    mean = tl.zeros([BP, BC], dtype)
+    squares = tl.zeros([BP, BC], dtype)
     for start in range(0, splits, BP):
         p = start + tl.arange(0, BP)
-        n, sums, of_sums, d, row = _of_splits(
-            scratch, p, c, exists, pivot, offset, outer, channels, inner, splits, tiles, BN, BS, dtype
-        )
+        begin = _elements(p * tiles, outer, inner, BN, BS)
+        of_split = (_elements((p + 1) * tiles, outer, inner, BN, BS) - begin).to(dtype)[:, None]
         known = (p < splits)[:, None] & exists[None, :]
-        distance += tl.sum(n * d, 0)
-        squares += tl.sum(_shared(row + 2 * step, known, dtype) - sums * of_sums + n * d * d, 0)
-    distance, squares = distance.to(tl.float64), squares.to(tl.float64)
-    shift = distance / total
-    return reference + shift, _not_negative(squares - distance * shift)
+        row = scratch + p[:, None].to(tl.int64) * channels + c[None, :]
+        sums = _shared(row + step, known, dtype)
+        offset = sums / tl.where(of_split > 0, of_split, 1)
+        distance = tl.where(known, (_shared(row, known, dtype) - pivot[None, :]) + offset, 0)
+        about = _not_negative(_shared(row + 2 * step, known, dtype) - sums * offset)
+        n, mean, squares = _joined(n, mean, squares, tl.where(known, of_split, 0), distance, about)
+    _, distance, squares = tl.reduce((n, mean, squares), 0, _joined)
+    return pivot.to(tl.float64) + distance.to(tl.float64), squares
 
 
 @triton.jit
-def _of_splits(
-    scratch, p, c, exists, pivot, offset, outer, channels, inner, splits, tiles,
-    BN: tl.constexpr, BS: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Of splits p: elements, sums, sums/elements, distance of the mean from pivot + offset, and where their row begins.
-
-    Distances are those of pivots, which are near each other, and of offsets: they have all their digits in any dtype.
-    """
-    begin = _elements(p * tiles, outer, inner, BN, BS)
-    n = (_elements((p + 1) * tiles, outer, inner, BN, BS) - begin).to(dtype)[:, None]
-    # A division in float64 takes as long as twenty multiplications: one for each split, not for each channel.
-    share = 1 / tl.where(n > 0, n, 1)
-    known = (p < splits)[:, None] & exists[None, :]
-    row = scratch + p[:, None].to(tl.int64) * channels + c[None, :]
-    sums = _shared(row + splits.to(tl.int64) * channels, known, dtype)
-    of_sums = sums * share
-    d = (_shared(row, known, dtype) - pivot[None, :]) + (of_sums - offset[None, :])
-    return n, sums, of_sums, tl.where(known, d, 0), row
+def _joined(n, mean, squares, other_n, other_mean, other_squares):
+    """Elements, mean and Σ(x − mean)² of two sets together, as Chan, Golub and LeVeque (1983) do: nothing cancels."""
+    total = n + other_n
+    share = other_n / tl.where(total > 0, total, 1)
+    d = other_mean - mean
+    return total, mean + d * share, squares + other_squares + d * d * (n * share)
 
 
 # ------------------------------------------------------------------------------------------------ values per channel
@@ -504,18 +533,15 @@ def _store_rows(matrix, begin: tl.constexpr, rows, channels, c, exists):
 
 
 @triton.jit
-def _store_affine(row, mean, rstd, weight, bias, channels, c, exists, W: tl.constexpr):
+def _affine(mean, rstd, weight, bias, c, exists, W: tl.constexpr):
     """(x − mean)·slope + base, with what rounding takes from the mean in the base: it may have more digits than W."""
-    dtype = row.dtype.element_ty
     slope = rstd
     if weight is not None:
         slope *= _wide(weight, c, exists, W)
-    base = (mean.to(dtype).to(mean.dtype) - mean).to(W) * slope
+    base = (mean.to(W).to(mean.dtype) - mean).to(W) * slope
     if bias is not None:
         base += _wide(bias, c, exists, W)
-    tl.store(row + c, mean.to(dtype), mask=exists)
-    tl.store(row + channels + c, slope.to(dtype), mask=exists)
-    tl.store(row + 2 * channels + c, base.to(dtype), mask=exists)
+    return mean.to(W), slope, base
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .triton_devices import Device
 from .triton_launch import Launches
@@ -14,8 +14,12 @@ _THREADS, _PER_THREAD = 256, 16
 # Memory is read in vectors where sizes are multiples of this; otherwise each element needs an address of its own, and
 # half as many are held. So are float64.
 _ALIGNED = 4
-# Channels of a tile of rows: whole sectors of memory, and blocks enough for few partial sums of each.
+# Channels of a tile of rows: whole lines of memory, and blocks enough for few partial sums of each.
 _CHANNELS_OF_ROWS = 32
+# Where each program has all elements of its channels: the channels of rows, one sector of memory, and of planes, the
+# elements of a tile at least. Few blocks of channels leave multiprocessors idle, so that is for few tiles: as many as
+# take about as long as a second launch, for each block that a multiprocessor has.
+_SECTOR, _SMALLEST_TILE, _TILES_AT_ONCE = 8, 1024, 4
 # Programs for each multiprocessor: as many as it holds at once where their sums have to be merged, some rounds of them
 # where there is nothing to merge.
 _SUMMING, _MAPPING = 4, 16
@@ -36,7 +40,6 @@ class Plan:
         summing, mapping: (splits, tiles of each) of the two launches.
         tile: what the shape of a tile is, and the number of threads.
         at_once: BP.
-        wide: WIDE.
         blocks: blocks of channels.
         launches: those of this plan that are prepared.
     """
@@ -46,7 +49,6 @@ class Plan:
     mapping: tuple[int, int]
     tile: dict[str, Any]
     at_once: int
-    wide: bool
     blocks: int
     launches: Launches = field(default_factory=dict)
 
@@ -55,45 +57,84 @@ def plan(rows: bool, outer: int, channels: int, inner: int, double: bool, device
     """Tiles of much the same size and of few shapes: each makes Triton compile the kernels once more."""
     divisor = math.gcd(channels if rows else inner, 16)
     per_thread = _PER_THREAD // 2 if double or divisor < _ALIGNED else _PER_THREAD
-    tile, wide = _THREADS * per_thread, _power_of_two(channels)
-    if rows:
-        of_channels, of_inner = min(wide, _CHANNELS_OF_ROWS), 1
-    else:
-        # The length along a plane that leaves the least of the last tile empty; long ones first.
-        lengths = [tile, tile // 2, tile // 4]
-        of_inner = min(lengths, key=lambda length: ceil(inner, length) * length)
-        of_inner = min(of_inner, _power_of_two(inner))
-        # What there is per channel is done by one program: no more than one channel for each of its threads.
-        of_channels = min(wide, tile // of_inner, _THREADS)
-        if of_channels * inner > LARGEST_SIZE:
-            of_channels = 1
-    of_outer = tile // (of_channels * of_inner)
-    if not rows and channels * inner * of_outer > LARGEST_SIZE:
-        of_outer = 1
-    # Few samples get a smaller tile rather than an empty one; not of every size, as samples vary.
-    if outer <= of_outer // 16:
-        of_outer //= 16
-    blocks, tiles = ceil(channels, of_channels), ceil(outer, of_outer) * ceil(inner, of_inner)
+    tile = _THREADS * per_thread
+    at_once = _tile_at_once(rows, outer, channels, inner, tile)
+    most = min(_TILES_AT_ONCE * max(at_once.blocks(channels) // device.multiprocessors, 1), _LARGEST_SPLIT)
+    is_at_once = at_once.tiles(outer, inner) <= most
+    shape = at_once if is_at_once else _tile_of_splits(rows, outer, channels, inner, tile)
+    blocks, tiles = shape.blocks(channels), shape.tiles(outer, inner)
 
     def shared_out(programs: int) -> tuple[int, int]:
         of_split = min(ceil(tiles, max(programs * device.multiprocessors // blocks, 1)), _LARGEST_SPLIT)
         return ceil(tiles, of_split), of_split
 
-    shape = {
-        "ROWS": rows, "DIVISOR": divisor, "BN": of_outer, "BC": of_channels, "BS": of_inner,
-        "num_warps": max(1, of_outer * of_channels * of_inner // per_thread // 32),
-    }  # fmt: skip
-    summing, mapping = shared_out(_SUMMING), shared_out(_MAPPING)
-    at_once = _FEW_SPLITS if summing[0] <= _FEW_SPLITS else max(_MERGED_AT_ONCE // of_channels, _FEW_SPLITS)
+    summing, mapping = (1, tiles) if is_at_once else shared_out(_SUMMING), shared_out(_MAPPING)
+    few = summing[0] <= _FEW_SPLITS
     return Plan(
         sizes=(outer, channels, inner),
         summing=summing,
         mapping=mapping,
-        tile=shape,
-        at_once=at_once,
-        wide=double or not device.slow_float64,
+        tile={
+            "ROWS": rows, "DIVISOR": divisor, "BN": shape.outer, "BC": shape.channels, "BS": shape.inner,
+            "num_warps": max(1, shape.outer * shape.channels * shape.inner // per_thread // 32),
+        },
+        at_once=_FEW_SPLITS if few else max(_MERGED_AT_ONCE // shape.channels, _FEW_SPLITS),
         blocks=blocks,
-    )
+    )  # fmt: skip
+
+
+class _Tile(NamedTuple):
+    """The shape of a tile, BN × BC × BS."""
+
+    outer: int
+    channels: int
+    inner: int
+
+    def blocks(self, channels: int) -> int:
+        return ceil(channels, self.channels)
+
+    def tiles(self, outer: int, inner: int) -> int:
+        return ceil(outer, self.outer) * ceil(inner, self.inner)
+
+
+def _tile_at_once(rows: bool, outer: int, channels: int, inner: int, tile: int) -> _Tile:
+    """For programs that have all elements of their channels: few channels each."""
+    wide = _power_of_two(channels)
+    if rows:
+        of_channels, of_inner = min(wide, _SECTOR), 1
+    else:
+        of_inner = _along_a_plane(inner, tile)
+        of_plane = of_inner * min(_power_of_four(outer), tile // of_inner)
+        of_channels = min(wide, max(_SMALLEST_TILE // of_plane, 1), _THREADS)
+    of_outer = min(_power_of_four(outer), tile // (of_channels * of_inner))
+    return _Tile(_within(of_outer, channels * inner, rows), of_channels, of_inner)
+
+
+def _tile_of_splits(rows: bool, outer: int, channels: int, inner: int, tile: int) -> _Tile:
+    """For elements that several programs share: whole lines of memory, and several channels of small planes."""
+    wide = _power_of_two(channels)
+    if rows:
+        of_channels, of_inner = min(wide, _CHANNELS_OF_ROWS), 1
+    else:
+        of_inner = _along_a_plane(inner, tile)
+        # What there is per channel is done by one program: no more than one channel for each of its threads.
+        of_channels = min(wide, tile // of_inner, _THREADS)
+        if of_channels * inner > LARGEST_SIZE:
+            of_channels = 1
+    of_outer = _within(tile // (of_channels * of_inner), channels * inner, rows)
+    # Few samples get a smaller tile rather than an empty one; not of every size, as samples vary.
+    return _Tile(of_outer // 16 if outer <= of_outer // 16 else of_outer, of_channels, of_inner)
+
+
+def _along_a_plane(inner: int, tile: int) -> int:
+    """The length of a tile along a plane that leaves the least of the last tile empty; long ones first."""
+    length = min((tile, tile // 2, tile // 4), key=lambda length: ceil(inner, length) * length)
+    return min(length, _power_of_two(inner))
+
+
+def _within(of_outer: int, of_sample: int, rows: bool) -> int:
+    """1 for samples so large that the offsets in several of them do not fit into their 32 bits."""
+    return 1 if not rows and of_sample * of_outer > LARGEST_SIZE else of_outer
 
 
 def ceil(size: int, of: int) -> int:
@@ -104,3 +145,8 @@ def ceil(size: int, of: int) -> int:
 def _power_of_two(size: int) -> int:
     """The least that is not below."""
     return 1 << (size - 1).bit_length()
+
+
+def _power_of_four(size: int) -> int:
+    """The least that is not below: samples vary, and not each number of them may have a tile of its own."""
+    return 1 << (-(-(size - 1).bit_length() // 2) * 2)

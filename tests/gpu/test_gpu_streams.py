@@ -128,9 +128,10 @@ def test_graphs_and_eager_steps_side_by_side(gpu: str) -> None:
     assert_identical(results, last)
 
 
+@pytest.mark.parametrize("samples", [4, 4096])
 @each_layer
-def test_a_step_is_two_launches_each_way(case: LayerCase, gpu: str) -> None:
-    layer, x = case.layer().to(gpu), case.input(4).to(gpu).requires_grad_()
+def test_a_step_is_one_or_two_launches_each_way(case: LayerCase, samples: int, gpu: str) -> None:
+    layer, x = case.layer().to(gpu), case.input(samples).to(gpu).requires_grad_()
     y = layer(x)
     dy = torch.ones_like(y)
     torch.autograd.grad(y, (x, *layer.parameters()), dy)
@@ -138,8 +139,9 @@ def test_a_step_is_two_launches_each_way(case: LayerCase, gpu: str) -> None:
     forward = kernels_of(lambda: layer(x))
     y = layer(x)
     backward = kernels_of(lambda: torch.autograd.grad(y, parameters, dy))
-    assert [kernel.name for kernel in forward] == ["batch_statistics", "affine_map"]
-    assert [kernel.name for kernel in backward] == ["gradient_statistics", "input_gradient"]
+    launches = 1 if samples == 4 else 2
+    assert [kernel.name for kernel in forward] == ["batch_statistics", "affine_map"][:launches]
+    assert [kernel.name for kernel in backward] == ["gradient_statistics", "input_gradient"][:launches]
 
 
 @each_layer
