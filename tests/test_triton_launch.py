@@ -146,8 +146,8 @@ def test_the_benchmark_of_the_host_measures_all_layers() -> None:
     arguments = [launch["arguments"] for launch in by_layer["RunningBatchNorm"]["launches"]]
     # Pointers: x, y, weight, bias, fixed, 13 buffers and 3 of the noise; 6 sizes, 10 numbers.
     assert arguments[0] == 5 + 13 + 3 + 6 + 10
-    # x, y, scratch; 6 sizes.
-    assert arguments[1] == 3 + 6
+    # dy, x, dx, weight, fixed, sums, 3 buffers; 5 sizes.
+    assert arguments[1] == 6 + 3 + 5
 
 
 def test_no_device_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
