@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         sizes: outer, channels, inner.
-        summing, mapping: (splits, tiles of each) of the two launches.
+        summing, mapping: (splits, tiles of each) of the two launches; one split is summed and mapped in one launch.
         tile: what the shape of a tile is, and the number of threads.
         at_once: BP.
         blocks: blocks of channels.
