@@ -108,17 +108,16 @@ def training_forward(
         "BP": plan.at_once, **plan.tile,
     }  # fmt: skip
     # With one split, the sums and the map are one launch; otherwise the map follows, and finds its rows in `scratch`.
-    scratch = None if splits == 1 else rows.new_empty((3 * splits + 3, x.shape[1]))
+    scratch = arrived = None
+    if splits > 1:
+        scratch, arrived = rows.new_empty((3 * splits + 3, x.shape[1])), counter(x.device, plan.blocks)
     with on(x.get_device()):
         launch(
             plan.launches, key, kernels.batch_statistics, plan.blocks * splits,
-            (
-                data, y if scratch is None else None, scratch, _counter(plan, x.device), weight, bias, rows, statistics,
-                noise,
-            ),
+            (data, None if splits > 1 else y, scratch, arrived, weight, bias, rows, statistics, noise),
             (*plan.sizes, *plan.summing, len(x), *_numbers(spec.eps, spec.law, code)), constants,
         )  # fmt: skip
-        if scratch is not None:
+        if splits > 1:
             launch(
                 plan.launches, "affine_map", kernels.affine_map, plan.blocks * plan.mapping[0], (data, y, scratch),
                 (*plan.sizes, *plan.mapping, splits), plan.tile,
@@ -140,7 +139,9 @@ def training_backward(
     plan = _plan_of(x.shape, in_rows, x.dtype, x.get_device())
     splits = plan.summing[0]
     sums = rows.new_empty((2, channels))
-    scratch = None if splits == 1 else rows.new_empty((2 * splits + 3, channels))
+    scratch = arrived = None
+    if splits > 1:
+        scratch, arrived = rows.new_empty((2 * splits + 3, channels)), counter(x.device, plan.blocks)
     weight = _vector(weight)
     dx = torch.empty_like(data) if needs_dx else None
     key = "gradient_statistics", mode.by_state, prepared is None, needs_dx, _dtype(weight), dy.dtype
@@ -148,13 +149,10 @@ def training_backward(
     with on(x.get_device()):
         launch(
             plan.launches, key, kernels.gradient_statistics, plan.blocks * splits,
-            (
-                of_y, data, dx if scratch is None else None, scratch, _counter(plan, x.device), weight, rows, sums,
-                prepared,
-            ),
+            (of_y, data, None if splits > 1 else dx, scratch, arrived, weight, rows, sums, prepared),
             (*plan.sizes, *plan.summing), constants,
         )  # fmt: skip
-        if scratch is not None and dx is not None:
+        if splits > 1 and dx is not None:
             launch(
                 plan.launches, ("input_gradient", dy.dtype), kernels.input_gradient, plan.blocks * plan.mapping[0],
                 (of_y, data, dx, scratch, rows), (*plan.sizes, *plan.mapping, splits), plan.tile,
@@ -218,11 +216,6 @@ def _plan_of(shape: torch.Size, rows: bool, dtype: torch.dtype, index: int) -> P
     else:
         outer, inner = shape[0], elements // shape[0]
     return plan(rows, outer, channels, inner, dtype == torch.float64, device)
-
-
-def _counter(plan: Plan, device: torch.device) -> Tensor | None:
-    """What the splits of a launch count in, where there are several."""
-    return None if plan.summing[0] == 1 else counter(device, plan.blocks)
 
 
 @functools.lru_cache(maxsize=1024)
