@@ -717,6 +717,9 @@ def test_what_it_serves() -> None:
     assert not triton.supports(x[:0], torch.float32)
     assert not triton.supports(x.to("meta"), torch.float32)
     assert triton.supports(x[0], torch.float32)  # a vector of the state
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="a tensor has no memory"):
+        triton.supports(x, torch.float32)
 
 
 def run_alone(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

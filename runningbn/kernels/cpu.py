@@ -10,9 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from ..ops.compat import number_of_dispatch_modes
 from ..ops.law import Law
 from ..ops.spec import Coefficients, Mode, StepSpec
 from ..ops.state import Batch, GradientState, LayerState, Sums
@@ -40,7 +38,7 @@ from .cpu_calls import (
     vector_or_none,
 )  # fmt: skip
 from .cpu_library import Backward, Forward, library
-from .layout import addresses
+from .layout import addresses, is_memory
 
 # `var` takes the place of `rstd` in what an update returns.
 _VECTORS = {mode: tuple("var" if name == "rstd" else name for name in mode.coefficients) for mode in Mode}
@@ -70,26 +68,7 @@ def version() -> str:
 
 def supports(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether x, with statistics in `dtype`, is memory that the library can work on."""
-    return (
-        x.is_cpu
-        and STATISTICS.get(x.dtype) is dtype
-        # Subclasses and modes want to see operations, and may have no memory.
-        and type(x) in (Tensor, Parameter)
-        and number_of_dispatch_modes() == 0
-        and x.layout is torch.strided
-        # A negated view and a tensor of zeros do not mean what lies at their address.
-        and not (x.is_neg() or x._is_zerotensor())
-        and x.numel() > 0
-        and library().unavailable is None
-        and _has_memory(x)
-    )
-
-
-def _has_memory(x: Tensor) -> bool:
-    """True; without memory, plain torch operations would crash as well, where ``nn.BatchNorm`` raises an error."""
-    if x.data_ptr() == 0:
-        raise RuntimeError("a tensor has no memory: its storage was freed")
-    return True
+    return x.is_cpu and STATISTICS.get(x.dtype) is dtype and library().unavailable is None and is_memory(x)
 
 
 def prepare(buffers: tuple[Tensor, ...]) -> Prepared | None:

@@ -8,12 +8,36 @@ from __future__ import annotations
 
 import weakref
 from operator import is_
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import Parameter
+
+from ..ops.compat import number_of_dispatch_modes
+
+# Subclasses want to see operations, and may have no memory of their own.
+_PLAIN = Tensor, Parameter
+
+
+def is_memory(x: Tensor) -> bool:
+    """Whether x is what lies at its address, so that a kernel can work on that, and is not empty.
+
+    Raises:
+        RuntimeError: for a tensor whose storage was freed. Plain torch operations would crash on it as well, where
+            ``nn.BatchNorm`` raises an error.
+    """
+    return (
+        type(x) in _PLAIN
+        # Modes want to see operations, too.
+        and number_of_dispatch_modes() == 0
+        and x.layout is torch.strided
+        # A negated view and a tensor of zeros do not mean what lies at their address.
+        and not (x.is_neg() or x._is_zerotensor())
+        and x.numel() > 0
+        and (x.data_ptr() != 0 or _refuse_freed("a tensor"))
+    )
 
 
 def is_rows(x: Tensor) -> bool:
@@ -72,11 +96,10 @@ def laid_out_like(x: Tensor, data: Tensor) -> Tensor:
 def is_addressable(tensor: Tensor | None, x: Tensor) -> bool:
     """Whether a kernel on the device of x can take a parameter by its address, or has none to take.
 
-    Subclasses and meta tensors have no memory of their own, and a negated view and a tensor of zeros do not mean what
-    lies at their address.
+    As `is_memory`, but modes are no reason against it, and a parameter without memory, as on meta, is left to torch.
     """
     return tensor is None or (
-        type(tensor) in (Tensor, Parameter)
+        type(tensor) in _PLAIN
         and tensor.data_ptr() != 0
         and tensor.is_cpu == x.is_cpu
         and tensor.get_device() == x.get_device()
@@ -103,9 +126,8 @@ def addresses(buffers: tuple[Tensor, ...]) -> tuple[int, ...] | None:
     ):
         return found
     if 0 in found:
-        # torch itself would crash on these.
-        if any(t.data_ptr() == 0 and type(t) in (Tensor, Parameter) and t.numel() and not t.is_meta for t in buffers):
-            raise RuntimeError("a buffer of the layer has no memory: its storage was freed")
+        if any(t.data_ptr() == 0 and type(t) in _PLAIN and t.numel() and not t.is_meta for t in buffers):
+            _refuse_freed("a buffer of the layer")
         return None
     if not are_vectors(buffers):
         return None
@@ -130,6 +152,10 @@ def are_vectors(buffers: tuple[Tensor, ...]) -> bool:
         (t.dtype is first.dtype and t.shape == first.shape if t.dim() else t.dtype is torch.int64)
         and t.device == first.device
         and t.is_contiguous()
-        and type(t) in (Tensor, Parameter)
+        and type(t) in _PLAIN
         for t in buffers
     )
+
+
+def _refuse_freed(what: str) -> NoReturn:
+    raise RuntimeError(f"{what} has no memory: its storage was freed")

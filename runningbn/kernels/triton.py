@@ -15,16 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..momentum import RuleCode, rule_of
-from ..ops.compat import number_of_dispatch_modes
 from ..ops.law import Law
 from ..ops.spec import Coefficients, Mode, StepSpec
 from ..ops.state import Batch, GradientState, LayerState, NoiseState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 from .contract import Gradients, GradientSums
-from .layout import addresses, laid_out, laid_out_like
+from .layout import addresses, is_memory, laid_out, laid_out_like
 from .triton_devices import INTERPRETED, unavailable
 from .triton_devices import device as device_of
 from .triton_launch import OPTIONS, counter, launch, on
@@ -72,13 +70,7 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
         (x.is_cuda or x.is_cpu)
         and _can_use(x.get_device())
         and _STATISTICS.get(x.dtype) is dtype
-        # Subclasses and modes want to see operations, and may have no memory.
-        and type(x) in (Tensor, Parameter)
-        and number_of_dispatch_modes() == 0
-        and x.layout is torch.strided
-        # A negated view and a tensor of zeros do not mean what lies at their address.
-        and not (x.is_neg() or x._is_zerotensor())
-        and x.numel() > 0
+        and is_memory(x)
         and (x.dim() < 2 or (x.shape[1] <= MOST_CHANNELS and x.numel() // x.shape[1] <= LARGEST_SIZE))
     )
 
