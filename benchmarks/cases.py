@@ -19,7 +19,7 @@ LAYOUTS = ("NCHW", "channels_last")
 # x is half the channels of a larger tensor, as after a chunk; or has a border cut off; or comes from a layer of another
 # memory format than the one that its gradient comes from.
 OTHER_LAYOUTS = ("half the channels", "cropped", "NCHW, dy channels_last", "channels_last, dy NCHW")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PEER = "nn.BatchNorm"
 OURS = ("PreciseBatchNorm", "RunningBatchNorm", "RunningBatchNorm exact")
@@ -50,7 +50,8 @@ class Grid:
 
     Attributes:
         name: of the grid.
-        shapes: all of them in all their layouts and both dtypes.
+        shapes: all of them in all their layouts.
+        dtypes: with each of these.
         mode: "training step" (forward and backward), "forward" (in training, with gradients wanted) or "evaluation".
         contenders: besides nn.BatchNorm.
         one_thread: instead of as many as torch takes.
@@ -61,6 +62,7 @@ class Grid:
 
     name: str
     shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
     mode: str = "training step"
     contenders: tuple[str, ...] = (*OURS, COPY)
     one_thread: bool = False
@@ -135,6 +137,7 @@ QUICK_SIZES, QUICK_SECONDS = (MIDDLE, TINY), 0.1
 GRIDS = (
     Grid("training step", SHAPES, seconds=0.6),
     Grid("one thread", REPRESENTATIVE, one_thread=True),
+    Grid("float16", REPRESENTATIVE, dtypes=("float16",)),
     Grid("forward", REPRESENTATIVE, mode="forward"),
     Grid("evaluation", REPRESENTATIVE, mode="evaluation"),
     Grid("default allocator", REPRESENTATIVE, page_faults=True),
@@ -150,7 +153,7 @@ def cases(device: str, page_faults: bool, quick: bool = False) -> Iterator[Case]
             continue
         if quick and grid.compiled:
             continue
-        for shape, dtype in itertools.product(grid.shapes, DTYPES):
+        for shape, dtype in itertools.product(grid.shapes, grid.dtypes):
             if quick and shape.size not in QUICK_SIZES:
                 continue
             for layout in shape.layouts:

@@ -45,10 +45,10 @@ from .results_file import FOLDER, store
 RESULTS = {"cpu": FOLDER / "layers.json", "cuda": FOLDER / "layers_cuda.json"}
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 ALLOCATORS = {"pages kept": False, "default": True}  # and whether there are page faults
-# Of the largest value. float32: sums over up to 1e6 elements; bfloat16: some roundings of 2⁻⁹ on the way.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+# Of the largest value. float32: sums over up to 1e6 elements; the others: some roundings of 2⁻⁹ or 2⁻¹² on the way.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}
 # On the CPU, channels_last, torch adds up to 1e6 float32 numbers one to the other.
-TOLERANCE_OF_PEER = {"float32": 1e-3, "bfloat16": 2e-2}
+TOLERANCE_OF_PEER = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 3e-3}
 ALL_THREADS = torch.get_num_threads()
 
 

@@ -21,6 +21,7 @@ TRANSFERS = {"training step": 8, "forward": 3, "evaluation": 2}
 TRANSFERS_OF_COPY = 2
 # What the summary calls the grids that have a few shapes only.
 MARGINAL_GRIDS = {
+    "float16": "training step, float16",
     "forward": "forward only",
     "evaluation": "evaluation",
     "one thread": "training step, one thread",

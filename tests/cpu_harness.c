@@ -2,6 +2,7 @@
    sanitizers of a compiler. Results are only looked at for what nobody wrote. */
 
 #include "cpu.h"
+#include "cpu_sixteen_bits.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -44,7 +45,7 @@ typedef struct {
     void *data;
 } Numbers;
 
-static const int64_t SIZES[] = {4, 2, 8};
+static const int64_t SIZES[] = {4, 2, 2, 8};
 static uint64_t seed = 1;
 
 static void set(void *data, int64_t dtype, int64_t i, double value) {
@@ -53,12 +54,14 @@ static void set(void *data, int64_t dtype, int64_t i, double value) {
     memcpy(&bits, &narrow, sizeof bits);
     if (dtype == FLOAT32) ((float *)data)[i] = narrow;
     if (dtype == BFLOAT16) ((uint16_t *)data)[i] = (uint16_t)(bits >> 16);
+    if (dtype == FLOAT16) ((uint16_t *)data)[i] = to_float16(narrow);
     if (dtype == FLOAT64) ((double *)data)[i] = value;
 }
 
 static double get(const void *data, int64_t dtype, int64_t i) {
     if (dtype == FLOAT32) return (double)((const float *)data)[i];
     if (dtype == FLOAT64) return ((const double *)data)[i];
+    if (dtype == FLOAT16) return (double)from_float16(((const uint16_t *)data)[i]);
     const uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);

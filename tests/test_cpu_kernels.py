@@ -49,7 +49,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
 }
 THREADS = (1, 2, 3)
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE = names_of(torch.float32, torch.float64)
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
@@ -510,7 +510,7 @@ def test_the_sweeps_leave_nothing_unwritten(dtype, array):
         cpu.normalize(x, mean, var, weight, bias, EPS),
         *cpu.batch_norm(x, weight, bias, EPS, wide(dtype)),
         *sums,
-        cpu.input_gradient(dy, x, mean, rstd, weight, *sums),
+        cpu.input_gradient(dy, x, mean, rstd, weight, *(s / x[:, 0].numel() for s in sums)),
         *cpu.batch_norm_gradients(dy, x, mean, rstd, weight),
         *(
             vector
@@ -658,11 +658,12 @@ def test_the_variance_of_float64_does_not_suffer_from_a_pivot_that_is_an_outlier
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("shape", [(16, 4, 24, 24), (2, 2, 300, 400), (40_000, 4)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_variance_of_bfloat16_is_as_good_as_that_of_float32(layout, shape, mean, first):
+@each_dtype(torch.bfloat16, torch.float16)
+def test_the_variance_of_16_bits_is_as_good_as_that_of_float32(dtype, layout, shape, mean, first):
     """Also where the first element of a channel is an outlier, about which short sums in float32 would lose digits."""
     x = noise(shape, 0) + mean
     x[0].view(shape[1], -1)[:, 0] += first
-    x = LAYOUTS[layout](x.bfloat16())
+    x = LAYOUTS[layout](x.to(dtype))
     expected = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
     found = moments(cpu.batch_sums(x, torch.float32).sums)[1]
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
@@ -684,11 +685,25 @@ def test_bfloat16_is_rounded_as_torch_rounds_it(name, shape):
             torch.testing.assert_close(y, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(2**16 // 4, 4), (1, 4, 2**16 // 4)])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_float16_is_rounded_as_torch_rounds_it(name, shape):
+    """Every float16, at and beside the middle between two, small enough to be subnormal or too large to be finite."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16).view(shape)
+    zero, one = torch.zeros(4), torch.ones(4)
+    for weight in (1.0, 1 + 2**-11, 1 + 2**-11 + 2**-22, 1 + 2**-11 - 2**-22, 2**-14, 1.5 * 2**-10, 2.0, -3.0):
+        exact = x.float() * weight
+        with instruction_set(name) as exists:
+            y = cpu.normalize(x, zero, one, one * weight, None, 0.0)
+        if exists:
+            torch.testing.assert_close(y, exact.half(), rtol=0, atol=0, equal_nan=True)
+
+
 @each_pair(
     shape=names_of((40, 5), (4, 5, 6, 7), (9_000, 5), (4, 5, 60, 70)),
     poison=names_of(float("nan"), float("inf"), -float("inf"), 1e30),
     place=names_of("first", "last"),
-    dtype=names_of(torch.float32, torch.bfloat16),
+    dtype=names_of(torch.float32, torch.bfloat16, torch.float16),
 )
 def test_a_channel_that_is_not_finite_keeps_its_state_and_leaves_the_others_alone(dtype, place, poison, shape):
     torch.set_num_threads(2)

@@ -67,7 +67,7 @@ each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 @each_layer
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("layout", [lambda x: x, channels_last], ids=["planes", "rows"])
-@each_dtype(torch.float32, torch.bfloat16, torch.float64)
+@each_dtype(torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def test_steps_are_the_same_bit_for_bit(make, shape, layout, dtype):
     found = []
     for way in (counted, in_python):

@@ -126,7 +126,6 @@ CASES = {
     "inference mode": Case(around=torch.inference_mode),
     "forward-mode level": Case(around=forward_ad.dual_level),
     "default device": Case(around=lambda: torch.device("cpu")),
-    "half": Case(given=Tensor.half),
     "double input": Case(given=Tensor.double),
     "integers": Case(given=Tensor.long),
     "every second": Case(given=lambda x: torch.cat((x, x), 3)[..., ::2]),

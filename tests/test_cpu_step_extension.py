@@ -65,7 +65,7 @@ def declined_late(layer: nn.Module, x: Tensor) -> None:
 
 
 def declined_early(layer: nn.Module, x: Tensor) -> None:
-    assert cpu_step.extension().forward(layer, x.half(), True) is None
+    assert cpu_step.extension().forward(layer, x.double(), True) is None
 
 
 def declined_backward(layer: nn.Module, x: Tensor) -> None:

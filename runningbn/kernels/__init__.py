@@ -28,7 +28,7 @@ FUSED: dict[str, FusedBackend] = {"triton": triton, "cpu": cpu}
 BACKENDS: dict[str, Backend] = {**FUSED, "aten": aten}
 TAKES = {
     "triton": "NVIDIA GPUs: float32, bfloat16, float16, float64",
-    "cpu": "CPU: float32, bfloat16, float64",
+    "cpu": "CPU: float32, bfloat16, float16, float64",
     "aten": "anything",
 }
 

@@ -1,4 +1,4 @@
-"""The kernels in C, on torch's own threads: float32, bfloat16 and float64 on the CPU.
+"""The kernels in C, on torch's own threads: float32, bfloat16, float16 and float64 on the CPU.
 
 The library is built with the package where there is a C compiler, see csrc/cpu.c, and loaded at its first use, by
 `cpu_library`. It knows nothing of torch: a call is given pointers and sizes, in a struct whose fields it has by name.

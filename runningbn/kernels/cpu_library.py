@@ -24,7 +24,7 @@ from .building import library_in, why_not_built
 
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 # In the order of their codes.
-DTYPES = ("FLOAT32", "BFLOAT16", "FLOAT64")
+DTYPES = ("FLOAT32", "BFLOAT16", "FLOAT16", "FLOAT64")
 STAGES = ("SUMS", "UPDATE", "APPLY")  # bits
 # Functions that `cpu_operators` registers.
 OPERATORS = (*(f"update_{mode.label}" for mode in Mode), "update_gradient")

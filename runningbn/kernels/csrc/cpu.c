@@ -9,6 +9,7 @@
    cpu_gradient.h; cpu_threads.h shares all that out among the threads. */
 
 #include "cpu.h"
+#include "cpu_sixteen_bits.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,21 +27,6 @@
 #define NAME(name) JOIN(name, ISA, DTYPE)
 #define STATE_NAME(name) JOIN(name, ISA, REAL)
 
-static inline float from_bfloat16(uint16_t value) {
-    const uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-/* To the nearest, ties to even; any NaN becomes torch's. */
-static inline uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)(value != value ? 0x7fc0 : rounded);
-}
-
 /* Where a run of float additions to four vectors of 2 LANES ends, whole steps from i. */
 #define END_OF_RUN(i, count) \
     ((i) + ((count) - (i) < RUN * 8 * LANES ? ((count) - (i)) / (8 * LANES) * (8 * LANES) : RUN * 8 * LANES))
@@ -54,12 +40,12 @@ typedef double pair __attribute__((vector_size(16)));
 
 #if defined(__x86_64__)
 #define ISA avx2
-#define TARGET __attribute__((target("avx2,fma,bmi,bmi2")))
+#define TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
 #define LANES 4
 #include "cpu_dtypes.h"
 
 #define ISA avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")))
 #define LANES 8
 #include "cpu_dtypes.h"
 #endif
@@ -76,7 +62,8 @@ const char *runningbn_initialize(ParallelFor function, const char *most) {
     loops = loops_baseline_all, instruction_set = "baseline";
 #if defined(__x86_64__)
     if (strcmp(most, "baseline") == 0) return instruction_set;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("bmi2"))
         loops = loops_avx2_all, instruction_set = "avx2";
     if (strcmp(most, "avx2") == 0) return instruction_set;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,6 +1,6 @@
 /* The arguments of a call, and what the parts of cpu.c share. Shapes and equations are those of contract.py.
 
-   REAL is the dtype of the statistics: float for float and bfloat16 data, double for double data. All sums are double.
+   REAL is the dtype of the statistics: double for double data, float for all other. All sums are double.
 
    Codes and fields are listed by macros, from which the names come that cpu_library.py compares with its own when it loads
    the library. Every field is 8 bytes: I an integer, P a pointer, R a double. */
@@ -15,7 +15,7 @@
 #include <string.h>
 
 /* In the order of their codes. */
-#define DTYPES(X) X(FLOAT32) X(BFLOAT16) X(FLOAT64)
+#define DTYPES(X) X(FLOAT32) X(BFLOAT16) X(FLOAT16) X(FLOAT64)
 #define RULES(X) X(CONSTANT) X(CUMULATIVE) X(HORIZON) X(SQUARE_ROOT) X(GIVEN)
 /* See operators.c. */
 #define OPERATORS(X) X(update_batch) X(update_exact) X(update_running) X(update_gradient)

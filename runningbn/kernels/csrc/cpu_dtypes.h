@@ -6,12 +6,15 @@
 #define VECTOR_OF_BFLOAT16S(p)                 \
     _mm512_cvtps_pd(_mm256_castsi256_ps(       \
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16)))
+#define VECTOR_OF_FLOAT16S(p) _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define VECTOR_OF_DOUBLES(p) _mm512_loadu_pd(p)
 #define FLOATS __m512
 #define FLOATS_OF_FLOATS(p) _mm512_loadu_ps(p)
 #define NO_FLOATS _mm512_setzero_ps()
 #define FLOATS_OF_BFLOAT16S(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define FLOATS_OF_FLOAT16S(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define FLOAT16S_OF_FLOATS(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
 #define LOW(v) _mm512_cvtps_pd(_mm512_castps512_ps256(v))
 #define HIGH(v) _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))
 #define FLOATS_OF(low, high) \
@@ -20,12 +23,15 @@
 #define VECTOR_OF_FLOATS(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
 #define VECTOR_OF_BFLOAT16S(p) \
     _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(p))), 16)))
+#define VECTOR_OF_FLOAT16S(p) _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(p))))
 #define VECTOR_OF_DOUBLES(p) _mm256_loadu_pd(p)
 #define FLOATS __m256
 #define FLOATS_OF_FLOATS(p) _mm256_loadu_ps(p)
 #define NO_FLOATS _mm256_setzero_ps()
 #define FLOATS_OF_BFLOAT16S(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define FLOATS_OF_FLOAT16S(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define FLOAT16S_OF_FLOATS(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))
 #define LOW(v) _mm256_cvtps_pd(_mm256_castps256_ps128(v))
 #define HIGH(v) _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))
 #define FLOATS_OF(low, high) \
@@ -33,6 +39,7 @@
 #else
 #define VECTOR_OF_FLOATS(p) (pair){(p)[0], (p)[1]}
 #define VECTOR_OF_BFLOAT16S(p) (pair){from_bfloat16((p)[0]), from_bfloat16((p)[1])}
+#define VECTOR_OF_FLOAT16S(p) (pair){from_float16((p)[0]), from_float16((p)[1])}
 #define VECTOR_OF_DOUBLES(p) (pair){(p)[0], (p)[1]}
 #endif
 
@@ -46,6 +53,7 @@
 #define DTYPE float
 #define SINGLE_RUNS 0
 #define SINGLE_ROWS (LANES > 2)
+#define MAP_VECTORS 0
 #define ELEMENT float
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
@@ -56,11 +64,24 @@
 #define DTYPE bfloat16
 #define SINGLE_RUNS (LANES > 2)
 #define SINGLE_ROWS (LANES > 2)
+#define MAP_VECTORS 0
 #define ELEMENT uint16_t
 #define LOAD(p) from_bfloat16(*(p))
 #define STORE(p, value) (*(p) = to_bfloat16(value))
 #define LOAD_VECTOR(p) VECTOR_OF_BFLOAT16S(p)
 #define LOAD_FLOATS(p) FLOATS_OF_BFLOAT16S(p)
+#include "cpu_loops.h"
+
+#define DTYPE float16
+#define SINGLE_RUNS (LANES > 2)
+#define SINGLE_ROWS (LANES > 2)
+#define MAP_VECTORS (LANES > 2)
+#define ELEMENT uint16_t
+#define LOAD(p) from_float16(*(p))
+#define STORE(p, value) (*(p) = to_float16(value))
+#define LOAD_VECTOR(p) VECTOR_OF_FLOAT16S(p)
+#define LOAD_FLOATS(p) FLOATS_OF_FLOAT16S(p)
+#define STORE_FLOATS(p, v) FLOAT16S_OF_FLOATS(p, v)
 #include "cpu_loops.h"
 #undef REAL
 #undef MAXIMUM
@@ -77,6 +98,7 @@
 #define DTYPE double
 #define SINGLE_RUNS 0
 #define SINGLE_ROWS 0
+#define MAP_VECTORS 0
 #define ELEMENT double
 #define LOAD(p) (*(p))
 #define STORE(p, value) (*(p) = (value))
@@ -88,17 +110,20 @@
 #undef EPSILON
 
 static const Loops *const JOIN(loops, ISA, all)[] = {
-    &JOIN(loops, ISA, float), &JOIN(loops, ISA, bfloat16), &JOIN(loops, ISA, double)};
+    &JOIN(loops, ISA, float), &JOIN(loops, ISA, bfloat16), &JOIN(loops, ISA, float16), &JOIN(loops, ISA, double)};
 
 #undef FLOATS
 #undef NO_FLOATS
 #undef FLOATS_OF_FLOATS
 #undef FLOATS_OF_BFLOAT16S
+#undef FLOATS_OF_FLOAT16S
+#undef FLOAT16S_OF_FLOATS
 #undef LOW
 #undef HIGH
 #undef FLOATS_OF
 #undef VECTOR_OF_FLOATS
 #undef VECTOR_OF_BFLOAT16S
+#undef VECTOR_OF_FLOAT16S
 #undef VECTOR_OF_DOUBLES
 #undef ISA
 #undef TARGET

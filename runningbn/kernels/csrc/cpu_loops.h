@@ -7,6 +7,7 @@
        SINGLE_RUNS whether runs of RUN additions to a channel are in float, for data of few digits
        SINGLE_ROWS whether those over the ROWS of a block are; then with
        FLOATS, LOAD_FLOATS(p), LOW(v), HIGH(v), FLOATS_OF(low, high): 2 LANES floats, their halves as doubles, and back
+       STORE_FLOATS(p, v), FLOATS_OF_FLOATS(p) where compilers do not vectorise STORE well, and then MAP_VECTORS is 1
 
    What depends on the dtype is undefined at the end, for the next.
 
@@ -211,15 +212,23 @@ TARGET static void NAME(planes_map)(const void *dy_, const void *x_, void *out_,
             ELEMENT *restrict outs = out + row;
             const REAL centre = ((const REAL *)scratch->centre)[c], slope = ((const REAL *)scratch->slope)[c];
             const REAL base = ((const REAL *)scratch->base)[c];
+            const ELEMENT *restrict gs = dy ? dy + row : NULL;
+            const REAL scale = dy ? ((const REAL *)scratch->scale)[c] : 0;
+            int64_t done = 0;
+#if MAP_VECTORS
+            for (; done + 2 * LANES <= count; done += 2 * LANES) {
+                FLOATS y = (LOAD_FLOATS(xs + done) - centre) * slope + base;
+                if (dy) y += LOAD_FLOATS(gs + done) * scale;
+                STORE_FLOATS(outs + done, y);
+            }
+#endif
             if (dy) {
-                const ELEMENT *restrict gs = dy + row;
-                const REAL scale = ((const REAL *)scratch->scale)[c];
 #pragma omp simd
-                for (int64_t i = 0; i < count; i++)
+                for (int64_t i = done; i < count; i++)
                     STORE(outs + i, LOAD(gs + i) * scale + ((LOAD(xs + i) - centre) * slope + base));
             } else {
 #pragma omp simd
-                for (int64_t i = 0; i < count; i++) STORE(outs + i, (LOAD(xs + i) - centre) * slope + base);
+                for (int64_t i = done; i < count; i++) STORE(outs + i, (LOAD(xs + i) - centre) * slope + base);
             }
         }
 }
@@ -231,14 +240,23 @@ TARGET static void NAME(rows_map)(const void *dy_, const void *x_, void *out_, c
     for (int64_t r = begin; r < end; r++) {
         const ELEMENT *restrict xs = (const ELEMENT *)x_ + r * columns;
         ELEMENT *restrict outs = (ELEMENT *)out_ + r * columns;
-        if (dy_) {
-            const ELEMENT *restrict gs = (const ELEMENT *)dy_ + r * columns;
+        const ELEMENT *restrict gs = dy_ ? (const ELEMENT *)dy_ + r * columns : NULL;
+        int64_t done = 0;
+#if MAP_VECTORS
+        for (; done + 2 * LANES <= columns; done += 2 * LANES) {
+            const FLOATS deviation = LOAD_FLOATS(xs + done) - FLOATS_OF_FLOATS(centre + done);
+            FLOATS y = deviation * FLOATS_OF_FLOATS(slope + done) + FLOATS_OF_FLOATS(base + done);
+            if (gs) y += LOAD_FLOATS(gs + done) * FLOATS_OF_FLOATS(scale + done);
+            STORE_FLOATS(outs + done, y);
+        }
+#endif
+        if (gs) {
 #pragma omp simd
-            for (int64_t c = 0; c < columns; c++)
+            for (int64_t c = done; c < columns; c++)
                 STORE(outs + c, LOAD(gs + c) * scale[c] + ((LOAD(xs + c) - centre[c]) * slope[c] + base[c]));
         } else {
 #pragma omp simd
-            for (int64_t c = 0; c < columns; c++) STORE(outs + c, (LOAD(xs + c) - centre[c]) * slope[c] + base[c]);
+            for (int64_t c = done; c < columns; c++) STORE(outs + c, (LOAD(xs + c) - centre[c]) * slope[c] + base[c]);
         }
     }
 }
@@ -263,6 +281,8 @@ static const Loops NAME(loops) = {
 #undef DTYPE
 #undef SINGLE_RUNS
 #undef SINGLE_ROWS
+#undef MAP_VECTORS
+#undef STORE_FLOATS
 #undef FETCH
 #undef LOAD_FLOATS
 #undef ELEMENT

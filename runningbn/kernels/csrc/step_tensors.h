@@ -93,6 +93,8 @@ static int look_at_data(PyObject *x, Data *data) {
         data->dtype = FLOAT64, data->bits = 64;
     else if (v->dtype.code == BFLOATS && v->dtype.bits == 16)
         data->dtype = BFLOAT16, data->bits = 32;
+    else if (is_real(v, 16))
+        data->dtype = FLOAT16, data->bits = 32;
     else
         return 0;
     data->outer = v->shape[0], data->channels = v->shape[1], data->inner = 1;
