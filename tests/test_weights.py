@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import assert_near, noise
 from models import pretrained
 from steps import assert_identical, evaluate, training_step
 from torch import Tensor, nn
 
 from runningbn import RunningBatchNorm, batchnormify, center_weights
-from runningbn.weights.layers import CenteredWeights
+from runningbn.weights.layers import CENTERED, CenteredWeights
 
 # --------------------------------------------------------------------------------------------------------- the layers
 
@@ -49,12 +50,24 @@ class LayerCase:
         return noise((4, *self.shape), 0, dtype)
 
 
+class Replicating(nn.Conv2d):
+    """A subclass with another constructor and another padding, and torch's forward."""
+
+    def __init__(self, inputs: int, filters: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__(inputs, filters, 3, bias=False, dtype=dtype)
+        self.margin = 1
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(F.pad(input, [self.margin] * 4, "replicate"), weight, bias)
+
+
 LAYERS = (
     LayerCase("linear", nn.Linear, (5, 6), (5,), nn.BatchNorm1d),
     LayerCase("linear-no-bias", nn.Linear, (5, 6), (5,), nn.BatchNorm1d, {"bias": False}),
     LayerCase("conv1d", nn.Conv1d, (3, 4, 3), (3, 6), nn.BatchNorm1d, {"padding": "same", "dilation": 2}),
     LayerCase("conv2d", nn.Conv2d, (3, 4, 3), (3, 5, 5), nn.BatchNorm2d, {"stride": 2}),
     LayerCase("conv2d-grouped", nn.Conv2d, (4, 6, 3), (4, 5, 5), nn.BatchNorm2d, {"groups": 2, "bias": False}),
+    LayerCase("conv2d-subclass", Replicating, (3, 4), (3, 5, 5), nn.BatchNorm2d),
     LayerCase("conv3d", nn.Conv3d, (2, 3, 2), (2, 3, 3, 3), nn.BatchNorm3d),
     LayerCase("transposed1d", nn.ConvTranspose1d, (3, 4, 3), (3, 5), nn.BatchNorm1d, {"stride": 2}),
     LayerCase("transposed2d", nn.ConvTranspose2d, (3, 4, 3), (3, 4, 4), nn.BatchNorm2d, {"output_padding": 0}),
@@ -65,9 +78,7 @@ each_layer = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.id)
 
 
 def test_all_kinds_of_layers_are_in_the_table():
-    assert {type(case.layer()) for case in LAYERS} == {
-        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-    }  # fmt: skip
+    assert {type(case.layer()) for case in LAYERS} == {*CENTERED, Replicating}
 
 
 def small_net() -> nn.Sequential:

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import images
-from test_weights import small_net
+from test_weights import Replicating, small_net
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm, center_weights
-from runningbn.weights.layers import CenteredWeights
+from runningbn.weights.layers import CENTERED, CenteredWeights
 
 
 class Net(nn.Module):
@@ -170,7 +170,10 @@ def test_blocks_with_projections_are_centred_everywhere():
 
 
 class Subclass(nn.Conv2d):
-    """With nothing of its own, but a name that somebody may ask for."""
+    """With a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (1, 1, 1, 1)))
 
 
 def with_own_forward() -> nn.Module:
@@ -190,7 +193,7 @@ def pruned() -> nn.Module:
 
 
 BUILT_OTHERWISE = {
-    "subclass": (lambda: Subclass(3, 4, 3), "Subclass is a subclass of Conv2d"),
+    "subclass": (lambda: Subclass(3, 4, 3), "Subclass is a Conv2d with a forward of its own"),
     "own forward": (with_own_forward, "it has a custom forward"),
     "forward hook": (lambda: with_hook("register_forward_hook"), "it has hooks"),
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "it has hooks"),
@@ -213,6 +216,15 @@ def test_layer_that_is_built_otherwise_is_left_alone_with_a_warning(make, reason
     assert type(model[4]) is cls
     assert f"2 layers centred, 1 left alone: 4 ({reason})" in caplog.messages[-1]
     assert caplog.records[-1].levelno == logging.WARNING
+
+
+def test_a_centred_layer_of_a_subclass_is_still_one():
+    model = nn.Sequential(Replicating(3, 4), norm())
+    center_weights(model, images())
+    assert isinstance(model[0], Replicating)
+    assert isinstance(model[0], CENTERED[nn.Conv2d])
+    assert (type(model[0]).__name__, model[0].margin) == ("CenteredReplicating", 1)
+    assert type(center_weights(nn.Sequential(Replicating(3, 4), norm()), images())[0]) is type(model[0])
 
 
 def test_tied_weights_are_left_alone(caplog):

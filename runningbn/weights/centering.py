@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..recalibration.batches import Forward, call
 from ..recalibration.text import counted
 from .choice import Choice, Plan, Where, layers_of, logger, names_of, report
-from .layers import CENTERED, PLAIN, CenteredWeights
+from .layers import CENTERED, CenteredWeights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -46,7 +46,7 @@ def center_weights(
 
     Left alone, and named in the log with the reason: layers whose output has another use, as in an addition or as an
     output of the model; layers that the pass does not call; depthwise convolutions; filters of a single weight;
-    subclasses; layers with hooks, a parametrisation, a custom forward, or a weight shared with another layer. One line
+    layers with hooks, a parametrisation, a forward that is not torch's, or a weight shared with another layer. One line
     is logged to the logger ``runningbn``: as a warning if no layer was centred, or if one was left alone because of its
     class, hooks or weight.
 
@@ -137,7 +137,7 @@ def bake_weights(model: ModelT, *, where: Where | None = None) -> ModelT:
     baked, left_alone = 0, {}
     for layer in layers_of(model, (CenteredWeights,), where):
         assert isinstance(layer, CenteredWeights)
-        if type(layer) not in PLAIN:
+        if "plain" not in vars(type(layer)):
             left_alone[names[layer]] = f"its class was changed to {type(layer).__name__} after centring"
         elif type(layer.weight) is not nn.Parameter:
             left_alone[names[layer]] = f"its weight is a {type(layer.weight).__name__}"
@@ -154,7 +154,7 @@ def _bake(layer: CenteredWeights) -> None:
     with torch.no_grad():
         layer.weight.copy_(layer.centered_weight())
     del layer.weight_offset
-    layer.__class__ = PLAIN[type(layer)]  # type: ignore[assignment]
+    layer.__class__ = layer.plain  # type: ignore[assignment]
 
 
 # ---------------------------------------------------------------------------------------- decide now or at first pass

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..recalibration.batches import Forward
 from ..recalibration.text import counted, grouped, shown
-from .layers import CENTERED, CenteredWeights, filter_means
+from .layers import CENTERED, CenteredWeights, centered_class, filter_means, torch_class
 from .uses import Uses, trace_uses
 
 Where = Callable[[str, nn.Module], bool]
@@ -45,7 +45,9 @@ class Plan:
     def apply(self) -> None:
         """Centre the layers and log the result."""
         for layer, offset in self.offsets.items():
-            layer.__class__ = CENTERED[type(layer)]
+            centered = centered_class(type(layer))
+            assert centered is not None, "`_reason_in_build` has asked"
+            layer.__class__ = centered
             layer.register_buffer("weight_offset", offset)
         level = logging.WARNING if self.warns or not self.offsets else logging.INFO
         report(level, f"center_weights: {counted(len(self.offsets), 'layer')} centred", self.left_alone)
@@ -123,8 +125,8 @@ def _reason_in_build(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
         return "it is parametrised"
     if "forward" in vars(layer):
         return "it has a custom forward"
-    if type(layer) not in CENTERED:
-        return f"{type(layer).__name__} is a subclass of {_torch_class(layer).__name__}"
+    if centered_class(type(layer)) is None:
+        return f"{type(layer).__name__} is a {torch_class(type(layer)).__name__} with a forward of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks"
     weight = layer._parameters.get("weight")
@@ -137,10 +139,6 @@ def _reason_in_weight(layer: nn.Module, uses: Uses) -> str | None:
     """Which other operations use the weight, which would no longer be the filters, or None."""
     others = uses.weight_used_by[layer]
     return f"its weight is also used by {', '.join(sorted(others))}" if others else None
-
-
-def _torch_class(layer: nn.Module) -> type[nn.Module]:
-    return next(plain for plain in CENTERED if isinstance(layer, plain))
 
 
 def _offset(layer: nn.Module, uses: Uses) -> Tensor:

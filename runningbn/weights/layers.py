@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class CenteredWeights(nn.Module):
     filter. A checkpoint without it is from a plain layer: the offsets are then the means of its filters.
     """
 
+    # The class of the same layer without centred filters.
+    plain: ClassVar[type[nn.Module]]
     weight: Tensor
     weight_offset: Tensor
 
@@ -126,4 +128,41 @@ CENTERED: dict[type[nn.Module], type[CenteredWeights]] = {
     nn.ConvTranspose2d: CenteredConvTranspose2d,
     nn.ConvTranspose3d: CenteredConvTranspose3d,
 }
-PLAIN = {centered: plain for plain, centered in CENTERED.items()}
+for _plain, _centered in CENTERED.items():
+    _centered.plain = _plain
+
+
+def torch_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of torch that a class of layers is, or is derived from."""
+    return next(plain for plain in CENTERED if issubclass(cls, plain))
+
+
+def centered_class(cls: type[nn.Module]) -> type[CenteredWeights] | None:
+    """The class with centred filters for layers of a class; None if its forward is not that of torch's layer.
+
+    For a subclass of torch's layer, it is derived from that, too, so that its methods and ``isinstance`` still work.
+    """
+    base = torch_class(cls)
+    if cls.forward is not base.forward:
+        return None
+    if cls is base:
+        return CENTERED[base]
+    if cls not in _made:
+        members = {"__module__": __name__, "__doc__": f"``{cls.__name__}`` with centred filters.", "plain": cls}
+        _made[cls] = type(f"Centered{cls.__name__}", (CENTERED[base], cls), {**members, "__reduce_ex__": _reduced})
+    return _made[cls]
+
+
+_made: dict[type[nn.Module], type[CenteredWeights]] = {}
+
+
+def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
+    """``__reduce_ex__`` for pickles and copies: the class is in no module, so it is created again on loading."""
+    return _empty, (layer.plain,), layer.__getstate__() if hasattr(layer, "__getstate__") else dict(vars(layer))
+
+
+def _empty(plain: type[nn.Module]) -> CenteredWeights:
+    cls = centered_class(plain)
+    if cls is None:
+        raise TypeError(f"{plain.__name__} has a forward of its own now; layers of it with centred filters had none")
+    return cls.__new__(cls)
