@@ -176,15 +176,15 @@ def update_gradient(
     """Let sums that came from elsewhere enter the state; s·G0 and s·G1, see `update.update_gradient`."""
     like = state.sum_dy
     count = n.expand_as(like).contiguous() if isinstance(n, Tensor) else torch.full_like(like, n)
-    of_batch = [getattr(coefficients, name) for name in ("rstd", "trust", "offset", "batch_std")]
-    vectors = [t.contiguous() for t in (*sums, *of_batch)]
-    m0, m1 = torch.empty_like(like), torch.empty_like(like)
+    sums = GradientSums(*(t.contiguous() for t in sums))
+    vectors = [getattr(coefficients, name).contiguous() for name in ("rstd", "trust", "offset", "batch_std")]
+    out = torch.empty_like(like), torch.empty_like(like)
     with on(like.get_device()):
         _kernels().update_gradient_by_sums[(_vectors(len(like)),)](
-            state, *vectors, count, m0, m1, len(like), BC=_VECTOR, **OPTIONS
+            state, sums, *vectors, count, out, len(like), BC=_VECTOR, **OPTIONS
         )
     torch.autograd.graph.increment_version(state)
-    return m0, m1
+    return out
 
 
 @functools.cache
