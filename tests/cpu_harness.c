@@ -7,13 +7,6 @@
 #include <pthread.h>
 #include <stdio.h>
 
-typedef void (*Task)(int64_t begin, int64_t end, void *context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Task task, void *context);
-
-const char *runningbn_initialize(ParallelFor function, const char *most);
-int runningbn_forward(const Forward *f);
-int runningbn_backward(const Backward *b);
-
 typedef struct {
     Task task;
     int64_t index;

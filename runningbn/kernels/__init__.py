@@ -169,16 +169,12 @@ def input_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, m0: Tensor, m1: Tensor
 ) -> Tensor:
     """See `Backend.input_gradient`."""
-    backend = _backend_for_both(dy, x, mean.dtype)
-    backend = backend if backend is aten or is_addressable(weight, x) else aten
-    return backend.input_gradient(dy, x, mean, rstd, weight, m0, m1)
+    return _backend_for_both(dy, x, mean.dtype, weight).input_gradient(dy, x, mean, rstd, weight, m0, m1)
 
 
 def batch_norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Gradients:
     """See `Backend.batch_norm_gradients`."""
-    backend = _backend_for_both(dy, x, mean.dtype)
-    backend = backend if backend is aten or is_addressable(weight, x) else aten
-    return backend.batch_norm_gradients(dy, x, mean, rstd, weight)
+    return _backend_for_both(dy, x, mean.dtype, weight).batch_norm_gradients(dy, x, mean, rstd, weight)
 
 
 def _backend_beside(x: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> Backend:
@@ -187,9 +183,10 @@ def _backend_beside(x: Tensor, dtype: torch.dtype, weight: Tensor | None, bias: 
     return backend if takes_all else aten
 
 
-def _backend_for_both(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Backend:
+def _backend_for_both(dy: Tensor, x: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> Backend:
     backend = backend_for(x, dtype)
-    return backend if backend is aten or backend.supports(dy, dtype) else aten
+    takes_all = backend is aten or (backend.supports(dy, dtype) and is_addressable(weight, x))
+    return backend if takes_all else aten
 
 
 def _checked(name: str, source: str) -> str:

@@ -87,7 +87,7 @@ def training_forward(
     kernels, mode, rule = _kernels(), spec.mode, rule_of(spec.momentum)
     data, in_rows = laid_out(x)
     plan, y = _plan_of(x.shape, in_rows, x.dtype, x.get_device()), torch.empty_like(data)
-    splits = plan.summing[0]
+    splits = plan.summing.splits
     statistics, measured = State(*prepared[: len(State._fields)]), prepared[len(State._fields) :]
     noise = NoiseState(*measured) if measured else None
     rows = statistics.shift.new_empty((len(mode.coefficients), x.shape[1]))
@@ -111,7 +111,7 @@ def training_forward(
         )  # fmt: skip
         if splits > 1:
             launch(
-                plan.launches, "affine_map", kernels.affine_map, plan.blocks * plan.mapping[0], (data, y, scratch),
+                plan.launches, "affine_map", kernels.affine_map, plan.blocks * plan.mapping.splits, (data, y, scratch),
                 (*plan.sizes, *plan.mapping, splits), plan.tile,
             )  # fmt: skip
     if updates:
@@ -129,7 +129,7 @@ def training_backward(
     data, in_rows = laid_out(x)
     of_y = laid_out_like(dy, data)
     plan = _plan_of(x.shape, in_rows, x.dtype, x.get_device())
-    splits = plan.summing[0]
+    splits = plan.summing.splits
     sums = rows.new_empty((2, channels))
     scratch = arrived = None
     if splits > 1:
@@ -146,7 +146,7 @@ def training_backward(
         )  # fmt: skip
         if splits > 1 and dx is not None:
             launch(
-                plan.launches, ("input_gradient", dy.dtype), kernels.input_gradient, plan.blocks * plan.mapping[0],
+                plan.launches, ("input_gradient", dy.dtype), kernels.input_gradient, plan.blocks * plan.mapping.splits,
                 (of_y, data, dx, scratch, rows), (*plan.sizes, *plan.mapping, splits), plan.tile,
             )  # fmt: skip
     if prepared is not None:
@@ -176,15 +176,15 @@ def update_gradient(
     """Let sums that came from elsewhere enter the state; s·G0 and s·G1, see `update.update_gradient`."""
     like = state.sum_dy
     count = n.expand_as(like).contiguous() if isinstance(n, Tensor) else torch.full_like(like, n)
-    of_batch = [getattr(coefficients, name) for name in ("rstd", "trust", "offset", "batch_std")]
-    vectors = [t.contiguous() for t in (*sums, *of_batch)]
-    m0, m1 = torch.empty_like(like), torch.empty_like(like)
+    sums = GradientSums(*(t.contiguous() for t in sums))
+    vectors = [getattr(coefficients, name).contiguous() for name in ("rstd", "trust", "offset", "batch_std")]
+    out = torch.empty_like(like), torch.empty_like(like)
     with on(like.get_device()):
         _kernels().update_gradient_by_sums[(_vectors(len(like)),)](
-            state, *vectors, count, m0, m1, len(like), BC=_VECTOR, **OPTIONS
+            state, sums, *vectors, count, out, len(like), BC=_VECTOR, **OPTIONS
         )
     torch.autograd.graph.increment_version(state)
-    return m0, m1
+    return out
 
 
 @functools.cache

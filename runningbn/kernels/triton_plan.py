@@ -31,13 +31,20 @@ _MERGED_AT_ONCE, _FEW_SPLITS = 1024, 16
 LARGEST_SIZE, MOST_CHANNELS = 2**31 - 2**13, 2**20
 
 
+class Share(NamedTuple):
+    """How the tiles of a block of channels are shared out: the number of splits, and of tiles in each but the last."""
+
+    splits: int
+    tiles: int
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
     """How the elements of an input are shared out.
 
     Attributes:
         sizes: outer, channels, inner.
-        summing, mapping: (splits, tiles of each) of the two launches; one split is summed and mapped in one launch.
+        summing, mapping: of the two launches; one split is summed and mapped in one launch.
         tile: what the shape of a tile is, and the number of threads.
         at_once: BP.
         blocks: blocks of channels.
@@ -45,8 +52,8 @@ class Plan:
     """
 
     sizes: tuple[int, int, int]
-    summing: tuple[int, int]
-    mapping: tuple[int, int]
+    summing: Share
+    mapping: Share
     tile: dict[str, Any]
     at_once: int
     blocks: int
@@ -64,12 +71,12 @@ def plan(rows: bool, outer: int, channels: int, inner: int, double: bool, device
     shape = at_once if is_at_once else _tile_of_splits(rows, outer, channels, inner, tile)
     blocks, tiles = shape.blocks(channels), shape.tiles(outer, inner)
 
-    def shared_out(programs: int) -> tuple[int, int]:
+    def shared_out(programs: int) -> Share:
         of_split = min(ceil(tiles, max(programs * device.multiprocessors // blocks, 1)), _LARGEST_SPLIT)
-        return ceil(tiles, of_split), of_split
+        return Share(ceil(tiles, of_split), of_split)
 
-    summing, mapping = (1, tiles) if is_at_once else shared_out(_SUMMING), shared_out(_MAPPING)
-    few = summing[0] <= _FEW_SPLITS
+    summing, mapping = Share(1, tiles) if is_at_once else shared_out(_SUMMING), shared_out(_MAPPING)
+    few = summing.splits <= _FEW_SPLITS
     return Plan(
         sizes=(outer, channels, inner),
         summing=summing,

@@ -1,16 +1,21 @@
 """What the Triton kernels do for each channel: `ops.update` and `momentum` as device functions.
 
-Shapes: everything is (BC,), the channels `c` of a program, of which some may not exist. W is the dtype of the
-arithmetic; what is stored is rounded to that of the buffers.
+Shapes: everything is (BC,), the channels of a program, its `own`, see `Channels`. W is the dtype of the arithmetic;
+what is stored is rounded to that of the buffers.
+
+A `law.Law` and a `momentum.RuleCode` come in bits, see `from_bits`.
 """
 
 # mypy: ignore-errors
 # Triton compiles these functions from their source; their arguments are pointers, numbers and tiles, and have no types.
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..momentum import RULES
+from .triton_vectors import at_least, from_bits, load_wide, not_negative, rounded
 
 # Rules for the weight of a batch, see momentum.py.
 CONSTANT = tl.constexpr(RULES.index("CONSTANT"))
@@ -24,67 +29,46 @@ _TINY32, _EPS32, _MAX32 = (tl.constexpr(2.0**-126), tl.constexpr(2.0**-23), tl.c
 _TINY64, _EPS64, _MAX64 = (tl.constexpr(2.0**-1022), tl.constexpr(2.0**-52), tl.constexpr((2 - 2.0**-52) * 2.0**1023))
 
 
-@triton.jit
-def from_bits(bits, W: tl.constexpr):
-    """The float64 of these bits, which come as an integer, in W."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(W)
+class BatchMoments(NamedTuple):
+    """A batch, per channel.
+
+    Attributes:
+        mean: float64.
+        squares: Σ(x − mean)², in W.
+        n: number of elements, in W.
+        samples: N, in W.
+    """
+
+    mean: tl.tensor
+    squares: tl.tensor
+    n: tl.tensor
+    samples: tl.tensor
 
 
 @triton.jit
-def load_wide(vector, c, exists, W: tl.constexpr):
-    """What a vector has for these channels, in W."""
-    return tl.load(vector + c, mask=exists, other=0).to(W)
-
-
-@triton.jit
-def at_least(value, bound):
-    """The larger of the two; NaN stays."""
-    return tl.where(value < bound, bound, value)
-
-
-@triton.jit
-def not_negative(value):
-    """Rounding may leave a tiny negative difference for a constant channel."""
-    return at_least(value, 0)
-
-
-@triton.jit
-def rounded(value, dtype: tl.constexpr, W: tl.constexpr):
-    """As it will be read again from a buffer of that dtype."""
-    return value.to(dtype).to(W)
-
-
-@triton.jit
-def store_rows(matrix, begin: tl.constexpr, rows, channels, c, exists):
-    """Rows from `begin` on to the same rows of a matrix with `channels` columns."""
-    for i in tl.static_range(begin, len(rows)):
-        tl.store(matrix + i * channels + c, rows[i].to(matrix.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def affine(mean, rstd, weight, bias, c, exists, W: tl.constexpr):
+def affine(mean, rstd, weight, bias, own, W: tl.constexpr):
     """(x − mean)·slope + base, with what rounding takes from the mean in the base: it may have more digits than W."""
     slope = rstd
     if weight is not None:
-        slope *= load_wide(weight, c, exists, W)
+        slope *= load_wide(weight, own, W)
     base = (mean.to(W).to(mean.dtype) - mean).to(W) * slope
     if bias is not None:
-        base += load_wide(bias, c, exists, W)
+        base += load_wide(bias, own, W)
     return mean.to(W), slope, base
 
 
 @triton.jit
-def batch_weight(RULE: tl.constexpr, rule_a, rule_b, rule_c, batch, state, c, exists, W: tl.constexpr):
-    """a, (BC,), in W, see momentum.py; `rule_a` to `rule_c` are the arguments of the rule in bits."""
-    first = from_bits(rule_a, W)
-    samples = load_wide(state.samples, c, exists, W)
-    if RULE == CUMULATIVE:
-        result = 1 / (load_wide(state.steps, c, exists, W) + 1)
-    elif RULE == SQUARE_ROOT:
+def batch_weight(rule, batch, state, own, W: tl.constexpr):
+    """a, (BC,), in W, see momentum.py; `batch` is the number of samples."""
+    first = from_bits(rule.first, W)
+    samples = load_wide(state.samples, own, W)
+    if rule.rule == CUMULATIVE:
+        result = 1 / (load_wide(state.steps, own, W) + 1)
+    elif rule.rule == SQUARE_ROOT:
         result = samples * 0 + (1 - (1 - first) / tl.sqrt(at_least(batch - 1, 1)))
-    elif RULE == HORIZON:
+    elif rule.rule == HORIZON:
         # samples, start, fraction
-        horizon = at_least(from_bits(rule_c, W) * samples, from_bits(rule_b, W))
+        horizon = at_least(from_bits(rule.third, W) * samples, from_bits(rule.second, W))
         result = -_expm1(-batch / tl.where(horizon > first, first, horizon), W)
     else:
         result = samples * 0 + first
@@ -110,16 +94,8 @@ def _expm1(u, W: tl.constexpr):
 
 
 @triton.jit
-def enter(
-    mean, squares, n, a, batch_samples, state, floor, few, c, exists,
-    WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """`update._enter` and what sets the running statistics, of a batch with weight a.
-
-    Args:
-        mean: of the batch, float64.
-        squares, n: Σ(x − mean)² and number of elements, in W.
-        floor, few: the least variance that is used below so many samples, in W.
+def enter(batch, a, state, law, own, WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, W: tl.constexpr):
+    """`update._enter` and what sets the running statistics, of a `BatchMoments` with weight a.
 
     Returns:
         What `recalled` would find in the buffers.
@@ -128,15 +104,17 @@ def enter(
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     EPS: tl.constexpr = _EPS64 if dtype == tl.float64 else _EPS32
     MAX: tl.constexpr = _MAX64 if dtype == tl.float64 else _MAX32
-    shift, count = load_wide(state.shift, c, exists, W), load_wide(state.count, c, exists, W)
-    count_sqrs, debias = load_wide(state.count_sqrs, c, exists, W), load_wide(state.debias, c, exists, W)
-    samples = load_wide(state.samples, c, exists, W)
+    floor, few = from_bits(law.variance_floor, W), from_bits(law.warmup_samples, W)
+    mean, squares, n = batch.mean, batch.squares, batch.n
+    shift, count = load_wide(state.shift, own, W), load_wide(state.count, own, W)
+    count_sqrs, debias = load_wide(state.count_sqrs, own, W), load_wide(state.debias, own, W)
+    samples = load_wide(state.samples, own, W)
 
     # Nothing may enter that is not finite, nor so far away that its square is not.
     distance = (mean - shift.to(mean.dtype)).to(W)
     finite = squares + n * distance * distance <= MAX
     a = tl.where(finite, a, 0)
-    enters = exists & (a != 0)
+    enters = own.exists & (a != 0)
     distance, squares = tl.where(finite, distance, 0), tl.where(finite, squares, 0)
     keep = 1 - a
     # Elements per unit of weight: those of the batch where none were counted yet.
@@ -152,15 +130,15 @@ def enter(
     pivot = rounded(shift + distance * (gain * n / at_least(total, TINY)), dtype, W)
     d = pivot - shift
     e = d - distance
-    sums = load_wide(state.sums, c, exists, W)
+    sums = load_wide(state.sums, own, W)
     moved = sums - count * d
-    sqrs = kept * (load_wide(state.sqrs, c, exists, W) - d * (sums + moved)) + gain * (squares + n * e * e)
+    sqrs = kept * (load_wide(state.sqrs, own, W) - d * (sums + moved)) + gain * (squares + n * e * e)
     sqrs = rounded(sqrs, dtype, W)
     sums = rounded(kept * moved - gain * n * e, dtype, W)
     count_sqrs = rounded(kept * kept * count_sqrs + gain * gain * n, dtype, W)
     count = tl.where(enters, rounded(total, dtype, W), count)
-    samples = tl.where(enters, rounded(samples + batch_samples, dtype, W), samples)
-    steps = load_wide(state.steps, c, exists, W) + 1
+    samples = tl.where(enters, rounded(samples + batch.samples, dtype, W), samples)
+    steps = load_wide(state.steps, own, W) + 1
     gain = tl.where(enters, gain, 0)
 
     divisor = at_least(count, TINY)
@@ -171,40 +149,41 @@ def enter(
     else:
         # Bessel's correction for weighted elements, see state.unbiased.
         of_state /= at_least(1 - count_sqrs / at_least(divisor * divisor, TINY), EPS)
-    mean = tl.where(enters, rounded(pivot + offset, dtype, W), load_wide(state.running_mean, c, exists, W))
-    var = tl.where(enters, rounded(of_state, dtype, W), load_wide(state.running_var, c, exists, W))
+    mean = tl.where(enters, rounded(pivot + offset, dtype, W), load_wide(state.running_mean, own, W))
+    var = tl.where(enters, rounded(of_state, dtype, W), load_wide(state.running_var, own, W))
 
     # Several threads may hold the values of one channel, and one of them stores: not before all have loaded.
     tl.debug_barrier()
     # Channels that ignore the batch keep their bits.
-    tl.store(state.shift + c, pivot.to(dtype), mask=enters)
-    tl.store(state.sums + c, sums.to(dtype), mask=enters)
-    tl.store(state.sqrs + c, sqrs.to(dtype), mask=enters)
-    tl.store(state.count + c, count.to(dtype), mask=enters)
-    tl.store(state.count_sqrs + c, count_sqrs.to(dtype), mask=enters)
-    tl.store(state.debias + c, (a + keep * debias).to(dtype), mask=enters)
-    tl.store(state.running_mean + c, mean.to(dtype), mask=enters)
-    tl.store(state.running_var + c, var.to(dtype), mask=enters)
-    tl.store(state.samples + c, samples.to(dtype), mask=enters)
-    tl.store(state.steps + c, steps.to(dtype), mask=enters)
-    tl.store(state.last_keep + c, keep.to(dtype), mask=exists)
-    tl.store(state.last_gain + c, gain.to(dtype), mask=exists)
+    tl.store(state.shift + own.c, pivot.to(dtype), mask=enters)
+    tl.store(state.sums + own.c, sums.to(dtype), mask=enters)
+    tl.store(state.sqrs + own.c, sqrs.to(dtype), mask=enters)
+    tl.store(state.count + own.c, count.to(dtype), mask=enters)
+    tl.store(state.count_sqrs + own.c, count_sqrs.to(dtype), mask=enters)
+    tl.store(state.debias + own.c, (a + keep * debias).to(dtype), mask=enters)
+    tl.store(state.running_mean + own.c, mean.to(dtype), mask=enters)
+    tl.store(state.running_var + own.c, var.to(dtype), mask=enters)
+    tl.store(state.samples + own.c, samples.to(dtype), mask=enters)
+    tl.store(state.steps + own.c, steps.to(dtype), mask=enters)
+    tl.store(state.last_keep + own.c, keep.to(dtype), mask=own.exists)
+    tl.store(state.last_gain + own.c, gain.to(dtype), mask=own.exists)
     return mean, var, rounded(keep, dtype, W), rounded(gain, dtype, W), count, samples
 
 
 @triton.jit
-def recalled(state, c, exists, W: tl.constexpr):
+def recalled(state, own, W: tl.constexpr):
     """running_mean, running_var, last_keep, last_gain, count and samples, (BC,), in W."""
-    mean, var = load_wide(state.running_mean, c, exists, W), load_wide(state.running_var, c, exists, W)
-    keep, gain = load_wide(state.last_keep, c, exists, W), load_wide(state.last_gain, c, exists, W)
-    return mean, var, keep, gain, load_wide(state.count, c, exists, W), load_wide(state.samples, c, exists, W)
+    mean, var = load_wide(state.running_mean, own, W), load_wide(state.running_var, own, W)
+    keep, gain = load_wide(state.last_keep, own, W), load_wide(state.last_gain, own, W)
+    return mean, var, keep, gain, load_wide(state.count, own, W), load_wide(state.samples, own, W)
 
 
 @triton.jit
-def exact_coefficients(of_state, floor, few, dtype: tl.constexpr, W: tl.constexpr):
+def exact_coefficients(of_state, law, dtype: tl.constexpr, W: tl.constexpr):
     """mean, var, kappa_mean, kappa_var as in `update.Coefficients`, in W; `of_state` as `recalled`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     mean, var, _, gain, count, samples = of_state
+    floor, few = from_bits(law.variance_floor, W), from_bits(law.warmup_samples, W)
     kappa = gain / at_least(count, TINY)
     floored = (var <= rounded(floor, dtype, W)) & (samples < few)
     return mean, var, kappa, tl.where(floored, 0, kappa)
@@ -212,26 +191,28 @@ def exact_coefficients(of_state, floor, few, dtype: tl.constexpr, W: tl.constexp
 
 @triton.jit
 def running_coefficients(
-    of_state, batch_mean, squares, n, batch_samples, noise, max_lag, lag_noise, trust_noise, window, c, exists,
-    dtype: tl.constexpr, UPDATES: tl.constexpr, W: tl.constexpr,
+    of_state, batch, noise, law, own, dtype: tl.constexpr, UPDATES: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
     """mean, var, trust, offset, batch_std as in `update.RunningCoefficients`, in W; see `law`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
+    max_lag, lag_noise = from_bits(law.max_lag, W), from_bits(law.lag_noise, W)
+    trust_noise, window = from_bits(law.trust_noise, W), from_bits(law.window, W)
     mean, var, keep, gain, _, _ = of_state
+    batch_mean, squares, n, batch_samples = batch.mean.to(W), batch.squares, batch.n, batch.samples
     ignored = gain == 0
     batch_var = squares / tl.where(n > 0, n, 1)
-    measured = load_wide(noise.noise, c, exists, W)
+    measured = load_wide(noise.noise, own, W)
     if UPDATES:
-        steps = load_wide(noise.noise_steps, c, exists, W)
-        difference = batch_mean - load_wide(noise.last_mean, c, exists, W)
+        steps = load_wide(noise.noise_steps, own, W)
+        difference = batch_mean - load_wide(noise.last_mean, own, W)
         observed = 0.5 * difference * difference / at_least(tl.where(batch_var > var, batch_var, var), TINY)
         observed = tl.where((steps == 0) | (observed > 1), 1, observed) * batch_samples
         new = measured + (observed - measured) / tl.where(steps + 1 > window, window, steps + 1)
         measured = tl.where(ignored, measured, rounded(new, dtype, W))
         tl.debug_barrier()  # as in `enter`
-        tl.store(noise.noise + c, measured.to(dtype), mask=exists & ~ignored)
-        tl.store(noise.noise_steps + c, (steps + 1).to(dtype), mask=exists & ~ignored)
-        tl.store(noise.last_mean + c, batch_mean.to(dtype), mask=exists & ~ignored)
+        tl.store(noise.noise + own.c, measured.to(dtype), mask=own.exists & ~ignored)
+        tl.store(noise.noise_steps + own.c, (steps + 1).to(dtype), mask=own.exists & ~ignored)
+        tl.store(noise.last_mean + own.c, batch_mean.to(dtype), mask=own.exists & ~ignored)
 
     measured = measured / tl.where(batch_samples > 0, batch_samples, 1)
     measured = tl.where(measured > 1, 1, measured)
@@ -252,7 +233,9 @@ def running_coefficients(
 
 
 @triton.jit
-def update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_std, n, c, exists, W: tl.constexpr):
+def update_gradient(
+    gradient, sum_dy, sum_dy_xhat, n, rstd, trust, offset, batch_std, own, W: tl.constexpr
+):  # fmt: skip
     """`update.update_gradient`: G0 and G1, (BC,), in W, times the factor of `law.bounded`."""
     dtype = gradient.sum_dy.dtype.element_ty
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
@@ -260,15 +243,15 @@ def update_gradient(gradient, sum_dy, sum_dy_xhat, rstd, trust, offset, batch_st
     EPS: tl.constexpr = _EPS64 if dtype == tl.float64 else _EPS32
     finite = (tl.abs(sum_dy) <= MAX) & (tl.abs(sum_dy_xhat) <= MAX)
     p0, p1 = sum_dy / n, sum_dy_xhat / n
-    first, second = load_wide(gradient.sum_dy, c, exists, W), load_wide(gradient.sum_dy_xhat, c, exists, W)
-    count, keep = load_wide(gradient.count_dy, c, exists, W), 1 - trust
+    first, second = load_wide(gradient.sum_dy, own, W), load_wide(gradient.sum_dy_xhat, own, W)
+    count, keep = load_wide(gradient.count_dy, own, W), 1 - trust
     first = tl.where(finite, rounded(keep * first + trust * p0, dtype, W), first)
     second = tl.where(finite, rounded(keep * second + trust * p1, dtype, W), second)
     count = tl.where(finite, rounded(keep * count + trust, dtype, W), count)
     tl.debug_barrier()  # as in `enter`
-    tl.store(gradient.sum_dy + c, first.to(dtype), mask=exists & finite)
-    tl.store(gradient.sum_dy_xhat + c, second.to(dtype), mask=exists & finite)
-    tl.store(gradient.count_dy + c, count.to(dtype), mask=exists & finite)
+    tl.store(gradient.sum_dy + own.c, first.to(dtype), mask=own.exists & finite)
+    tl.store(gradient.sum_dy_xhat + own.c, second.to(dtype), mask=own.exists & finite)
+    tl.store(gradient.count_dy + own.c, count.to(dtype), mask=own.exists & finite)
     count = at_least(count, TINY)
     m0, m1 = first / count, second / count
 

@@ -9,7 +9,10 @@ See `triton_kernels` for the shapes and the names.
 import triton
 import triton.language as tl
 
-from .triton_state import not_negative
+from .triton_vectors import not_negative
+
+# Arguments of every kernel that takes x.
+SIZES = ["outer", "channels", "inner", "splits", "tiles"]
 
 
 @triton.jit
@@ -102,16 +105,15 @@ def load_shared(pointer, mask, dtype: tl.constexpr):
 
 @triton.jit
 def merged(
-    scratch, c, exists, outer, channels, inner, splits, tiles,
-    BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+    scratch, own, outer, inner, splits, tiles, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr
 ):  # fmt: skip
     """Mean, float64, and squares about it, Σ(x − mean)², from the partial sums of all splits, BP at a time, in order.
 
     Means are distances from the pivot of the first split, which is near the others: they have all their digits.
     """
     dtype = scratch.dtype.element_ty
-    step = splits.to(tl.int64) * channels
-    pivot = load_shared(scratch + c, exists, dtype)
+    step = splits.to(tl.int64) * own.total
+    pivot = load_shared(scratch + own.c, own.exists, dtype)
     n = tl.zeros([BP, BC], dtype)
     mean = tl.zeros([BP, BC], dtype)
     squares = tl.zeros([BP, BC], dtype)
@@ -119,8 +121,8 @@ def merged(
         p = start + tl.arange(0, BP)
         begin = elements_before(p * tiles, outer, inner, BN, BS)
         of_split = (elements_before((p + 1) * tiles, outer, inner, BN, BS) - begin).to(dtype)[:, None]
-        known = (p < splits)[:, None] & exists[None, :]
-        row = scratch + p[:, None].to(tl.int64) * channels + c[None, :]
+        known = (p < splits)[:, None] & own.exists[None, :]
+        row = scratch + p[:, None].to(tl.int64) * own.total + own.c[None, :]
         sums = load_shared(row + step, known, dtype)
         offset = sums / tl.where(of_split > 0, of_split, 1)
         distance = tl.where(known, (load_shared(row, known, dtype) - pivot[None, :]) + offset, 0)

@@ -74,6 +74,14 @@ typedef struct {
     BACKWARD_FIELDS(INTEGER_FIELD, POINTER_FIELD, DOUBLE_FIELD)
 } Backward;
 
+/* What other libraries call; see cpu.c. */
+typedef void (*Task)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Task task, void *context);
+const char *runningbn_interface(void);
+const char *runningbn_initialize(ParallelFor function, const char *most);
+int runningbn_forward(const Forward *f);
+int runningbn_backward(const Backward *b);
+
 /* What cpu_library.py compares with its own, so that it never calls a library that was built from other sources. */
 #define AS_NAME(name) #name " "
 #define AS_INTEGER(name) "I:" #name " "

@@ -7,9 +7,6 @@
 #define BLOCK (1 << 15) /* elements that are mapped at a time, of rows */
 #define MANY 512        /* channels whose statistics are worth sharing out among the threads */
 
-typedef void (*Task)(int64_t begin, int64_t end, void *context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Task task, void *context);
-
 static ParallelFor parallel_for; /* told by `runningbn_initialize` */
 
 /* One call, forward or backward, as `execute` in cpu.c prepares it. */

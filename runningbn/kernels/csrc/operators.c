@@ -28,9 +28,6 @@ typedef struct {
 
 enum { TORCH_FLOAT = 6, TORCH_DOUBLE = 7, TORCH_INT64 = 4, TORCH_CPU = 0 };
 
-int runningbn_forward(const Forward *f);
-int runningbn_backward(const Backward *b);
-
 static Torch torch;
 
 void runningbn_initialize_operators(const Torch *functions) { torch = *functions; }
