@@ -256,7 +256,8 @@ def update_gradient(
     m0, m1 = first / count, second / count
 
     offset, spread = offset * rstd, batch_std * rstd
-    varies = spread * spread > EPS * offset * offset
+    # In this order: the interpreter of Triton 3.8 makes no tensor of a constant times a tensor.
+    varies = spread * spread > offset * EPS * offset
     along = tl.where(varies, (p1 - offset * p0) / at_least(spread, TINY), 0)
     constant, slope = m0 + offset * m1, spread * m1
     of_batch, of_memory = _hypot(p0, along), _hypot(constant, slope)
