@@ -21,7 +21,6 @@ from .cpu_calls import (
     CODES,
     FORWARD_BUFFERS,
     GIVEN_WEIGHT,
-    STATISTICS,
     SUMS,
     UPDATE,
     Data,
@@ -38,7 +37,7 @@ from .cpu_calls import (
     vector_or_none,
 )  # fmt: skip
 from .cpu_library import Backward, Forward, library
-from .layout import addresses, is_memory
+from .layout import STATISTICS, addresses, is_memory
 
 # `var` takes the place of `rstd` in what an update returns.
 _VECTORS = {mode: tuple("var" if name == "rstd" else name for name in mode.coefficients) for mode in Mode}

@@ -14,15 +14,10 @@ from ..ops.law import Law
 from ..ops.spec import Mode, StepSpec
 from ..ops.state import NoiseState, State, Sums
 from .cpu_library import DTYPES, STAGES, Backward, Forward
-from .layout import laid_out_like
+from .layout import STATISTICS, laid_out_like
 
 SUMS, UPDATE, APPLY = (1 << i for i in range(len(STAGES)))
 CODES = {getattr(torch, name.lower()): code for code, name in enumerate(DTYPES)}
-# The dtype of the statistics beside data of a dtype.
-STATISTICS = {
-    torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32,
-    torch.float64: torch.float64,
-}  # fmt: skip
 BATCH = tuple(f"batch_{name}" for name in Sums._fields)
 FORWARD_BUFFERS = (*State._fields, *NoiseState._fields)
 

@@ -17,6 +17,11 @@ from torch.nn import Parameter
 
 from ..ops.compat import number_of_dispatch_modes
 
+# What fused kernels take: the dtype of the statistics beside data of a dtype.
+STATISTICS = {
+    torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}  # fmt: skip
 # Subclasses want to see operations, and may have no memory of their own.
 _PLAIN = Tensor, Parameter
 

@@ -22,7 +22,7 @@ from ..ops.spec import Coefficients, Mode, StepSpec
 from ..ops.state import Batch, GradientState, LayerState, NoiseState, State, Sums
 from .aten import batch_norm, batch_norm_gradients, batch_sums, gradient_sums, input_gradient, normalize
 from .contract import Gradients, GradientSums
-from .layout import addresses, is_memory, laid_out, laid_out_like
+from .layout import STATISTICS, addresses, is_memory, laid_out, laid_out_like
 from .triton_devices import INTERPRETED, unavailable
 from .triton_devices import device as device_of
 from .triton_launch import OPTIONS, counter, launch, on
@@ -47,10 +47,6 @@ __all__ = [
 
 Buffers = TypeVar("Buffers", bound=tuple[Tensor, ...])
 
-_STATISTICS = {
-    torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float16: torch.float32,
-    torch.float64: torch.float64,
-}  # fmt: skip
 # Channels of a program that knows no data.
 _VECTOR = 128
 
@@ -69,7 +65,7 @@ def supports(x: Tensor, dtype: torch.dtype) -> bool:
     return (
         (x.is_cuda or x.is_cpu)
         and _can_use(x.get_device())
-        and _STATISTICS.get(x.dtype) is dtype
+        and STATISTICS.get(x.dtype) is dtype
         and is_memory(x)
         and (x.dim() < 2 or (x.shape[1] <= MOST_CHANNELS and x.numel() // x.shape[1] <= LARGEST_SIZE))
     )
