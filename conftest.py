@@ -34,5 +34,18 @@ def pytest_collection() -> Iterator[Any]:
     gc.enable()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n`, workers begin far from each other and take over what another has not begun.
+
+    So most of what a file makes for several of its tests (models, builds, processes) is made by one worker only.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 # At the end nothing is exempt: extensions report what is left of their classes.
 atexit.register(gc.unfreeze)
