@@ -9,6 +9,7 @@ import datetime
 import functools
 import multiprocessing
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Processes:
             return f"ended with exit code {process.exitcode}", b""
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         store = tempfile.mktemp(prefix="runningbn-test-store-")
         for rank in range(self.size):
             connection, theirs = context.Pipe()
@@ -70,6 +71,15 @@ class Processes:
             process.join()
             connection.close()
         self.workers = []
+
+
+def _context() -> Any:
+    """On Linux, processes are forked from one that has imported torch, and no more: to import it takes seconds."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._inductor"])  # the latter for deterministic algorithms
+    return context
 
 
 def _work(rank: int, size: int, store: str, connection: Any) -> None:

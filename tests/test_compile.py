@@ -71,8 +71,13 @@ def assert_steps_agree(eager, copied, compiled, sizes, shape=(4, 6, 5), loss=lam
             torch.testing.assert_close(got, expected, rtol=2e-5, atol=atol, msg=f"{name} differs")
 
 
-@layers("running", "running-exact", "precise")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+# What aot_eager runs is what inductor gets.
+QUICK = ("running", "running-exact", "precise")
+BY_AOT_EAGER = [pytest.param(LAYERS[name], "aot_eager", id=f"{name}-aot_eager") for name in QUICK]
+BY_INDUCTOR = [pytest.param(LAYERS[name], "inductor", id=f"{name}-inductor", marks=pytest.mark.slow) for name in LAYERS]
+
+
+@pytest.mark.parametrize(("make", "backend"), BY_AOT_EAGER + BY_INDUCTOR)
 def test_steps_equal_eager_in_one_graph(make, backend):
     """And so does evaluation after them."""
     eager, copied, compiled = pair(make, backend=backend)

@@ -546,8 +546,9 @@ def test_which_lightning():
     assert run(base).stdout.startswith("lightning.pytorch")
     assert run(f"import pytorch_lightning; {base}").stdout.startswith("pytorch_lightning")
     hidden = "import sys; sys.modules.update({'lightning': None, 'pytorch_lightning': None}); "
-    assert "ImportError" in run(hidden + base).stderr
-    assert "runningbn[lightning]" in run(hidden + base).stderr
+    told = run(hidden + base).stderr
+    assert "ImportError" in told
+    assert "runningbn[lightning]" in told
 
 
 @pytest.mark.slow

@@ -68,7 +68,11 @@ def test_each_model_gives_the_same_numbers_both_ways(build):
     assert_both_ways_agree(build, picture_batches())
 
 
-@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.id)
+# Every fourth stands for all where time is short.
+MARKS = {case: () if case in IMAGES[::4] else pytest.mark.slow for case in IMAGES}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id, marks=MARKS[case]) for case in IMAGES])
 def test_real_models_give_the_same_numbers_both_ways(case):
     (model, report), (other, _) = both_ways(case.model, case.batches(3))
     assert_statistics(model, statistics(other), 1e-3)

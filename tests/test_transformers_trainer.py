@@ -188,14 +188,15 @@ def check_one_process(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["images", "stream"])
-def test_two_processes(tmp_path, kind):
+def test_two_processes(tmp_path):
+    """With a data set and with a stream, one after the other: the imports of the processes take longer than that."""
     here = Path(__file__).parent
     script = tmp_path / "two.py"
     script.write_text(
         "import sys, pathlib, torch, test_transformers_trainer as t\n"
-        f"t.check_one_process(pathlib.Path(sys.argv[1]), {kind!r})\n"
-        "print('right', flush=True)\n"
+        "for kind in ('images', 'stream'):\n"
+        "    t.check_one_process(pathlib.Path(sys.argv[1]) / kind, kind)\n"
+        "    print('right ' + kind, flush=True)\n"
         "torch.distributed.destroy_process_group()\n"
     )
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -209,4 +210,4 @@ def test_two_processes(tmp_path, kind):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("right") == 2
+    assert [done.stdout.count(f"right {kind}") for kind in ("images", "stream")] == [2, 2]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import each_pair, names_of
 from law_steps import SCENARIOS, Scenario, assert_trains_as_the_reference, step_of
 from steps import assert_identical, buffers_of
 from torch import Tensor
@@ -628,9 +629,9 @@ def test_autograd_can_tell_that_buffers_were_written() -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
-@pytest.mark.parametrize("masked", [False, True], ids=["whole steps", "masked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_pair(
+    scenario=SCENARIOS, masked={"whole steps": False, "masked": True}, dtype=names_of(torch.float32, torch.float64)
+)
 def test_layers_train_as_the_reference(dtype: torch.dtype, masked: bool, scenario: Scenario) -> None:
     """Noise, limits and what is bounded: see law_steps."""
     assert_trains_as_the_reference(scenario, "triton", dtype, masked, DEVICE)
@@ -749,10 +750,13 @@ def test_without_a_gpu_there_is_a_reason() -> None:
     assert not triton.supports(torch.zeros(2, 3), torch.float32)
 
 
+# All together are all tests but those that need no kernel. In parts, so that no worker has all of it.
+IN_SHORT, OF_LAYERS = "test_a_step and small", "train_as"
+THE_REST = (OF_LAYERS, f"not ({OF_LAYERS}) and not ({IN_SHORT}) and not importing")
+
+
 @needs_triton
-@pytest.mark.parametrize(
-    "part", ["test_a_step and small", pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"]
-)
+@pytest.mark.parametrize("part", [IN_SHORT, *(pytest.param(part, marks=pytest.mark.slow) for part in THE_REST)])
 @pytest.mark.skipif(RUNS, reason="every other test here does it")
 def test_in_the_interpreter(part: str) -> None:
     found = run_alone("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", part, __file__, TRITON_INTERPRET="1")
