@@ -176,6 +176,17 @@ class Subclass(nn.Conv2d):
         return super().forward(F.pad(input, (1, 1, 1, 1)))
 
 
+class Keyed(nn.Conv2d):
+    """Its subclasses have to give a key."""
+
+    def __init_subclass__(cls, key: str) -> None:
+        cls.key = key
+
+
+class WithKey(Keyed, key="mine"):
+    pass
+
+
 def with_own_forward() -> nn.Module:
     layer = conv()
     layer.forward = lambda x: F.conv2d(x, layer.weight, layer.bias, padding=1)
@@ -194,6 +205,10 @@ def pruned() -> nn.Module:
 
 BUILT_OTHERWISE = {
     "subclass": (lambda: Subclass(3, 4, 3), "Subclass is a Conv2d with a forward of its own"),
+    "class that cannot be derived from": (
+        lambda: WithKey(3, 4, 3),
+        "no class can be derived from WithKey: Keyed.__init_subclass__() missing 1 required positional argument: 'key'",
+    ),
     "own forward": (with_own_forward, "it has a custom forward"),
     "forward hook": (lambda: with_hook("register_forward_hook"), "it has hooks"),
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "it has hooks"),

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..recalibration.batches import Forward
 from ..recalibration.text import counted, grouped, shown
-from .layers import CENTERED, CenteredWeights, centered_class, filter_means, torch_class
+from .layers import CENTERED, CenteredWeights, centered_class, filter_means, has_own_forward, torch_class
 from .uses import Uses, trace_uses
 
 Where = Callable[[str, nn.Module], bool]
@@ -45,9 +45,7 @@ class Plan:
     def apply(self) -> None:
         """Centre the layers and log the result."""
         for layer, offset in self.offsets.items():
-            centered = centered_class(type(layer))
-            assert centered is not None, "`_reason_in_build` has asked"
-            layer.__class__ = centered
+            layer.__class__ = centered_class(type(layer))
             layer.register_buffer("weight_offset", offset)
         level = logging.WARNING if self.warns or not self.offsets else logging.INFO
         report(level, f"center_weights: {counted(len(self.offsets), 'layer')} centred", self.left_alone)
@@ -125,8 +123,13 @@ def _reason_in_build(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
         return "it is parametrised"
     if "forward" in vars(layer):
         return "it has a custom forward"
-    if centered_class(type(layer)) is None:
-        return f"{type(layer).__name__} is a {torch_class(type(layer)).__name__} with a forward of its own"
+    cls, base = type(layer), torch_class(type(layer))
+    if has_own_forward(cls):
+        return f"{cls.__name__} is a {base.__name__} with a forward of its own"
+    try:
+        centered_class(cls)
+    except Exception as error:
+        return f"no class can be derived from {cls.__name__}: {error}"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks"
     weight = layer._parameters.get("weight")

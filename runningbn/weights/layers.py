@@ -137,14 +137,20 @@ def torch_class(cls: type[nn.Module]) -> type[nn.Module]:
     return next(plain for plain in CENTERED if issubclass(cls, plain))
 
 
-def centered_class(cls: type[nn.Module]) -> type[CenteredWeights] | None:
-    """The class with centred filters for layers of a class; None if its forward is not that of torch's layer.
+def has_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether a subclass of torch's layer has replaced its forward, in which the filters are centred."""
+    return cls.forward is not torch_class(cls).forward
+
+
+def centered_class(cls: type[nn.Module]) -> type[CenteredWeights]:
+    """The class with centred filters for layers of a class without a forward of its own.
 
     For a subclass of torch's layer, it is derived from that, too, so that its methods and ``isinstance`` still work.
+
+    Raises:
+        Exception: whatever a class raises that no other can be derived from.
     """
     base = torch_class(cls)
-    if cls.forward is not base.forward:
-        return None
     if cls is base:
         return CENTERED[base]
     if cls not in _made:
@@ -162,7 +168,7 @@ def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _empty(plain: type[nn.Module]) -> CenteredWeights:
-    cls = centered_class(plain)
-    if cls is None:
+    if has_own_forward(plain):
         raise TypeError(f"{plain.__name__} has a forward of its own now; layers of it with centred filters had none")
+    cls = centered_class(plain)
     return cls.__new__(cls)
