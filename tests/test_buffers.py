@@ -363,6 +363,17 @@ def test_layer_leaves_the_meta_device_empty_and_is_reset_there(cls):
     assert_identical(dict(layer.state_dict()), dict(cls(3).state_dict()))
 
 
+@each_class
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_are_not_assigned_alone_to_a_layer_on_the_meta_device(cls, name):
+    # What seeds the state from them would look at values that are not there.
+    layer = cls(3, device="meta")
+    with pytest.raises(RuntimeError, match=rf"{name}: .* as a whole, by load_state_dict"):
+        setattr(layer, name, torch.ones(3))
+    assert getattr(layer, name).is_meta
+    setattr(layer, name, torch.ones(3, device="meta"))
+
+
 def test_a_replica_of_data_parallel_leaves_the_original_alone():
     # nn.DataParallel shares the buffers with a replica and then assigns copies to it, one by one.
     layer = RunningBatchNorm(3)

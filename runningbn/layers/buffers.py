@@ -31,6 +31,13 @@ PASSING = ("last_keep", "last_gain")
 TRAINING = (*NoiseState._fields, *GradientState._fields)
 CHECKPOINTED = tuple(name for name in OWN_BUFFERS if name not in PASSING)
 
+# Assigned statistics seed the rest of the state, which has no memory there, or is yet to be assigned.
+_ON_META = (
+    "a layer on the meta device takes statistics as a whole, by load_state_dict(..., assign=True), or after to_empty() "
+    "and reset_running_stats(). Loaders that assign tensor by tensor, as from_pretrained of transformers, can load a "
+    "model with torch's layers, and batchnormify converts it then"
+)
+
 
 class PooledStatistics(_BatchNorm):
     """The parameters and buffers of ``nn.BatchNorm``, and the linear state behind its statistics.
@@ -199,6 +206,8 @@ class PooledStatistics(_BatchNorm):
         if not reseeds or self._assigns_all:
             super().__setattr__(name, value)
             return
+        if not value.is_meta and any(buffer is not None and buffer.is_meta for buffer in self._buffers.values()):
+            raise RuntimeError(f"{name}: {_ON_META}")
         if value.dim() != 1:
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {tuple(value.shape)}")
         super().__setattr__(name, plain(value.detach()).to(self._buffers["sums"].dtype, copy=True))  # type: ignore[union-attr]
