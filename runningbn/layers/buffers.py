@@ -201,6 +201,11 @@ class PooledStatistics(_BatchNorm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         reseeds = name in VIEW and isinstance(value, Tensor) and "sums" in self._buffers
+        if name in VIEW and value is None:
+            # Without statistics, a layer has no state, and a state dict no part of one. None can be assigned again.
+            for own in (*OWN_BUFFERS, *self.training_buffers):
+                if own in self._buffers:
+                    self._buffers[own] = None
         if name == "momentum":
             check_momentum(value)
         if not reseeds or self._assigns_all:
@@ -210,7 +215,9 @@ class PooledStatistics(_BatchNorm):
             raise RuntimeError(f"{name}: {_ON_META}")
         if value.dim() != 1:
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {tuple(value.shape)}")
-        super().__setattr__(name, plain(value.detach()).to(self._buffers["sums"].dtype, copy=True))  # type: ignore[union-attr]
+        sums, assigned = self._buffers["sums"], plain(value.detach())
+        dtype = at_least_float32(assigned).dtype if sums is None else sums.dtype
+        super().__setattr__(name, assigned.to(dtype, copy=True))
         self._follow_assignment()
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -227,7 +234,8 @@ class PooledStatistics(_BatchNorm):
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if mean is None or var is None or mean.shape != var.shape:
             return
-        resized = mean.shape != self._buffers["sums"].shape  # type: ignore[union-attr]
+        sums = self._buffers["sums"]
+        resized = sums is None or mean.shape != sums.shape
         self.num_features = len(mean)
         # Tensors of its own, for nn.DataParallel assigns to replicas that still share theirs with the original.
         for own in OWN_BUFFERS:
