@@ -146,6 +146,28 @@ def test_the_top_shows_the_plan():
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 14
 
 
+# What torch makes on its default device, which may be another one than that of the model.
+ON_THE_DEFAULT_DEVICE = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randn",
+    "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+# The demo is a program with models of its own.
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if "demo" not in path.parts], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_tensors_are_made_on_a_device_that_is_named(path):
+    unnamed = []
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call) or "device" in {keyword.arg for keyword in call.keywords}:
+            continue
+        function = call.func
+        if isinstance(function, ast.Attribute) and ast.unparse(function.value) == "torch":
+            unnamed += [ast.unparse(call)] * (function.attr in ON_THE_DEFAULT_DEVICE)
+    assert unnamed == []
+
+
 # More than these are told apart by their names: keyword-only arguments, named tuples, dataclasses.
 MOST_BY_POSITION = 7
 

@@ -139,6 +139,24 @@ def test_reset_layer_trains_as_a_new_one(case: LayerCase):
 
 
 @each_class
+def test_a_layer_without_statistics_takes_new_ones(cls):
+    layer, expected = cls(3), cls(3)
+    training_step(layer, noise((8, 3, 4, 4), 0))
+    mean, var = layer.running_mean, layer.running_var
+    layer.running_mean = layer.running_var = None
+    assert layer.state_dict().keys() == {"weight", "bias", "num_batches_tracked"}
+    assert layer(noise((8, 3, 4, 4), 1)).isfinite().all()
+    expected.num_batches_tracked.fill_(1)
+    for new in (layer, expected):
+        new.running_mean, new.running_var = mean, var
+    assert_identical(dict(layer.state_dict()), dict(expected.state_dict()))
+    for new in (layer, expected):
+        new.zero_grad()
+        training_step(new, noise((8, 3, 4, 4), 2))
+    assert_identical(dict(layer.state_dict()), dict(expected.state_dict()))
+
+
+@each_class
 def test_reset_of_seeded_statistics_forgets_them(cls):
     layer = cls(3)
     assign(layer)
@@ -361,6 +379,17 @@ def test_layer_leaves_the_meta_device_empty_and_is_reset_there(cls):
     layer = cls(3, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
     assert_identical(dict(layer.state_dict()), dict(cls(3).state_dict()))
+
+
+@each_class
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_are_not_assigned_alone_to_a_layer_on_the_meta_device(cls, name):
+    # What seeds the state from them would look at values that are not there.
+    layer = cls(3, device="meta")
+    with pytest.raises(RuntimeError, match=rf"{name}: .* as a whole, by load_state_dict"):
+        setattr(layer, name, torch.ones(3))
+    assert getattr(layer, name).is_meta
+    setattr(layer, name, torch.ones(3, device="meta"))
 
 
 def test_a_replica_of_data_parallel_leaves_the_original_alone():

@@ -209,3 +209,19 @@ def test_native_layer_seeds_like_a_converted_one():
     native = RunningBatchNorm(3)
     native.load_state_dict(pretrained(nn.BatchNorm2d(3)).state_dict())
     assert_identical(buffers_of(native), buffers_of(converted))
+
+
+@each_of_ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_buffers_made_in_inference_mode_are_no_inference_tensors(to, dtype):
+    layer, other = (pretrained(nn.BatchNorm2d(3, dtype=dtype)) for _ in range(2))
+    x = noise((4, 3, 5, 5), 0, dtype)
+    with torch.inference_mode():
+        batchnormify(layer, to)
+    batchnormify(other, to)
+    layer.load_state_dict(layer.state_dict())
+    assert_identical(training_step(layer, x), training_step(other, x))
+    assert_identical(buffers_of(layer), buffers_of(other))
+    with torch.inference_mode():
+        batchnormify(layer, "torch")
+    assert not any(buffer.is_inference() for buffer in layer.buffers())

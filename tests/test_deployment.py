@@ -159,6 +159,26 @@ def test_fx_traces_the_converted_model_around_its_layers(to: str):
     torch.testing.assert_close(traced(x), model(x), rtol=0.0, atol=0.0)
 
 
+@each_of_ours
+def test_fx_refuses_a_training_step_and_what_it_traced_before_is_converted(to: str):
+    _, plain, x = signal_net(to)
+    expected = gradients(batchnormify(copy.deepcopy(plain), to), {"x": x})
+    traced = batchnormify(torch.fx.symbolic_trace(plain.train()), to)
+    found = gradients(traced, {"x": x})
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0.0, atol=0.0)
+    with pytest.raises(RuntimeError, match="Trace the model first and convert what comes out"):
+        torch.fx.symbolic_trace(batchnormify(plain, to))
+
+
+@each_of_ours
+def test_fx_traces_layers_in_training_that_keep_no_statistics(to: str):
+    layer = batchnormify(nn.BatchNorm1d(3), to)
+    layer.track_running_stats = False
+    x = torch.randn(8, 3)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x), rtol=0.0, atol=0.0)
+
+
 def count(model: nn.Module, cls: type[nn.Module]) -> int:
     return sum(isinstance(module, cls) for module in model.modules())
 

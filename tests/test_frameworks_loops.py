@@ -223,3 +223,32 @@ def test_gradient_checkpointing_of_transformers_makes_batchnorm_count_batches_tw
         counts.append({int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")})
     assert 2 in counts[0]
     assert counts[1] == {1}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@each_of_ours
+def test_from_pretrained_of_transformers_loads_what_is_converted_afterwards(to, tmp_path):
+    pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    model, x = mobilevit()
+    cls = type(model)
+
+    class Converted(cls):
+        config_class = cls.config_class
+
+        def __init__(self, config: Any, **kwargs: Any) -> None:
+            super().__init__(config, **kwargs)
+            batchnormify(self, to)
+
+    batchnormify(model.train(), to)
+    training_step(LastHiddenState(model), x)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(x).last_hidden_state
+        found = batchnormify(cls.from_pretrained(tmp_path), to).eval()(x).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+    with pytest.raises(RuntimeError, match="from_pretrained of transformers"):
+        Converted.from_pretrained(tmp_path)
+    again = Converted(model.config)
+    again.load_state_dict(model.state_dict())
+    assert_identical(dict(again.state_dict()), dict(model.state_dict()))

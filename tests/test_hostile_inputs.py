@@ -12,7 +12,15 @@ from steps import assert_identical, buffers_of
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from runningbn import MomentumRule, PreciseBatchNorm1d, RunningBatchNorm
+from runningbn import (
+    MomentumRule,
+    PreciseBatchNorm1d,
+    RunningBatchNorm,
+    batchnormify,
+    diagnose,
+    merge_statistics,
+    update_bn_stats,
+)
 from runningbn.kernels import cpu, cpu_calls, cpu_step, use_backend
 from runningbn.momentum import Constant
 
@@ -196,3 +204,42 @@ def test_an_option_is_checked_when_it_is_assigned(name, value):
     with pytest.raises(ValueError, match=name):
         setattr(layer, name, value)
     assert getattr(layer, name) == before
+
+
+WITH_AND_WITHOUT_MASK = {
+    "plain": lambda layer, x: layer(x),
+    "masked": lambda layer, x: layer(x, torch.ones(8, dtype=torch.bool, device="cpu")),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "aten"])
+@pytest.mark.parametrize("forward", WITH_AND_WITHOUT_MASK.values(), ids=WITH_AND_WITHOUT_MASK)
+@pytest.mark.parametrize("momentum", [0.25, Returning(0.25)], ids=["float", "a rule of one's own"])
+@pytest.mark.parametrize("cls", [RunningBatchNorm, PreciseBatchNorm1d])
+def test_what_a_step_makes_is_beside_its_input_whatever_the_default_device(cls, momentum, forward, backend):
+    # As after torch.set_default_device("cuda") with a model on the CPU. On "meta" there is no memory to write to.
+    found, expected = ({}, {})
+    for device, kept in (("meta", found), ("cpu", expected)):
+        layer, inputs = cls(64, momentum=momentum), [noise((8, 64), seed).requires_grad_() for seed in range(2)]
+        with torch.device(device), use_backend(backend):
+            for x in inputs:
+                y = forward(layer, x)
+                y.square().sum().backward()
+        kept.update(buffers_of(layer), y=y.detach(), dx=x.grad, dweight=layer.weight.grad)
+    assert_identical(found, expected)
+
+
+@pytest.mark.parametrize("to", ["running", "precise", "torch"])
+def test_recalibration_diagnosis_and_merging_do_not_depend_on_the_default_device(to):
+    reports = []
+    for device in "meta", "cpu":
+        model = batchnormify(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)), to)
+        batches = list(noise((4, 16, 3), 0))
+        with torch.device(device):
+            report = update_bn_stats(model, batches)
+            population = update_bn_stats(model, batches, normalize="population", memory_limit=0)
+            diagnosis = diagnose(model, batches)
+            merged = merge_statistics([model.state_dict()] * 2, weights=[1, 3])
+        assert_identical(dict(model.state_dict()) | merged, dict(model.state_dict()))
+        reports.append((str(report), str(population), str(diagnosis)))
+    assert reports[0] == reports[1]

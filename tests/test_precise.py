@@ -581,6 +581,18 @@ def test_tent_idiom_normalises_by_the_batch(training):
     assert_steps_near(actual, expected, scales(dy, x, twin), ROUNDINGS)
 
 
+def test_tent_idiom_leaves_no_state_behind():
+    layer, twin = (as_tent(see(bn, IMAGE.batches())) for bn in twins(IMAGE))
+    assert layer.state_dict().keys() == twin.state_dict().keys()
+    # What episodic adaptation does before each batch.
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()), strict=True)
+    for other in (layer, copy.deepcopy(layer).half().float()):
+        assert other(IMAGE.input(4)).isfinite().all()
+    for bn in (layer, twin):
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            bn.load_state_dict(IMAGE.layer().state_dict())
+
+
 # ---------------------------------------------------------------------------------------------------------- taking over
 
 

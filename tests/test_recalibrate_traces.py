@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from models import TARGETS
 from recalibration_models import (
     assert_same,
     draw_everywhere,
@@ -190,6 +191,17 @@ def test_undo_refuses_after_a_conversion_of_the_layers():
     batchnormify(model, "torch")
     after = everything(model)
     with pytest.raises(RuntimeError, match="no longer"):
+        report.undo()
+    assert_same(everything(model), after)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_undo_refuses_before_it_restores_anything_if_one_layer_was_resized(to):
+    model = batchnormify(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)), to)
+    report = update_bn_stats(model, picture_batches())
+    model[1].running_mean, model[1].running_var = torch.zeros(2), torch.ones(2)
+    after = everything(model)
+    with pytest.raises(RuntimeError, match=r"no longer has all of .*, of 3 channels"):
         report.undo()
     assert_same(everything(model), after)
 

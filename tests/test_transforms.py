@@ -1,4 +1,4 @@
-"""torch.func and forward-mode differentiation: a clear error in training, before anything changes."""
+"""torch.func, forward-mode differentiation, several gradients at once: right, or a clear error that changes nothing."""
 
 import pytest
 import torch
@@ -88,3 +88,48 @@ def test_a_compiled_gradient_is_refused_too(build):
     with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
         torch.compile(lambda x: grad(lambda x: layer(x).pow(3).sum())(x), backend="eager")(x)
     assert_identical(buffers_of(layer), before)
+
+
+def by_autograd(y: Tensor, inputs: tuple[Tensor, ...], dy: Tensor, **options: bool) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True, **options)
+
+
+def by_vmap(y: Tensor, inputs: tuple[Tensor, ...], dy: Tensor, **options: bool) -> tuple[Tensor, ...]:
+    return vmap(lambda one: torch.autograd.grad(y, inputs, one, retain_graph=True, **options))(dy)
+
+
+each_way_at_once = pytest.mark.parametrize("at_once", [by_autograd, by_vmap])
+each_backend = pytest.mark.parametrize("backend", ["cpu", "aten"])
+
+
+@each_way_at_once
+@each_backend
+@pytest.mark.parametrize("create_graph", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("kind", ["precise", "exact"])
+def test_several_gradients_at_once_are_those_one_after_the_other(kind, create_graph, backend, at_once):
+    layer, x = LAYERS[kind](), images().requires_grad_()
+    with use_backend(backend):
+        y, inputs = layer(x), (x, layer.weight, layer.bias)
+        dy = noise((3, *y.shape), 1)
+        found = at_once(y, inputs, dy, create_graph=create_graph)
+        each = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in dy]
+    torch.testing.assert_close(found, tuple(torch.stack(gradients) for gradients in zip(*each)))
+
+
+@each_way_at_once
+@each_backend
+def test_running_gradients_take_one_at_a_time(backend, at_once):
+    layer = LAYERS["running"]()
+    with use_backend(backend):
+        y = layer(images().requires_grad_())
+        before = buffers_of(layer)
+        with pytest.raises(RuntimeError, match=r"is_grads_batched=True.* one after the other"):
+            at_once(y, (layer.weight,), noise((3, *y.shape), 1))
+    assert_identical(buffers_of(layer), before)
+
+
+@each_layer
+def test_a_jacobian_may_be_vectorised_in_evaluation(build):
+    layer, peer = build().eval(), nn.BatchNorm2d(3).eval()
+    found, expected = (torch.autograd.functional.jacobian(m, images()[:1], vectorize=True) for m in (layer, peer))
+    torch.testing.assert_close(found, expected)

@@ -187,6 +187,29 @@ class WithKey(Keyed, key="mine"):
     pass
 
 
+class Fixed(nn.Conv2d):
+    """Its class cannot be changed."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "__class__":
+            raise TypeError("it is fixed")
+        super().__setattr__(name, value)
+
+
+class Doubled(nn.Conv2d):
+    """Its weight is computed from the parameter."""
+
+    def __getattr__(self, name: str) -> object:
+        value = super().__getattr__(name)
+        return 2 * value if name == "weight" else value
+
+
+class WithOffset(nn.Conv2d):
+    """With an attribute of the name of the buffer."""
+
+    weight_offset = 0.5
+
+
 def with_own_forward() -> nn.Module:
     layer = conv()
     layer.forward = lambda x: F.conv2d(x, layer.weight, layer.bias, padding=1)
@@ -209,6 +232,9 @@ BUILT_OTHERWISE = {
         lambda: WithKey(3, 4, 3),
         "no class can be derived from WithKey: Keyed.__init_subclass__() missing 1 required positional argument: 'key'",
     ),
+    "class that cannot be changed": (lambda: Fixed(3, 4, 3), "its class cannot be changed: it is fixed"),
+    "computed weight": (lambda: Doubled(3, 4, 3), "its weight is not the parameter of that name"),
+    "attribute of the name": (lambda: WithOffset(3, 4, 3), "it has an attribute weight_offset"),
     "own forward": (with_own_forward, "it has a custom forward"),
     "forward hook": (lambda: with_hook("register_forward_hook"), "it has hooks"),
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "it has hooks"),

@@ -161,6 +161,28 @@ def test_copies_train_like_the_model_and_can_be_baked(case: LayerCase, duplicate
     assert type(bake_weights(twin)[0]) is type(case.layer())
 
 
+class Copying(nn.Conv2d):
+    """A subclass that constructs its copies, with an attribute of a name that centred layers use for their class."""
+
+    def __init__(self, inputs: int, filters: int) -> None:
+        super().__init__(inputs, filters, 3)
+        self.plain = True
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        twin = type(self)(self.in_channels, self.out_channels)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_layers_with_their_own_way_of_copying_are_copied(duplicate):
+    x = images()
+    model = center_weights(nn.Sequential(Copying(3, 4), nn.BatchNorm2d(4)), x)
+    twin = duplicate(model)
+    assert_identical(training_step(twin, x), training_step(model, x))
+    assert type(bake_weights(twin)[0]) is Copying
+
+
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "pretrained"])
 def test_average_of_centred_models_has_the_average_of_their_filters(use_buffers, fresh):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, Union, overload
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -155,8 +156,10 @@ def batchnormify(
     else:
         convert = {"running": _to_running, "precise": _to_precise, "torch": _to_torch}[to]
         convertible = [layer for layer in convertible if not is_already(layer, to, layer_kwargs)]
-        for layer in convertible:
-            convert(layer, **layer_kwargs)
+        # Buffers made in inference mode could neither be loaded into nor reset, nor be trained by torch's layers.
+        with torch.inference_mode(False):
+            for layer in convertible:
+                convert(layer, **layer_kwargs)
     _report(to, len(convertible), left_alone)
     if plan is not None:
         plan.apply()

@@ -92,7 +92,7 @@ def _sample_means(x: Tensor, dim: int, mask: Tensor | None = None) -> SampleMean
     x = x.as_subclass(Tensor).movedim(dim, 1).to(torch.promote_types(x.dtype, torch.float32))
     if mask is None:
         mean = x.flatten(2).mean(2) if x.dim() > 2 else x.clone()
-        positions = torch.full((len(x), 1), float(x[0, 0].numel()), dtype=torch.float64)
+        positions = torch.full((len(x), 1), float(x[0, 0].numel()), dtype=torch.float64, device="cpu")
     else:
         real = mask.reshape(len(x), -1, 1)
         rows = x.movedim(1, -1).reshape(len(x), -1, x.shape[1])

@@ -175,14 +175,14 @@ def _shares(weights: Tensor) -> Tensor:
 def _batches(parts: Sequence[_Layer], contributes: Tensor) -> Tensor:
     numbers = [batches_tracked(part.get(_TRACKED)) or 0 for part in parts]
     total = sum(number for number, does in zip(numbers, contributes.any(1).tolist()) if does)
-    return torch.tensor(min(total, _MAX_BATCHES))
+    return torch.tensor(min(total, _MAX_BATCHES), device="cpu")
 
 
 def _merge_views(parts: Sequence[_Layer], given: Sequence[float] | None) -> _Layer:
     """Merge layers that have only mean and variance."""
     means, variances = (_wide(parts, name) for name in VIEW)
-    weights = torch.ones_like(means) if given is None else torch.tensor(given, dtype=torch.float64)[:, None]
-    weights = weights * torch.tensor([[not _untouched(part)] for part in parts])
+    weights = torch.ones_like(means) if given is None else means.new_tensor(given)[:, None]
+    weights = weights * means.new_tensor([[not _untouched(part)] for part in parts])
     shares = _shares(weights.expand_as(means))
     mean = (shares * means).sum(0)
     var = (shares * (variances + (means - mean).square())).sum(0)
@@ -237,7 +237,7 @@ def _weights(prefix: str, wide: dict[str, Tensor], given: Sequence[float] | None
     """Weights, (K, C): as given, or the effective numbers of elements, or 1 if none of these are known."""
     count, count_sqrs = wide["count"], wide["count_sqrs"]
     if given is not None:
-        return torch.tensor(given, dtype=torch.float64)[:, None].expand_as(count)
+        return count.new_tensor(given)[:, None].expand_as(count)
     # For seeded states, `samples` is SETTLED, which no training reaches; averaging weights may have reduced it.
     unknown = (wide["samples"] > SETTLED / 1e6) | ((count > 0) & (count_sqrs <= 0))
     if not unknown.any():

@@ -58,7 +58,7 @@ class ShardedTensor(SavedTensor):
                 if begin + n > limit:
                     raise UnreadableError(DAMAGED)
             whole[tuple(slice(begin, begin + n) for begin, n in zip(piece.offsets, piece.shape))] = part
-        return torch.zeros(self.shape) if whole is None else whole
+        return torch.zeros(self.shape, device="cpu") if whole is None else whole
 
 
 def _read_piece(span: Span, budget: Budget) -> Tensor:

@@ -78,7 +78,7 @@ class StridedTensor(SavedTensor):
         number, size = math.prod(self.shape), self.dtype.itemsize
         budget.spend(number * (8 + size))  # it becomes float64
         if number == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         extent = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
         # A view of few elements may span a large part of its storage.
         budget.spend(2 * extent * size)

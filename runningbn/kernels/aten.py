@@ -11,6 +11,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from ..ops.compat import has_storage
 from ..ops.state import Sums, moments
 from .contract import Centred, Gradients, GradientSums, Reduction
 from .layout import cast, dense, empty_like, is_rows, spread
@@ -140,7 +141,8 @@ def input_gradient(
 ) -> Tensor:
     """dx = weight·rstd·(dy − m0 − z·m1) with z = (x − mean)·rstd, in the dtype and layout of x."""
     scale = rstd if weight is None else rstd * weight
-    if torch.compiler.is_compiling():
+    # What stands for several gradients at once cannot be written to memory that is given.
+    if torch.compiler.is_compiling() or not has_storage(dy):
         z = (x - spread(mean, x)) * spread(rstd, x)
         return cast(spread(scale, x) * (dy - spread(m0, x) - z * spread(m1, x)), x.dtype)
     # scale·dy + [(x − mean)·b + d]: the bracket is an affine map, so only one more pass is left for dy.

@@ -87,7 +87,7 @@ def _call_of_layer(pointers: tuple[int, ...]) -> LayerCall:
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> Reduction:
     """Sums per channel about the mean as it is in `dtype`; they are taken in float64, and rounded once."""
-    batch = [torch.empty(x.shape[1], dtype=dtype) for _ in BATCH]
+    batch = [x.new_empty(x.shape[1], dtype=dtype) for _ in BATCH]
     call, data = Forward(), data_of(x)
     set_data(call, data, SUMS, data.x.data_ptr())
     set_fields(call, BATCH, pointers_of(batch))
@@ -114,7 +114,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the dtype of x, mean and biased variance, (C,) in `dtype`, of a batch; without gradients."""
     data = data_of(x)
-    y, mean, var = torch.empty_like(data.x), *(torch.empty(x.shape[1], dtype=dtype) for _ in range(2))
+    y, mean, var = torch.empty_like(data.x), *(x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
     weight, bias = vector_or_none(weight, x), vector_or_none(bias, x)
     call = _mapping(data, SUMS | APPLY, y, weight, bias, eps)
     call.mean, call.var = mean.data_ptr(), var.data_ptr()
@@ -148,7 +148,7 @@ def training_forward(
     """y, and the coefficients as the rows of one tensor. Without `updates`, the state is taken as it is."""
     data, mode = data_of(x), spec.mode
     y = torch.empty_like(data.x)
-    rows = torch.empty((len(mode.coefficients), data.channels), dtype=STATISTICS[x.dtype])
+    rows = x.new_empty((len(mode.coefficients), data.channels), dtype=STATISTICS[x.dtype])
     stages = APPLY
     if updates or mode is not Mode.EXACT:
         stages |= SUMS
@@ -209,7 +209,8 @@ def update_gradient(
     """Let sums that came from elsewhere enter the state; s·G0 and s·G1, see `update.update_gradient`."""
     like = state.sum_dy
     names = ("rstd", "trust", "offset", "batch_std")
-    sum_dy, sum_dy_xhat, count = (vector_for(torch.as_tensor(t).expand_as(like), like) for t in (*sums, n))
+    count = torch.as_tensor(n, device=like.device)
+    sum_dy, sum_dy_xhat, count = (vector_for(t.expand_as(like), like) for t in (*sums, count))
     vectors = [vector_for(getattr(coefficients, name), like) for name in names]
     m0, m1 = torch.empty_like(like), torch.empty_like(like)
     call = Backward(
@@ -252,7 +253,7 @@ def _backward_call(
 ) -> _BackwardCall:
     """`mean` and `rstd` are addresses. dx is made where it is asked for; the sums stay empty where they are not."""
     dy, dx = like_data(dy, data.x), torch.empty_like(data.x) if stages & APPLY else None
-    sum_dy, sum_dy_xhat = torch.empty(data.channels, dtype=dtype), torch.empty(data.channels, dtype=dtype)
+    sum_dy, sum_dy_xhat = (dy.new_empty(data.channels, dtype=dtype) for _ in range(2))
     call = Backward()
     inputs = dy.data_ptr(), data.x.data_ptr(), pointer_of(dx), pointer_of(weight), mean, rstd
     set_data(call, data, stages, *inputs, sum_dy.data_ptr(), sum_dy_xhat.data_ptr())

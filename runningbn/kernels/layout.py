@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..ops.compat import number_of_dispatch_modes
+from ..ops.compat import has_storage, number_of_dispatch_modes
 
 # What fused kernels take: the dtype of the statistics beside data of a dtype.
 STATISTICS = {
@@ -41,6 +41,8 @@ def is_memory(x: Tensor) -> bool:
         # A negated view and a tensor of zeros do not mean what lies at their address.
         and not (x.is_neg() or x._is_zerotensor())
         and x.numel() > 0
+        # What stands for several gradients at once has none.
+        and has_storage(x)
         and (x.data_ptr() != 0 or _refuse_freed("a tensor"))
     )
 

@@ -31,6 +31,13 @@ PASSING = ("last_keep", "last_gain")
 TRAINING = (*NoiseState._fields, *GradientState._fields)
 CHECKPOINTED = tuple(name for name in OWN_BUFFERS if name not in PASSING)
 
+# Assigned statistics seed the rest of the state, which has no memory there, or is yet to be assigned.
+_ON_META = (
+    "a layer on the meta device takes statistics as a whole, by load_state_dict(..., assign=True), or after to_empty() "
+    "and reset_running_stats(). Loaders that assign tensor by tensor, as from_pretrained of transformers, can load a "
+    "model with torch's layers, and batchnormify converts it then"
+)
+
 
 class PooledStatistics(_BatchNorm):
     """The parameters and buffers of ``nn.BatchNorm``, and the linear state behind its statistics.
@@ -194,14 +201,23 @@ class PooledStatistics(_BatchNorm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         reseeds = name in VIEW and isinstance(value, Tensor) and "sums" in self._buffers
+        if name in VIEW and value is None:
+            # Without statistics, a layer has no state, and a state dict no part of one. None can be assigned again.
+            for own in (*OWN_BUFFERS, *self.training_buffers):
+                if own in self._buffers:
+                    self._buffers[own] = None
         if name == "momentum":
             check_momentum(value)
         if not reseeds or self._assigns_all:
             super().__setattr__(name, value)
             return
+        if not value.is_meta and any(buffer is not None and buffer.is_meta for buffer in self._buffers.values()):
+            raise RuntimeError(f"{name}: {_ON_META}")
         if value.dim() != 1:
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {tuple(value.shape)}")
-        super().__setattr__(name, plain(value.detach()).to(self._buffers["sums"].dtype, copy=True))  # type: ignore[union-attr]
+        sums, assigned = self._buffers["sums"], plain(value.detach())
+        dtype = at_least_float32(assigned).dtype if sums is None else sums.dtype
+        super().__setattr__(name, assigned.to(dtype, copy=True))
         self._follow_assignment()
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -218,7 +234,8 @@ class PooledStatistics(_BatchNorm):
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if mean is None or var is None or mean.shape != var.shape:
             return
-        resized = mean.shape != self._buffers["sums"].shape  # type: ignore[union-attr]
+        sums = self._buffers["sums"]
+        resized = sums is None or mean.shape != sums.shape
         self.num_features = len(mean)
         # Tensors of its own, for nn.DataParallel assigns to replicas that still share theirs with the original.
         for own in OWN_BUFFERS:

@@ -23,6 +23,7 @@ from torch._C import DisableTorchFunctionSubclass as class_functions_disabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _current_graph_task_id as current_backward
 from torch._C import _disabled_torch_function_impl as disabled_torch_function
+from torch._C import _has_storage as has_storage
 from torch._C import _increment_version as increment_versions
 from torch._C import _is_torch_function_enabled as torch_function_enabled
 from torch._C import _len_torch_dispatch_stack as number_of_dispatch_modes
@@ -30,8 +31,15 @@ from torch._C import _len_torch_function_stack as number_of_function_modes
 from torch._C import _pop_torch_function_stack as pop_function_mode
 
 # A layer inside ``torch.func.grad`` sees wrapped tensors, whose moments are taken outside of the transform. torch.func
-# has no public way to look into its wrappers or to step out; no fallback.
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, peek_interpreter_stack
+# has no public way to look into its wrappers or to step out, nor torch.autograd one to tell that a gradient stands for
+# several; no fallback.
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch.autograd import forward_ad
 
@@ -55,9 +63,11 @@ __all__ = [
     "current_raw_stream",
     "disabled_torch_function",
     "get_unwrapped",
+    "has_storage",
     "increment_versions",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
+    "is_legacy_batchedtensor",
     "is_observed",
     "number_of_dispatch_modes",
     "number_of_function_modes",

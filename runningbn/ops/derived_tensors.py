@@ -13,12 +13,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from .compat import class_functions_disabled, disabled_torch_function, torch_function_enabled
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+
+# The graph would have a call of F.batch_norm: right in evaluation, but in training it updates no state.
+_TRACED = (
+    "a training step that updates running statistics cannot be traced by torch.fx, as create_feature_extractor and "
+    "quantisation do. Trace the model first and convert what comes out, or trace it in evaluation mode"
+)
 
 
 def is_derived(x: Tensor) -> bool:
@@ -35,6 +42,8 @@ def through_class(compute: Callable[[Tensor], Tensor], layer: _BatchNorm, x: Ten
     """``compute(x)`` for an x that `is_derived`: of a plain tensor, as what ``F.batch_norm`` does for that class."""
     if not _is_asked(x):
         return compute(plain(x))
+    if isinstance(x, Proxy) and layer.training and layer.track_running_stats and layer.running_mean is not None:
+        raise RuntimeError(_TRACED)
     if torch.compiler.is_compiling() and _has_default_function(type(x)):
         converted: Tensor = handle_torch_function(compute, (x,), x)
         return converted

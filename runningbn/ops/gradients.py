@@ -16,6 +16,7 @@ from torch.autograd.function import Function
 from .. import kernels
 from ..kernels.contract import Gradients, GradientSums
 from ..kernels.layout import spread
+from .compat import is_batchedtensor, is_legacy_batchedtensor
 from .pooling import RankGroup, pool_gradients
 from .spec import Coefficients
 from .state import GradientState
@@ -29,6 +30,11 @@ POOLED_TWICE = (
     "a layer with sync=True cannot be differentiated twice while it pools over several processes. "
     "Use sync=False for a double backward."
 )
+_AT_ONCE = (
+    "several gradients at once, as by torch.autograd.grad(..., is_grads_batched=True) or jacobian(..., "
+    "vectorize=True), cannot go through {}. Take them one after the other, or call eval() on the layer before its "
+    "forward"
+)
 
 
 def exact_gradients(
@@ -40,6 +46,8 @@ def exact_gradients(
     kappa_mean, kappa_var = coefficients.kappa_mean, coefficients.kappa_var
     if needs_dx and (kappa_mean is None or kappa_var is None):
         return kernels.batch_norm_gradients(dy, x, mean, rstd, weight)
+    if ranks is not None:
+        _refuse_several(dy, "a layer with sync=True")
     sums = pooled = _gradient_sums(dy, x, mean, rstd)
     if ranks is not None:
         # Also where this rank needs no dx: another one may, and waits.
@@ -56,6 +64,7 @@ def running_gradients(
     *, ranks: RankGroup | None = None, n: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """dx, from the running means of the sums, and this rank's Σdy and Σdy·z, which enter `state`."""
+    _refuse_several(dy, "RunningBatchNorm(gradient='running'), whose backward updates running averages")
     mean, rstd = coefficients.mean, coefficients.rstd
     sums = pooled = _gradient_sums(dy, x, mean, rstd)
     if ranks is not None:
@@ -64,6 +73,12 @@ def running_gradients(
     m0, m1 = update_gradient(state, pooled, coefficients, count)
     dx = _input_gradient(dy, x, mean, rstd, weight, m0, m1) if needs_dx else None
     return Gradients(dx, *sums)
+
+
+def _refuse_several(dy: Tensor, layer: str) -> None:
+    """Raise a RuntimeError for a dy that stands for several gradients, before it meets buffers or other ranks."""
+    if not torch.compiler.is_compiling() and (is_legacy_batchedtensor(dy) or is_batchedtensor(dy)):
+        raise RuntimeError(_AT_ONCE.format(layer))
 
 
 def _gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> GradientSums:

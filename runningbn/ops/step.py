@@ -99,7 +99,7 @@ def training_step(
         rule = rule_of(spec.momentum)
         share = rule.weight(samples, state.statistics.samples, state.statistics.steps)
         # A rule of somebody else's may return a number, or a tensor of another shape or dtype.
-        share = torch.as_tensor(share).to(reduction.sums.shift).expand_as(reduction.sums.shift)
+        share = torch.as_tensor(share, device=x.device).to(reduction.sums.shift).expand_as(reduction.sums.shift)
         var, coefficients = update(state, Batch(reduction.sums, samples, share, rule.whole_batches), spec)
         n = None
         if ranks is not None or mask is not None:

@@ -204,7 +204,7 @@ class Accumulator:
     def _flat(self, row: list[Call]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var = (self._side_by_side(parts) for parts in ([c.mean for c in row], [c.var for c in row]))
         # One small transfer, then repeated on the device.
-        sizes = torch.tensor([(call.n, call.samples) for call in row], dtype=torch.float64)
+        sizes = torch.tensor([(call.n, call.samples) for call in row], dtype=torch.float64, device="cpu")
         sizes = sizes.to(self.device, non_blocking=True)
         n, samples = (sizes[:, i].repeat_interleave(self._repeats, output_size=sum(self.channels)) for i in (0, 1))
         return mean, var, n, samples

@@ -86,7 +86,7 @@ class Passes:
         self._calls.append([call.layer for call in calls])
         self._repeated.update(number for number, times in Counter(self._calls[-1]).items() if times > 1)
         self.batches += 1
-        self._finite.append(self._sums.add(calls) if calls else torch.tensor(True))
+        self._finite.append(self._sums.add(calls) if calls else torch.tensor(True, device=self._sums.device))
 
     def in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, while every process has one: for models whose forward communicates.
@@ -269,7 +269,7 @@ class Passes:
     def _flat(self, name: str) -> Tensor:
         """A buffer of all layers, concatenated, float64."""
         parts = [layer._buffers[name].to(self._sums.device, torch.float64) for layer in self.layers]  # type: ignore[union-attr]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=self._sums.device)
 
     def _accumulator(self, numbers: Sequence[int]) -> Accumulator:
         layers = [self.layers[number] for number in numbers]

@@ -139,7 +139,7 @@ class Recalibration(AtOnce):
         The first layers are those that no layer is called before.
         """
         count = len(self.layers)
-        follows = torch.zeros(count, count, dtype=torch.float64)
+        follows = torch.zeros(count, count, dtype=torch.float64, device="cpu")
         for calls in self._calls:
             for one, next_one in pairwise(dict.fromkeys(calls)):
                 follows[one, next_one] = 1

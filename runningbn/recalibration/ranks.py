@@ -75,14 +75,15 @@ class Ranks:
             message = type(error).__name__
         # Errors in the communication are suppressed, so that the caller sees the original one.
         with suppress(Exception):
-            self._gather(torch.zeros(0, dtype=torch.float64), message)
+            self._gather(torch.zeros(0, dtype=torch.float64, device="cpu"), message)
 
     def in_step(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, while every rank has one; one collective per batch."""
         source, missing = iter(batches), object()
         while True:
             batch = next(source, missing)
-            if bool(self.exchange(torch.tensor([float(batch is missing)], dtype=torch.float64)).any()):
+            done = torch.tensor([float(batch is missing)], dtype=torch.float64, device="cpu")
+            if bool(self.exchange(done).any()):
                 return
             yield batch
 

@@ -155,11 +155,16 @@ class StatsReport:
         """Restore the old statistics, bit for bit. May be called repeatedly.
 
         Raises:
-            RuntimeError: if a layer no longer has these buffers, as after a conversion.
+            RuntimeError: if a layer no longer has these buffers, as after a conversion, or has them in another size, as
+                after pruning. No layer is then restored.
         """
         for layer, buffers in self._before:
-            if any(layer._buffers.get(name) is None for name in buffers):
-                raise RuntimeError(f"cannot undo: {type(layer).__name__} no longer has all of {', '.join(buffers)}")
+            kept = {name: layer._buffers.get(name) for name in buffers}
+            if any(buffer is None or buffer.shape != buffers[name].shape for name, buffer in kept.items()):
+                raise RuntimeError(
+                    f"cannot undo: {type(layer).__name__} no longer has all of {', '.join(buffers)}, of "
+                    f"{len(buffers['running_mean'])} channels"
+                )
         for layer, buffers in self._before:
             restore(layer, buffers)
 

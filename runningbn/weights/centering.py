@@ -154,7 +154,7 @@ def _bake(layer: CenteredWeights) -> None:
     with torch.no_grad():
         layer.weight.copy_(layer.centered_weight())
     del layer.weight_offset
-    layer.__class__ = layer.plain  # type: ignore[assignment]
+    layer.__class__ = type(layer).plain  # type: ignore[assignment]
 
 
 # ---------------------------------------------------------------------------------------- decide now or at first pass

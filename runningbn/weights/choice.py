@@ -87,7 +87,7 @@ class Choice:
         for layer in layers:
             reason = _reason_in_use(layer, uses) or _reason_in_shape(layer, self.depthwise)
             if reason is None:
-                reason = built[layer] or _reason_in_weight(layer, uses)
+                reason = built[layer] or _reason_in_weight(layer, uses) or _reason_in_class(layer)
                 plan.warns |= reason is not None
             if reason is None:
                 plan.offsets[layer] = _offset(layer, uses)
@@ -126,16 +126,31 @@ def _reason_in_build(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
     cls, base = type(layer), torch_class(type(layer))
     if has_own_forward(cls):
         return f"{cls.__name__} is a {base.__name__} with a forward of its own"
-    try:
-        centered_class(cls)
-    except Exception as error:
-        return f"no class can be derived from {cls.__name__}: {error}"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks"
     weight = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
+    if layer.weight is not weight:
+        return "its weight is not the parameter of that name"
+    if hasattr(layer, "weight_offset"):
+        return "it has an attribute weight_offset"
     return "its weight is shared with another layer" if owners[id(weight)] > 1 else None
+
+
+def _reason_in_class(layer: nn.Module) -> str | None:
+    """Why a layer cannot change its class, or None. It is tried here, where nothing else has been changed yet."""
+    cls = type(layer)
+    try:
+        centered = centered_class(cls)
+    except Exception as error:
+        return f"no class can be derived from {cls.__name__}: {error}"
+    try:
+        layer.__class__ = centered
+        layer.__class__ = cls
+    except Exception as error:
+        return f"its class cannot be changed: {error}"
+    return None
 
 
 def _reason_in_weight(layer: nn.Module, uses: Uses) -> str | None:

@@ -42,6 +42,11 @@ class CenteredWeights(nn.Module):
     weight: Tensor
     weight_offset: Tensor
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Layers change their class and are not constructed, except by code that makes copies with ``type(layer)(...)``.
+        super().__init__(*args, **kwargs)
+        self.register_buffer("weight_offset", filter_means(self).detach())
+
     def centered_weight(self) -> Tensor:
         """v − mean(v) + offset, in the shape of `weight`."""
         weight, axes = by_filter(self)
@@ -164,7 +169,7 @@ _made: dict[type[nn.Module], type[CenteredWeights]] = {}
 
 def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
     """``__reduce_ex__`` for pickles and copies: the class is in no module, so it is created again on loading."""
-    return _empty, (layer.plain,), layer.__getstate__() if hasattr(layer, "__getstate__") else dict(vars(layer))
+    return _empty, (type(layer).plain,), layer.__getstate__() if hasattr(layer, "__getstate__") else dict(vars(layer))
 
 
 def _empty(plain: type[nn.Module]) -> CenteredWeights:
