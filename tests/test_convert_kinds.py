@@ -186,6 +186,14 @@ class Doubling(nn.BatchNorm2d):
         return 2 * F.batch_norm(input, self.running_mean, self.running_var, training=self.training)
 
 
+class Shifted(nn.BatchNorm2d):
+    """With an attribute that has the name of a buffer of ours."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.shift = 0.5
+
+
 class DoublingRunning(RunningBatchNorm):
     """The same of one of ours."""
 
@@ -224,6 +232,7 @@ LEFT_ALONE = {
         "it has no running statistics",
     ),
     "scripted": (lambda: torch.jit.script(nn.BatchNorm2d(3)), "it is scripted"),
+    "name of a buffer": (lambda: Shifted(3), "it has attributes of the same names as new buffers: shift"),
     "custom forward": (lambda: Doubling(3), "Doubling has a custom forward"),
     "forward of the instance": (doubled_by_hand, "custom forward"),
 }

@@ -204,6 +204,20 @@ def test_centred_weights_find_the_layers(to):
     assert type(centered[0]).__name__ == "CenteredConv2d"
 
 
+class Registered(nn.BatchNorm2d):
+    """Takes no subclasses, as a registry that knows their names already."""
+
+    def __init_subclass__(cls) -> None:
+        raise KeyError(cls.__name__)
+
+
+@each_of_ours
+def test_a_layer_of_a_class_that_takes_no_subclasses_is_converted_to_ours(to):
+    model = batchnormify(nn.Sequential(Registered(3), nn.BatchNorm2d(3)), to)
+    assert type(model[0]) is type(model[1])
+    assert type(batchnormify(model, "torch")[0]) is Registered
+
+
 # ----------------------------------------------------------------------------------------------------- older pickles
 
 

@@ -296,6 +296,19 @@ def test_resuming_continues_bit_for_bit(case: LayerCase, assign):
     assert_identical(buffers_of(resumed), buffers_of(layer))
 
 
+@each_class
+def test_a_layer_that_has_trained_loads_by_swapping_tensors(cls):
+    layer, other = cls(3), train(cls(3), [images(seed=1)])
+    layer(images()).sum().backward()  # an expanded gradient, which is not for the kernels that remember nothing
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(clones(other.state_dict()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_identical(training_step(layer, images()), training_step(other, images()))
+    assert_identical(buffers_of(layer), buffers_of(other))
+
+
 @pytest.mark.parametrize(
     ("source", "target"),
     [(RunningBatchNorm, PreciseBatchNorm2d), (PreciseBatchNorm2d, RunningBatchNorm)],

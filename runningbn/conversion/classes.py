@@ -147,7 +147,7 @@ def _derived(ours: type[PooledStatistics], origin: type[nn.Module]) -> type[Pool
         return type(f"{kind}{origin.__name__}", (origin, ours), members)
     try:
         return type(f"{kind}{origin.__name__}", (ours, origin), members)
-    except TypeError:
+    except Exception:  # whatever its metaclass or __init_subclass__ raises
         return ours
 
 

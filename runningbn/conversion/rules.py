@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from ..layers.buffers import PooledStatistics
+from ..layers.buffers import OWN_BUFFERS, TRAINING, PooledStatistics
 from ..layers.precise import PreciseBatchNorm
 from ..layers.running import RunningBatchNorm
 from ..momentum import check_momentum
@@ -72,7 +72,14 @@ def reason_to_leave(layer: nn.Module, to: str) -> str | None:
         if layer.input_dim is None:
             return _UNDECIDED
         return f"there is no nn.BatchNorm for inputs of {layer.input_dim} dimensions"
-    return None
+    taken = [] if to == "torch" else _taken_names(layer, (*OWN_BUFFERS, *TRAINING) if to == "running" else OWN_BUFFERS)
+    return f"it has attributes of the same names as new buffers: {', '.join(taken)}" if taken else None
+
+
+def _taken_names(layer: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Which buffers of the new class a layer could not get, as something else of its own has the name."""
+    buffers = layer._buffers if isinstance(layer, PooledStatistics) else {}
+    return [name for name in names if hasattr(layer, name) and name not in buffers]
 
 
 def _has_known_forward(cls: type[nn.Module]) -> bool:

@@ -149,6 +149,11 @@ _known: dict[int, _Known] = {}
 _MOST_KNOWN = 4096
 
 
+def forget() -> None:
+    """Drop what is known of buffers: ``torch.utils.swap_tensors`` refuses tensors with weak references."""
+    _known.clear()
+
+
 def are_vectors(buffers: tuple[Tensor, ...]) -> bool:
     """Whether the buffers of a layer are memory as kernels update it.
 

@@ -46,9 +46,9 @@ def center_weights(
 
     Left alone, and named in the log with the reason: layers whose output has another use, as in an addition or as an
     output of the model; layers that the pass does not call; depthwise convolutions; filters of a single weight;
-    layers with hooks, a parametrisation, a forward that is not torch's, or a weight shared with another layer. One line
-    is logged to the logger ``runningbn``: as a warning if no layer was centred, or if one was left alone because of its
-    class, hooks or weight.
+    layers with hooks, a parametrisation, a forward that is not torch's, a class that cannot be changed, or a weight
+    that is computed or shared with another layer. One line is logged to the logger ``runningbn``: as a warning if no
+    layer was centred, or if one was left alone because of its class, hooks or weight.
 
     - Parameters stay the same objects with the same names; `weight_offset` is a buffer. The state dict of a centred
       model or of a plain one loads strictly into a centred model, which then computes what that model did. (Except from
