@@ -7,8 +7,18 @@ import triton
 import triton.language as tl
 
 from .triton_state import update_gradient
-from .triton_tiles import SIZES, divisible, from_the_end, is_last, load_shared, number_of_tiles, per_channel, tile_at
-from .triton_vectors import Channels, load_wide, store_rows
+from .triton_tiles import (
+    SIZES,
+    divisible,
+    from_the_end,
+    from_the_start,
+    is_last,
+    load_shared,
+    number_of_tiles,
+    per_channel,
+    tile_at,
+)
+from .triton_vectors import channels_of, load_wide, store_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -33,11 +43,9 @@ def gradient_statistics(
     """
     dtype = packed.dtype.element_ty
     channels, inner = divisible(channels, inner, ROWS, DIVISOR)
-    blocks = tl.cdiv(channels, BC)
-    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    c = block * BC + tl.arange(0, BC)
-    own = Channels(block, c, c < channels, channels)
-    mean = tl.load(packed + c, mask=own.exists, other=0)[None, :, None]
+    block, split = from_the_start(channels, BC)
+    own = channels_of(block, channels, BC)
+    mean = tl.load(packed + own.c, mask=own.exists, other=0)[None, :, None]
     first = tl.zeros([BN, BC, BS], dtype)
     second = tl.zeros([BN, BC, BS], dtype)
     begin, end = split * tiles, tl.minimum((split + 1) * tiles, number_of_tiles(outer, inner, BN, BS))
@@ -118,13 +126,12 @@ def input_gradient(
     """
     channels, inner = divisible(channels, inner, ROWS, DIVISOR)
     block, split = from_the_end(channels, splits, BC)
-    c = block * BC + tl.arange(0, BC)
-    exists = c < channels
-    row = scratch + 2 * splits_of_sums.to(tl.int64) * channels + c
-    mean = tl.load(packed + c, mask=exists, other=0)[None, :, None]
-    scale = tl.load(row, mask=exists, other=0)[None, :, None]
-    slope = tl.load(row + channels, mask=exists, other=0)[None, :, None]
-    constant = tl.load(row + 2 * channels, mask=exists, other=0)[None, :, None]
+    own = channels_of(block, channels, BC)
+    row = scratch + 2 * splits_of_sums.to(tl.int64) * channels + own.c
+    mean = tl.load(packed + own.c, mask=own.exists, other=0)[None, :, None]
+    scale = tl.load(row, mask=own.exists, other=0)[None, :, None]
+    slope = tl.load(row + channels, mask=own.exists, other=0)[None, :, None]
+    constant = tl.load(row + 2 * channels, mask=own.exists, other=0)[None, :, None]
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, number_of_tiles(outer, inner, BN, BS))):
         base, local, mask = tile_at(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
         at = base + local

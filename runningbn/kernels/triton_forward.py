@@ -14,13 +14,14 @@ from .triton_tiles import (
     divisible,
     elements_in,
     from_the_end,
+    from_the_start,
     is_last,
     merged,
     number_of_tiles,
     per_channel,
     tile_at,
 )
-from .triton_vectors import Channels, from_bits, not_negative, store_rows
+from .triton_vectors import channels_of, from_bits, not_negative, store_rows
 
 _NUMBERS = ["batch_samples", "eps", *Law._fields, "rule_a", "rule_b", "rule_c"]
 
@@ -51,10 +52,8 @@ def batch_statistics(
     """
     dtype = packed.dtype.element_ty
     channels, inner = divisible(channels, inner, ROWS, DIVISOR)
-    blocks = tl.cdiv(channels, BC)
-    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    c = block * BC + tl.arange(0, BC)
-    own = Channels(block, c, c < channels, channels)
+    block, split = from_the_start(channels, BC)
+    own = channels_of(block, channels, BC)
     law = Law(max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples)
     rule = RuleCode(RULE, rule_a, rule_b, rule_c)
 
@@ -146,12 +145,11 @@ def affine_map(
     """y = (x − mean)·slope + base by the last rows of `scratch`; the end of x first, which the sums have read last."""
     channels, inner = divisible(channels, inner, ROWS, DIVISOR)
     block, split = from_the_end(channels, splits, BC)
-    c = block * BC + tl.arange(0, BC)
-    exists = c < channels
-    row = scratch + 3 * splits_of_sums.to(tl.int64) * channels + c
-    mean = tl.load(row, mask=exists, other=0)[None, :, None]
-    slope = tl.load(row + channels, mask=exists, other=0)[None, :, None]
-    constant = tl.load(row + 2 * channels, mask=exists, other=0)[None, :, None]
+    own = channels_of(block, channels, BC)
+    row = scratch + 3 * splits_of_sums.to(tl.int64) * channels + own.c
+    mean = tl.load(row, mask=own.exists, other=0)[None, :, None]
+    slope = tl.load(row + channels, mask=own.exists, other=0)[None, :, None]
+    constant = tl.load(row + 2 * channels, mask=own.exists, other=0)[None, :, None]
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, number_of_tiles(outer, inner, BN, BS))):
         base, local, mask = tile_at(tile, block, outer, channels, inner, ROWS, BN, BC, BS)
         _map(x + base + local, y + base + local, mean, slope, constant, mask)

@@ -70,6 +70,13 @@ def elements_in(tile, outer, inner, BN: tl.constexpr, BS: tl.constexpr):
 
 
 @triton.jit
+def from_the_start(channels, BC: tl.constexpr):
+    """The block of channels and the split of this program."""
+    blocks = tl.cdiv(channels, BC)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
+@triton.jit
 def from_the_end(channels, splits, BC: tl.constexpr):
     """The block of channels and the split of this program, in reverse."""
     blocks = tl.cdiv(channels, BC)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..ops.law import Law
 from .triton_state import BatchMoments, enter, exact_coefficients, recalled, running_coefficients, update_gradient
-from .triton_vectors import Channels, load_wide, not_negative
+from .triton_vectors import channels_of, load_wide, not_negative
 
 
 @triton.jit(do_not_specialize=["channels", "batch_samples", *Law._fields])
@@ -30,9 +30,7 @@ def update_by_sums(
         max_lag to warmup_samples: the `law.Law`, in bits, see `from_bits`.
     """
     W: tl.constexpr = tl.float64
-    block = tl.program_id(0)
-    c = block * BC + tl.arange(0, BC)
-    own = Channels(block, c, c < channels, channels)
+    own = channels_of(tl.program_id(0), channels, BC)
     law = Law(max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples)
     samples = (tl.load(batch_samples) if batch_samples.dtype.is_ptr() else batch_samples).to(tl.float64)
     n = load_wide(batch.count, own, W)
@@ -66,9 +64,7 @@ def update_gradient_by_sums(
 ):  # fmt: skip
     """Let the `GradientSums` of a backward pass enter the state; write s·G0 and s·G1 to the two vectors of `out`."""
     W: tl.constexpr = tl.float64
-    block = tl.program_id(0)
-    c = block * BC + tl.arange(0, BC)
-    own = Channels(block, c, c < channels, channels)
+    own = channels_of(tl.program_id(0), channels, BC)
     sum_dy, sum_dy_xhat = load_wide(sums.sum_dy, own, W), load_wide(sums.sum_dy_xhat, own, W)
     rstd, trust = load_wide(rstd, own, W), load_wide(trust, own, W)
     offset, batch_std = load_wide(offset, own, W), load_wide(batch_std, own, W)

@@ -29,6 +29,13 @@ class Channels(NamedTuple):
 
 
 @triton.jit
+def channels_of(block, channels, BC: tl.constexpr):
+    """The `Channels` of a block."""
+    c = block * BC + tl.arange(0, BC)
+    return Channels(block, c, c < channels, channels)
+
+
+@triton.jit
 def from_bits(bits, W: tl.constexpr):
     """The float64 of these bits, in W: numbers come as integers, for Triton passes others as float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(W)
