@@ -12,12 +12,9 @@ import pytest
 # Threads that wait for each other sleep: they may be more than there are cores, and then whoever spins is in the way.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Their functions are compiled by triton.
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["runningbn/kernels/triton_*.py"]
 collect_ignore = [
-    f"runningbn/kernels/triton_{part}.py"
-    for part in ("backward", "forward", "kernels", "state", "tiles", "updates", "vectors")  # compiled by triton
-    if not importlib.util.find_spec("triton")
-]
-collect_ignore += [
     f"runningbn/integrations/{framework}.py"
     for framework in ("lightning", "transformers", "ignite", "fastai")
     if not importlib.util.find_spec(framework)
