@@ -329,6 +329,27 @@ def test_a_cell_is_run_to_its_end_and_not_again(tmp_path, tiny_files, monkeypatc
     assert said[3:] == ["complete"]
 
 
+def test_more_seeds_are_run_at_the_best_rate_only(tmp_path, tiny_files, monkeypatch):
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InThisProcess)
+    grid = Grid(
+        "a test", (TINY,), lambda cell: TINY_RATES, lambda cell: [REAL_CONTENDERS["GroupNorm"]], TINY_SEEDS,
+        more_seeds=lambda cell: (2, 3, 4),
+    )  # fmt: skip
+    path, said = tmp_path / "real_images.jsonl", []
+    runner.run_missing(path, grid, jobs=1, budget=math.inf, say=said.append)
+    assert len(said) == 3
+    assert said[-1] == "complete"
+    found = results.load(path)
+    best = found.best(TINY, "GroupNorm")
+    assert {score.rate: len(score.test) for score in found.scores(TINY, "GroupNorm")} == {
+        rate: 5 if rate == best.rate else 2 for rate in TINY_RATES
+    }
+    sweep, more = (record for record in results.records(path) if "part" not in record)
+    assert best.test == (*sweep["test"][sweep["rates"].index(best.rate)], *more["test"][0])
+    runner.run_missing(path, grid, jobs=1, budget=math.inf, say=said.append)
+    assert said[3:] == ["complete"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [SHUFFLED, ONE_CLASS, VIEWS, STREAM])
 def test_runs_of_all_kinds_are_the_same_every_time(tiny_files, kind):

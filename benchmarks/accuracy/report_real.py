@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from . import fashion, report_real_details
 from .contenders import OURS, OURS_CENTERED
-from .grid_real import CELLS, rates, trained_in
+from .grid_real import CELLS, MORE_SEEDS, SCATTERED, SEEDS, rates, trained_in
 from .report_results import (
     LEFT_ALONE,
     MAIN,
@@ -53,7 +53,7 @@ INTRODUCTION = """![Score by cell, on real images](accuracy_real.png)
   with, {tested} to test on; nobody trains on them.{other_data}
 - **A run** sees {samples} images, whatever the batch size, at a learning rate that falls to zero linearly. Cells that
   say so have more. In a cell, everybody begins with the same weights and sees the same batches. There are {seeds} seeds
-  at each rate.
+  at each rate.{more_seeds}
 - **Rates**: {rates}. They are the same for all. A contender's *best rate* in a cell is the one with the best mean over
   the seeds on validation data. Scores are of test data at the best rate, in percent: mean ± standard deviation over the
   seeds.
@@ -94,12 +94,28 @@ def introduction(results: RealResults, cells: Sequence[Cell]) -> str:
     about = INTRODUCTION.format(
         size=fashion.SIZE, validated=fashion.VALIDATION, tested=fashion.TEST, samples=IMAGE_SAMPLES,
         rates=_rates(cells),
-        seeds=" or ".join(str(count) for count in sorted({len(score.test) for score in scores})) or MISSING,
+        seeds=len(SEEDS), more_seeds=_more_seeds(results),
         error=points(median(score.standard_error for score in scores)) if scores else MISSING,
         other_data="".join(OTHER_DATA.get(task, "") for task in tasks), contenders="; ".join(map(label, run)),
         recalibrated=RECALIBRATED_WITH, complete=complete, grid=len(CELLS), partly=len(cells) - complete,
     )  # fmt: skip
     return f"{about}\n\nThe networks:\n\n{listed(_networks(tasks))}\n\nWhere it was measured:\n\n{sources(results)}"
+
+
+def _more_seeds(results: RealResults) -> str:
+    """In which cells the contenders have more seeds, and how many of the contenders; empty where none has."""
+    cells = []
+    for cell in SCATTERED:
+        found = (results.best(cell, name) for contender in trained_in(cell) for name in contender.names)
+        scores = [score for score in found if score is not None]
+        if more := sum(len(score.test) > len(SEEDS) for score in scores):
+            cells.append(f"{without_optimizer(cell)} ({more} of {len(scores)} contenders)")
+    if not cells:
+        return ""
+    return (
+        f" Where scores scatter more than they differ, there are {len(MORE_SEEDS)} more at the best rate: "
+        f"{'; '.join(cells)}."
+    )
 
 
 def _rates(cells: Sequence[Cell]) -> str:
