@@ -1,7 +1,6 @@
 """The callback for fastai: what is validated is what is saved, and training does not notice.
 
-fastai requires torchvision, spacy and others that these tests do not need. They run where it is installed without them:
-``pip install --no-deps fastai fastcore "fastprogress<1.1" fasttransform fastdownload "plum-dispatch<2.10" beartype``.
+They run where fastai is installed, as ``requirements-fastai.txt`` says; `.ci/run` does that.
 """
 
 from __future__ import annotations
