@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.accuracy import fashion, networks_real, pretrained, results, runner, series, tasks, tasks_real, train
 from benchmarks.accuracy.contenders import BATCH_NORM, CONTENDERS, FINE_TUNED, OURS, OURS_CENTERED, REAL_CONTENDERS
 from benchmarks.accuracy.conversions import to_running_centred
-from benchmarks.accuracy.grid_real import CELLS, REAL_GRID, rates, trained_in
+from benchmarks.accuracy.grid_real import CELLS, REAL_GRID, WIDER, common_rates, rates, trained_in
 from benchmarks.accuracy.jobs import Grid, Job
 from benchmarks.accuracy.networks import Site, build_stack
 from benchmarks.accuracy.results import ONE_CLASS, SHUFFLED, STREAM, VIEWS, Cell
@@ -283,7 +283,8 @@ def test_the_grid_has_every_cell_once_with_five_rates():
     assert len(set(CELLS)) == len(set(map(str, CELLS))) == len(CELLS)
     for cell in CELLS:
         assert cell.task in tasks_real.REAL_TASKS
-        assert len(rates(cell)) == 5
+        assert len(common_rates(cell)) == 5
+        assert list(rates(cell)) == sorted({*common_rates(cell), *WIDER.get(cell, ())})
         assert OURS in {contender.name for contender in trained_in(cell)}
     assert {cell.batches for cell in CELLS} == {SHUFFLED, ONE_CLASS, VIEWS, STREAM}
 

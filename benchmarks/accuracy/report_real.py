@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from . import fashion, report_real_details
 from .contenders import OURS, OURS_CENTERED
-from .grid_real import CELLS, MORE_SEEDS, SCATTERED, SEEDS, rates, trained_in
+from .grid_real import CELLS, MORE_SEEDS, SCATTERED, SEEDS, WIDER, common_rates, trained_in
 from .report_results import (
     LEFT_ALONE,
     MAIN,
@@ -121,10 +121,15 @@ def _more_seeds(results: RealResults) -> str:
 def _rates(cells: Sequence[Cell]) -> str:
     """The rates of every sweep, by optimizer or for fine-tuning."""
     sweeps = {
-        "fine-tuning" if REAL_TASKS[cell.task].pretrained else cell.optimizer: ", ".join(f"{r:g}" for r in rates(cell))
+        "fine-tuning" if REAL_TASKS[cell.task].pretrained else cell.optimizer: ", ".join(
+            f"{rate:g}" for rate in common_rates(cell)
+        )
         for cell in cells
     }
-    return "; ".join(f"{sweep} with {optimizer}" for optimizer, sweep in sweeps.items())
+    common = "; ".join(f"{sweep} with {optimizer}" for optimizer, sweep in sweeps.items())
+    return (
+        f"{common}; one or two more in the {len(WIDER)} cells where somebody's best was the first or the last of these"
+    )
 
 
 def _networks(tasks: Sequence[str] | dict[str, None]) -> list[str]:
