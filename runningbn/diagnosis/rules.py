@@ -202,7 +202,7 @@ RULES = (
         "not_finite",
         ERROR,
         "A stored mean or variance is NaN or infinite, or a variance negative.",
-        "The output of the layer in evaluation is NaN for any input.",
+        "In evaluation, the output of such a channel is wrong: mostly NaN or a constant.",
         _not_finite,
     ),
     Rule(
@@ -245,7 +245,7 @@ RULES = (
     Rule(
         "without_statistics",
         WARNING,
-        "A BatchNorm layer has track_running_stats=False.",
+        "A BatchNorm layer has no running statistics, as if made with track_running_stats=False.",
         "The output for a sample in evaluation depends on the other samples of the batch.",
         _without_statistics,
     ),
