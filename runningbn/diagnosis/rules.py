@@ -209,8 +209,9 @@ RULES = (
         "off",
         ERROR,
         f"In some layer, stored mean or std are off by more than {OFF:g} std, and by {ERRORS} standard errors.",
-        "The moving average of nn.BatchNorm has errors of this size with batches below 8, but not with larger ones. "
-        "Recomputed statistics mostly restore the accuracy: pages Accuracy and Recalibrating BatchNorm.",
+        "The moving average of nn.BatchNorm has errors of this size with fewer than about 8 independent values per "
+        "batch, and smaller ones with more. Recomputed statistics mostly restore the accuracy: pages Accuracy and "
+        "Recalibrating BatchNorm.",
         _off,
     ),
     Rule(
@@ -253,8 +254,8 @@ RULES = (
         "few",
         WARNING,
         f"The effective sample size of a batch is below {FEW} in a layer that normalises by the batch in training.",
-        "RunningBatchNorm is more accurate with batches of 1, 2 and 4, much more if these 4 are of one class, and "
-        "equal to the others from 8 on: page Accuracy.",
+        "RunningBatchNorm is more accurate with batches of 1, 2 and 4, and about as accurate from 8 on; much more "
+        "accurate if a batch has images of one class: page Accuracy.",
         _few,
     ),
 )
