@@ -27,7 +27,7 @@ from .evidence import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from .result import Diagnosis
+    from .result import Diagnosis, LayerDiagnosis
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
 
@@ -128,10 +128,18 @@ def _nothing(diagnosis: Diagnosis) -> str | None:
         return None
     found = [each for layer in diagnosis.layers for each in distances(layer.stored)]
     far, error = (max(numbers) for numbers in zip(*found))
+    if diagnosis.metric is None and any(_normalises_by_batch(layer) for layer in diagnosis.layers):
+        conclusion = "they are not the cause. Give a metric to test whether the model relies on its batches"
+    else:
+        conclusion = "it is not the BatchNorm"
     return (
         f"Stored statistics differ from the data by no more than {far:.2g} std in "
-        f"{counted(len(diagnosis.layers), 'layer')}, with standard errors of {error:.2g}: it is not the BatchNorm."
+        f"{counted(len(diagnosis.layers), 'layer')}, with standard errors of {error:.2g}: {conclusion}."
     )
+
+
+def _normalises_by_batch(layer: LayerDiagnosis) -> bool:
+    return not layer.relies_on_no_batch and not layer.frozen
 
 
 def _unresolved(diagnosis: Diagnosis) -> str | None:
@@ -159,7 +167,7 @@ def _without_statistics(diagnosis: Diagnosis) -> str | None:
 
 
 def _few(diagnosis: Diagnosis) -> str | None:
-    by_batch = [layer for layer in diagnosis.layers if not layer.relies_on_no_batch and not layer.frozen]
+    by_batch = [layer for layer in diagnosis.layers if _normalises_by_batch(layer)]
     smallest = min(by_batch, key=certain_batch, default=None)
     if smallest is None or not certain_batch(smallest) < FEW:
         return None
