@@ -77,7 +77,7 @@ class MomentumRule:
 
 @dataclass(frozen=True)
 class Constant(MomentumRule):
-    """What a float stands for."""
+    """The rule for a float."""
 
     value: float
 
@@ -92,7 +92,7 @@ class Constant(MomentumRule):
 
 @dataclass(frozen=True)
 class Cumulative(MomentumRule):
-    """What None stands for: every batch weighs alike, a = 1/t."""
+    """The rule for None: every batch has the same weight, a = 1/t."""
 
     def weight(self, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
         """1/t, (C,)."""
