@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics are right: running, precise, put into existing models, recomputed from data."""
+"""Batch normalisation for small and correlated batches: layers, a converter for models, recalibration and diagnosis."""
 
 import sys as _sys
 

@@ -33,11 +33,13 @@ class RuleCode(NamedTuple):
 class MomentumRule:
     """The weight a of a new batch as a function of its size and of what was seen before; the base class of all rules.
 
-    A rule of one's own is a subclass with `weight`. It should be immutable, and comparable, picklable and printable, as
-    a frozen dataclass is. It runs on every device, in plain torch: kernels know only the rules of this module.
+    To write a rule, derive a class with the method `weight`. It should be immutable, comparable, picklable and
+    printable, such as a frozen dataclass. It runs on every device on plain torch operations, which are slower than the
+    kernels: these implement only the rules of this library.
 
     Attributes:
-        whole_batches: whether a batch as a whole weighs a, whatever its size, or each of its elements alike.
+        whole_batches: if True, a batch as a whole has the weight a, whatever its number of elements; if False, each of
+            its elements has.
 
     Raises:
         NotImplementedError: at the first training step, by a subclass without `weight`.
@@ -75,7 +77,7 @@ class MomentumRule:
 
 @dataclass(frozen=True)
 class Constant(MomentumRule):
-    """What a float stands for."""
+    """The rule for a float."""
 
     value: float
 
@@ -90,7 +92,7 @@ class Constant(MomentumRule):
 
 @dataclass(frozen=True)
 class Cumulative(MomentumRule):
-    """What None stands for: every batch weighs alike, a = 1/t."""
+    """The rule for None: every batch has the same weight, a = 1/t."""
 
     def weight(self, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
         """1/t, (C,)."""
@@ -103,13 +105,13 @@ class Cumulative(MomentumRule):
 
 @dataclass(frozen=True)
 class Horizon(MomentumRule):
-    """The past decays per sample, over a horizon that grows while training settles.
+    """The past decays by a factor of e per h samples, where the horizon h grows during training.
 
     a = 1 − exp(−N/h) with h = clamp(fraction · samples seen so far, start, samples), N samples in the batch.
 
-    32 batches of 1 forget as much as 1 batch of 32, and each batch weighs exactly a, whatever its size. Early in
-    training the weights move fast and the horizon is short; it is `samples` long from samples/fraction samples on, and
-    at once for statistics taken over from elsewhere.
+    The past decays by the same factor over 32 batches of 1 as over 1 batch of 32. Each batch has the weight a, whatever
+    its number of elements. Early in training, when the weights change quickly, h is short. It reaches `samples` after
+    samples/fraction samples; for statistics taken over from a trained model, it is `samples` from the start.
 
     Args:
         samples: longest horizon h, in samples.
@@ -155,7 +157,8 @@ class Horizon(MomentumRule):
 class SquareRoot(MomentumRule):
     """The rule of fastai's RunningBatchNorm: a = 1 − (1 − momentum)/√(N − 1), N samples in the batch.
 
-    At N ≤ 2, a = momentum (the original divides by zero at N = 1). At N = 32 it is already 0.84: nearly BatchNorm.
+    At N ≤ 2, a = momentum (the original divides by zero at N = 1). By default, a = 0.84 at N = 32: almost
+    BatchNorm.
 
     Args:
         momentum: weight of a batch of 2, in [0, 1].
@@ -176,7 +179,7 @@ class SquareRoot(MomentumRule):
         _check_unit_interval(self.momentum, "SquareRoot: expected momentum in [0, 1]")
 
     def weight(self, batch: int | Tensor, samples: Tensor, steps: Tensor) -> Tensor:
-        """a, (C,), of a batch of `batch` samples; `samples` and `steps` lend only their shape."""
+        """a, (C,), of a batch of `batch` samples; of `samples` only the shape is used, and `steps` is not."""
         # Tensor arithmetic, not math.sqrt: a batch size that torch.compile traces as a symbol must not be branched on.
         others = (torch.zeros_like(samples) + (batch - 1)).clamp(min=1)
         return 1 - (1 - self.momentum) * others.rsqrt()

@@ -33,13 +33,25 @@ def right(model: nn.Module, batches) -> nn.Module:
 DATA = [rows(32, seed=seed) for seed in range(20)]
 
 
-def test_nothing_is_off():
-    found = diagnose(right(mlp(3), DATA), DATA)
+UNTOLD = "they are not the cause. Give a metric to test whether the model relies on its batches."
+
+
+@pytest.mark.parametrize(
+    ("to", "metric", "conclusion"),
+    [
+        ("torch", None, UNTOLD),
+        ("precise", None, UNTOLD),
+        ("running", None, "it is not the BatchNorm."),
+        ("torch", lambda model: 1.0, "it is not the BatchNorm."),
+    ],
+)
+def test_nothing_is_off(to, metric, conclusion):
+    found = diagnose(right(batchnormify(mlp(3), to), DATA), DATA, metric=metric)
     assert names(found) == ["nothing"]
     (sentence,) = found.advice
     start = "Stored statistics differ from the data by no more than "
     assert sentence.startswith(start)
-    assert sentence.endswith(" std in 3 layers, with standard errors of 0.037: it is not the BatchNorm.")
+    assert sentence.endswith(f" std in 3 layers, with standard errors of 0.037: {conclusion}")
     assert float(sentence.removeprefix(start).split()[0]) < 1e-4
     assert found.findings[0].severity == "fine"
 

@@ -99,7 +99,8 @@ def test_a_healthy_model_has_status_0_and_a_row_per_layer(model, loader, project
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("layer  samples")
     assert out[1].split()[:3] == ["1", "32", "32"]
-    assert out[-1].endswith("it is not the BatchNorm.")
+    assert "std in 1 layer" in out[-1]
+    assert out[-1].endswith("whether the model relies on its batches.")
 
 
 def test_a_model_that_is_off_has_status_1(project, capsys):

@@ -185,12 +185,16 @@ def test_two_reports_undone_in_reverse():
     assert_same(everything(model), before)
 
 
-def test_undo_refuses_after_a_conversion_of_the_layers():
-    model = batchnormify(residual(), "precise")
+@pytest.mark.parametrize(
+    ("before", "to", "message"),
+    [("precise", "torch", "no longer"), ("torch", "precise", "to Precise"), ("torch", "running", "to Running")],
+)
+def test_undo_refuses_after_a_conversion_of_the_layers(before, to, message):
+    model = batchnormify(residual(), before)
     report = update_bn_stats(model, picture_batches())
-    batchnormify(model, "torch")
+    batchnormify(model, to)
     after = everything(model)
-    with pytest.raises(RuntimeError, match="no longer"):
+    with pytest.raises(RuntimeError, match=message):
         report.undo()
     assert_same(everything(model), after)
 

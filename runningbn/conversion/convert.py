@@ -78,8 +78,8 @@ def batchnormify(
     ``sync=True`` and the same process group, for inputs of any number of dimensions.
 
     A converted layer is an instance of its former class, and of `RunningBatchNorm` or `PreciseBatchNorm1d/2d/3d`:
-    ``isinstance(layer, nn.BatchNorm2d)`` still holds, but its ``type`` changes. Only what was a ``nn.SyncBatchNorm`` is
-    no instance of it, since DistributedDataParallel refuses these on CPUs.
+    ``isinstance(layer, nn.BatchNorm2d)`` still holds, but its ``type`` changes. What was a ``nn.SyncBatchNorm``
+    is no longer an instance of it, since DistributedDataParallel does not accept these on CPUs.
 
     Left alone, and named in the log with the reason: lazy layers without parameters yet, layers without running
     statistics or with ``track_running_stats=False``, parametrised layers, scripted layers, subclasses whose forward

@@ -27,7 +27,7 @@ from .evidence import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from .result import Diagnosis
+    from .result import Diagnosis, LayerDiagnosis
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
 
@@ -128,10 +128,18 @@ def _nothing(diagnosis: Diagnosis) -> str | None:
         return None
     found = [each for layer in diagnosis.layers for each in distances(layer.stored)]
     far, error = (max(numbers) for numbers in zip(*found))
+    if diagnosis.metric is None and any(_normalises_by_batch(layer) for layer in diagnosis.layers):
+        conclusion = "they are not the cause. Give a metric to test whether the model relies on its batches"
+    else:
+        conclusion = "it is not the BatchNorm"
     return (
         f"Stored statistics differ from the data by no more than {far:.2g} std in "
-        f"{counted(len(diagnosis.layers), 'layer')}, with standard errors of {error:.2g}: it is not the BatchNorm."
+        f"{counted(len(diagnosis.layers), 'layer')}, with standard errors of {error:.2g}: {conclusion}."
     )
+
+
+def _normalises_by_batch(layer: LayerDiagnosis) -> bool:
+    return not layer.relies_on_no_batch and not layer.frozen
 
 
 def _unresolved(diagnosis: Diagnosis) -> str | None:
@@ -159,7 +167,7 @@ def _without_statistics(diagnosis: Diagnosis) -> str | None:
 
 
 def _few(diagnosis: Diagnosis) -> str | None:
-    by_batch = [layer for layer in diagnosis.layers if not layer.relies_on_no_batch and not layer.frozen]
+    by_batch = [layer for layer in diagnosis.layers if _normalises_by_batch(layer)]
     smallest = min(by_batch, key=certain_batch, default=None)
     if smallest is None or not certain_batch(smallest) < FEW:
         return None
@@ -202,15 +210,16 @@ RULES = (
         "not_finite",
         ERROR,
         "A stored mean or variance is NaN or infinite, or a variance negative.",
-        "The output of the layer in evaluation is NaN for any input.",
+        "In evaluation, the output of such a channel is wrong: mostly NaN or a constant.",
         _not_finite,
     ),
     Rule(
         "off",
         ERROR,
         f"In some layer, stored mean or std are off by more than {OFF:g} std, and by {ERRORS} standard errors.",
-        "The moving average of nn.BatchNorm has errors of this size with batches below 8, but not with larger ones. "
-        "Recomputed statistics mostly restore the accuracy: pages Accuracy and Recalibrating BatchNorm.",
+        "The moving average of nn.BatchNorm has errors of this size with fewer than about 8 independent values per "
+        "batch, and smaller ones with more. Recomputed statistics mostly restore the accuracy: pages Accuracy and "
+        "Recalibrating BatchNorm.",
         _off,
     ),
     Rule(
@@ -245,7 +254,7 @@ RULES = (
     Rule(
         "without_statistics",
         WARNING,
-        "A BatchNorm layer has track_running_stats=False.",
+        "A BatchNorm layer has no running statistics, as if made with track_running_stats=False.",
         "The output for a sample in evaluation depends on the other samples of the batch.",
         _without_statistics,
     ),
@@ -253,8 +262,8 @@ RULES = (
         "few",
         WARNING,
         f"The effective sample size of a batch is below {FEW} in a layer that normalises by the batch in training.",
-        "RunningBatchNorm is more accurate with batches of 1, 2 and 4, much more if these 4 are of one class, and "
-        "equal to the others from 8 on: page Accuracy.",
+        "RunningBatchNorm is more accurate with batches of 1, 2 and 4, and about as accurate from 8 on; much more "
+        "accurate if a batch has images of one class: page Accuracy.",
         _few,
     ),
 )

@@ -37,14 +37,16 @@ _forced: str | None = None
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Let one backend take every input of eager mode, in all threads, until the block is left.
+    """Use one backend for all inputs in eager mode, in all threads, inside the ``with`` block.
+
+    The environment variable RUNNINGBN_BACKEND, set to a name, does the same for a whole process.
 
     Args:
         name: ``"triton"`` (NVIDIA GPUs), ``"cpu"`` (C, on the CPU) or ``"aten"`` (plain torch, anywhere).
 
     Raises:
-        ValueError: for a name that is none of these.
-        RuntimeError: if the backend cannot be used on this machine; within the block, if it cannot take an input.
+        ValueError: for another name.
+        RuntimeError: if the backend cannot be used on this machine; inside the block, if it does not support an input.
 
     Example:
         >>> import torch

@@ -57,34 +57,39 @@ class PreciseBatchNorm1d(PreciseBatchNorm, nn.BatchNorm1d):
         v = \frac{\sum w (x - m)^2}{\sum w} \cdot \frac{1}{1 - \sum w^2 / (\sum w)^2}
 
     With ``momentum=None`` v is ``torch.var(everything seen, correction=1)``, however the data were split into batches;
-    after one batch from a reset it is ``nn.BatchNorm``'s at momentum 1.
+    after one batch it is what ``nn.BatchNorm`` has with momentum 1.
 
-    A channel whose batch is not finite keeps its statistics; its output shows the NaN, as in ``nn.BatchNorm``. An empty
-    batch changes nothing. While a backward pass is running, as in a recomputation under activation checkpointing, the
-    statistics are not updated. ``layer(x, mask)`` leaves padding out, as in `RunningBatchNorm`.
+    If the batch is not finite in a channel, that channel keeps its statistics, and its output is NaN, as in
+    ``nn.BatchNorm``. An empty batch changes nothing. While a backward pass is running, as in a recomputation under
+    activation checkpointing, the statistics are not updated. ``layer(x, mask)`` excludes padding, as in
+    `RunningBatchNorm`.
 
     Args:
-        num_features: how many channels, C.
+        num_features: number of channels, C.
         eps: added to the variance; > 0 in training.
         momentum: weight a of a new batch: a float, None for the cumulative average a = 1/t, or a rule (`Horizon`,
             `SquareRoot`).
         affine: whether to learn γ (`weight`) and β (`bias`).
-        track_running_stats: if False, no statistics are kept and each batch is normalised by its own.
+        track_running_stats: if False, no statistics are kept, and each batch is normalised by its own statistics, in
+            evaluation too.
         device, dtype: of parameters and statistics; the latter are at least float32.
         bias: if False, no β.
         sync, process_group: as in `RunningBatchNorm`. Outputs and gradients are then those of ``nn.SyncBatchNorm``.
 
     Shape:
-        - Input: (N, C) or (N, C, L); float16 and bfloat16 inputs may meet float32 parameters.
+        - Input: (N, C) or (N, C, L). Its dtype is that of the parameters; float32 parameters also take float16 and
+          bfloat16 inputs.
         - Mask: (N,) or (N, L), bool, True where the input is real.
         - Output: as the input, in its dtype and memory format.
 
     Raises:
         ValueError: for a wrong number of dimensions, one value per channel or eps ≤ 0 in training, a momentum outside
-            [0, 1], a mask of another shape, or a `process_group` without `sync`. With a mask or over several processes
-            one value per channel is let pass, since only waiting for the device or the others would tell.
-        TypeError: for a mask that is not bool, a `sync` that is no bool or a `process_group` that is none.
-        RuntimeError: for a wrong number of channels, a dtype that does not go with the parameters, or a second
+            [0, 1], a mask of another shape, or a `process_group` without `sync`. If a mask leaves one value per
+            channel, or all processes together have one, no error is raised, since the check would have to wait for the
+            device or for the other processes.
+        TypeError: for a mask that is not bool, a momentum that is not a float, None or a rule, a `sync` that is not a
+            bool, or a `process_group` that is not a group.
+        RuntimeError: for a wrong number of channels, a dtype that does not fit the parameters, or a second
             derivative over several processes.
 
     Source: Ioffe and Szegedy, "Batch Normalization", ICML 2015; Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
@@ -106,10 +111,11 @@ class PreciseBatchNorm2d(PreciseBatchNorm, nn.BatchNorm2d):
 
     Shape:
         - Input: (N, C, H, W).
+        - Mask: (N, H, W).
         - Output: as the input, in its dtype and memory format.
 
     Raises:
-        ValueError, RuntimeError: as `PreciseBatchNorm1d`.
+        ValueError, TypeError, RuntimeError: as `PreciseBatchNorm1d`.
 
     Example:
         >>> import torch
@@ -124,10 +130,11 @@ class PreciseBatchNorm3d(PreciseBatchNorm, nn.BatchNorm3d):
 
     Shape:
         - Input: (N, C, D, H, W).
+        - Mask: (N, D, H, W).
         - Output: as the input, in its dtype and memory format.
 
     Raises:
-        ValueError, RuntimeError: as `PreciseBatchNorm1d`.
+        ValueError, TypeError, RuntimeError: as `PreciseBatchNorm1d`.
 
     Example:
         >>> import torch

@@ -178,7 +178,7 @@ class Passes:
 
     def _check_sums(self) -> None:
         if self._seen == 0:
-            raise ValueError("the data loader gave no batch")
+            raise ValueError("the data loader gave no batch, or the model was not called")
         self._dropped = int(self._sums.dropped)
         if self._dropped and not self._sums.counts[1].any():
             raise RuntimeError(f"all {self._dropped} batches were not finite, first in {self._first_not_finite()}")

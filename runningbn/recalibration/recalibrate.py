@@ -99,7 +99,8 @@ def update_bn_stats(
         process_group: the processes that share the data; None for all; False for this process alone, without
             communication.
         memory_limit: with ``normalize="population"``, how many bytes a forward pass of all batches joined may need
-            beside these, estimated from the first batch; by default 1 GiB. 0 never joins batches, infinity always.
+            in addition to the batches, estimated from the first batch; by default 1 GiB. 0 never joins batches,
+            infinity always does.
 
     Returns:
         A `StatsReport`: prints as a table of how far each layer moved, and can ``undo()``.

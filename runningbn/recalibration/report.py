@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.buffers import PooledStatistics
 from .text import by_reason, counted, table
 
 
@@ -155,10 +156,15 @@ class StatsReport:
         """Restore the old statistics, bit for bit. May be called repeatedly.
 
         Raises:
-            RuntimeError: if a layer no longer has these buffers, as after a conversion, or has them in another size, as
-                after pruning. No layer is then restored.
+            RuntimeError: if a layer was converted to or from one of this library meanwhile, or resized, as by pruning.
+                No layer is then restored.
         """
         for layer, buffers in self._before:
+            if isinstance(layer, PooledStatistics) and not buffers.keys() >= {*layer.statistics_names}:
+                raise RuntimeError(
+                    f"cannot undo: a layer was converted to {type(layer).__name__} after the recalibration; undo "
+                    "first, then convert"
+                )
             kept = {name: layer._buffers.get(name) for name in buffers}
             if any(buffer is None or buffer.shape != buffers[name].shape for name, buffer in kept.items()):
                 raise RuntimeError(
