@@ -7,10 +7,10 @@ import pytest
 import torch
 from cases import LAYERS, LayerCase, each, noise
 from models import each_of_ours, pretrained
-from steps import evaluate, train, trained
+from steps import assert_identical, evaluate, train, trained
 from torch import nn
 from torch.export import Dim
-from versions import needs_onnx_dynamic_shapes
+from versions import needs_onnx_dynamic_shapes, needs_sign_of_exports
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm, batchnormify
 
@@ -42,6 +42,28 @@ def test_exported_layer_survives_a_file(cls):
     file.seek(0)
     x = noise((5, 3, 2, 2), 1)
     torch.testing.assert_close(torch.export.load(file).module()(x), evaluate(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@needs_sign_of_exports
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("cls", [RunningBatchNorm, PreciseBatchNorm2d], ids=lambda cls: cls.__name__)
+def test_a_training_step_is_not_exported(cls, strict):
+    layer, x = cls(3), noise((4, 3, 2, 2), 0)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    with pytest.raises(Exception, match=r"cannot be recorded by torch\.export"):
+        torch.export.export(layer, (x,), strict=strict)
+    assert_identical(layer.state_dict(), before)
+    train(layer, [x])  # a step outside of it
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("cls", [RunningBatchNorm, PreciseBatchNorm2d], ids=lambda cls: cls.__name__)
+def test_a_training_step_is_not_traced_by_jit(cls):
+    layer, x = train(cls(3), [noise((4, 3, 2, 2), 0)]), noise((4, 3, 2, 2), 1)
+    with pytest.raises(RuntimeError, match=r"cannot be recorded by .*torch\.jit\.trace"):
+        torch.jit.trace(layer, (x,), check_trace=False)
+    layer.eval()
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(x), layer(x))
 
 
 # torch.onnx and what it is written with warn of their own futures.

@@ -25,3 +25,6 @@ needs_compiled_function_modes = pytest.mark.skipif(
 needs_checkpoints_of_compiled_modules = pytest.mark.skipif(
     torch.__version__ < (2, 5), reason="torch 2.4 cannot checkpoint what is compiled, nn.BatchNorm2d included"
 )
+needs_sign_of_exports = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason=f"torch {torch.__version__} does not tell that it exports"
+)

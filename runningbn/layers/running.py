@@ -86,8 +86,9 @@ class RunningBatchNorm(Layer):
             `max_lag` ≤ 0, eps ≤ 0 in training, a mask of another shape, or a `process_group` without `sync`.
         TypeError: for a mask that is not bool, a momentum that is not a float, None or a rule, a `max_lag` that is not
             a number, a `sync` that is not a bool, or a `process_group` that is not a group.
-        RuntimeError: for a wrong number of channels, a dtype that does not fit the parameters, or a second
-            derivative with ``gradient="running"`` or over several processes.
+        RuntimeError: for a wrong number of channels, a dtype that does not fit the parameters, a second
+            derivative with ``gradient="running"`` or over several processes, or a training step under ``torch.export``
+            or ``torch.jit.trace``.
 
     With ``sync=True`` and several processes, a training step equals that of one process on the batches of all ranks
     together, with the sum of their losses: m, v, n, N in `momentum`, G0, G1 and the sums in dx are over all ranks, and

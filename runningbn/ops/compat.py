@@ -26,6 +26,7 @@ from torch._C import _disabled_torch_function_impl as disabled_torch_function
 from torch._C import _has_storage as has_storage
 from torch._C import _increment_version as increment_versions
 from torch._C import _is_torch_function_enabled as torch_function_enabled
+from torch._C import _is_tracing as is_jit_tracing
 from torch._C import _len_torch_dispatch_stack as number_of_dispatch_modes
 from torch._C import _len_torch_function_stack as number_of_function_modes
 from torch._C import _pop_torch_function_stack as pop_function_mode
@@ -66,6 +67,7 @@ __all__ = [
     "has_storage",
     "increment_versions",
     "is_batchedtensor",
+    "is_captured",
     "is_functorch_wrapped_tensor",
     "is_legacy_batchedtensor",
     "is_observed",
@@ -110,7 +112,19 @@ def is_observed() -> bool:
         or number_of_dispatch_modes()
         or number_of_function_modes()
         or torch.is_inference_mode_enabled()
+        or is_jit_tracing()
     )
+
+
+# Fallback, for torch before 2.7: exports in training mode are not recognised.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_captured() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records what runs here, which leaves out the backward."""
+    if torch.compiler.is_compiling():
+        return bool(_is_exporting())
+    return is_jit_tracing()
 
 
 def process_group_of_name(name: str) -> Any:

@@ -35,7 +35,7 @@ from ..kernels import cpu_step
 from ..kernels.contract import Reduction, StepKind
 from ..momentum import rule_of
 from .autograd import Done, FusedStep, Normalize, Pooling
-from .compat import are_transformed
+from .compat import are_transformed, is_captured
 from .masks import blank, fill, real_sums
 from .pooling import RankGroup, pool
 from .spec import Coefficients, Mode, StepSpec
@@ -46,6 +46,11 @@ TRANSFORMED = (
     "a training step that updates running statistics cannot go through torch.func transforms (grad, vmap, jvp, "
     "...) or forward-mode differentiation. Call eval() on the layer, or "
     "torch.func.replace_all_batch_norm_modules_(model) to normalise by the batch and keep no statistics"
+)
+
+_CAPTURED = (
+    "a training step that updates running statistics cannot be recorded by torch.export or torch.jit.trace: its "
+    "backward would be lost. Call eval() first, or convert the model with batchnormify(model, 'torch')"
 )
 
 # What `Function.apply` adds to this is for torch.func, whose transforms `kernels.is_ordinary` excludes.
@@ -81,8 +86,10 @@ def training_step(
 
     Raises:
         RuntimeError: under ``torch.func.grad``, ``vmap``, ``jvp`` and their like, and for dual numbers of forward-mode
-            differentiation.
+            differentiation; under ``torch.export`` and ``torch.jit.trace``.
     """
+    if is_captured():
+        raise RuntimeError(_CAPTURED)
     # Before anything is changed: an update in place, and the backward of this library, are nothing to transform.
     if are_transformed(x, weight, bias):
         raise RuntimeError(TRANSFORMED)
