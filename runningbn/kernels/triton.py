@@ -93,7 +93,7 @@ def training_forward(
     key = "batch_statistics", code.rule, rule.whole_batches, mode, updates, _dtype(weight), _dtype(bias)
     constants = {
         "RULE": code.rule, "WHOLE_BATCHES": rule.whole_batches, "BY_STATE": mode.by_state, "UPDATES": updates,
-        "BP": plan.at_once, **plan.tile,
+        "BP": plan.merged_at_once, **plan.tile,
     }  # fmt: skip
     # With one split, the sums and the map are one launch; otherwise the map follows, and finds its rows in `scratch`.
     scratch = arrived = None
@@ -133,7 +133,7 @@ def training_backward(
     weight = _vector(weight)
     dx = torch.empty_like(data) if needs_dx else None
     key = "gradient_statistics", mode.by_state, prepared is None, needs_dx, _dtype(weight), dy.dtype
-    constants = {"BY_STATE": mode.by_state, "BP": plan.at_once, **plan.tile}
+    constants = {"BY_STATE": mode.by_state, "BP": plan.merged_at_once, **plan.tile}
     with on(x.get_device()):
         launch(
             plan.launches, key, kernels.gradient_statistics, plan.blocks * splits,
