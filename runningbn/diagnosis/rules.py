@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..recalibration.text import counted, shown
-from .evidence import (
+from .thresholds import (
     ERRORS,
     FEW,
     GAIN,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .conventions import Moments, write_views
-from .found import Found
 from .joined import PeakMemory, check_joinable, joined, samples
+from .layer_statistics import LayerStatistics
 from .moments import Call
 from .passes import Passes
 
@@ -65,9 +65,9 @@ class AtOnce(Passes):
 
     def _settled_at_once(
         self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float
-    ) -> dict[int, Found]:
+    ) -> dict[int, LayerStatistics]:
         """The statistics of the layers that a forward of all batches joined calls."""
-        settled: dict[int, Found] = {}
+        settled: dict[int, LayerStatistics] = {}
 
         def settle(call: Call) -> Moments:
             sums = self._accumulator([call.layer])
@@ -103,7 +103,7 @@ class AtOnce(Passes):
         if len(set(layers)) < len(layers):
             raise _NotPossible("a layer is called several times in a forward")
 
-    def _start_again(self, found: Mapping[int, Found] | None = None) -> None:
+    def _start_again(self, found: Mapping[int, LayerStatistics] | None = None) -> None:
         """Set the model and the observer to the state before the first batch, but for the statistics given."""
         self._forget_batches()
         self._kept.restore()
@@ -114,7 +114,7 @@ class AtOnce(Passes):
             self.observer.fixed[number] = one.stored
             write_views(self.layers[number], one.stored)
 
-    def _compare(self, evaluated: Mapping[int, Found]) -> bool:
+    def _compare(self, evaluated: Mapping[int, LayerStatistics]) -> bool:
         """Set the residuals and counts of the statistics from those in evaluation; whether the residuals are small."""
         for number, now in evaluated.items():
             kept = self._found.get(number, now)
@@ -130,7 +130,7 @@ class AtOnce(Passes):
         return 0.0 if number in self._repeated else self._found[number].residual
 
 
-def _distance(one: Found, other: Found, eps: float) -> float:
+def _distance(one: LayerStatistics, other: LayerStatistics, eps: float) -> float:
     """The largest difference between two statistics of a layer: of means in std, of variances relative to `other`."""
     scale = other.var + eps
     by_mean = (one.mean - other.mean).abs() / scale.sqrt()
