@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from ..layers.buffers import are_initial
 from ..recalibration.batches import Forward
 from ..recalibration.text import counted, grouped, shown
 from .layers import CENTERED, CenteredWeights, centered_class, filter_means, has_own_forward, torch_class
@@ -173,7 +174,7 @@ def _is_fresh(layer: nn.Module) -> bool:
     mean, var, batches = (getattr(layer, name, None) for name in ("running_mean", "running_var", "num_batches_tracked"))
     if mean is None or var is None or batches is None or mean.is_meta:
         return False
-    return bool((batches == 0) & (mean == 0).all() & (var == 1).all())
+    return are_initial(mean, var, batches)
 
 
 def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Where | None = None) -> list[nn.Module]:
