@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.buffers import CHECKPOINTED, SETTLED, VIEW, is_narrow
+from ..layers.buffers import CHECKPOINTED, SETTLED, VIEW, are_settled, is_narrow
 from ..ops.law import Law
 from ..ops.state import Sums, moments, move_pivot, unbiased
 from .summary import batches_tracked
@@ -243,8 +243,7 @@ def _weights(prefix: str, wide: dict[str, Tensor], given: Sequence[float] | None
     count, count_sqrs = wide["count"], wide["count_sqrs"]
     if given is not None:
         return count.new_tensor(given)[:, None].expand_as(count)
-    # For seeded states, `samples` is SETTLED, which no training reaches; averaging weights may have reduced it.
-    unknown = (wide["samples"] > SETTLED / 1e6) | ((count > 0) & (count_sqrs <= 0))
+    unknown = are_settled(wide["samples"]) | ((count > 0) & (count_sqrs <= 0))
     if not unknown.any():
         return count.square() / count_sqrs.clamp_min(torch.finfo(count.dtype).tiny)
     if (unknown | (count == 0)).all():

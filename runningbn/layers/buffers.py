@@ -268,6 +268,15 @@ def are_initial(mean: Tensor, var: Tensor, batches: Tensor) -> bool:
     return bool((batches == 0) & (mean == 0).all() & (var == 1).all())
 
 
+def are_settled(samples: Tensor) -> Tensor:
+    """Where statistics were taken over from elsewhere, by the number of samples of a state, (C,).
+
+    It is then `SETTLED`, which averaging with other layers may have reduced. In training, a float32 of this size no
+    longer grows by a batch of 256.
+    """
+    return (samples <= SETTLED / 256).logical_not()
+
+
 def is_narrow(tensor: Tensor) -> bool:
     """Whether it holds floating-point numbers of fewer than 32 bits."""
     return tensor.is_floating_point() and tensor.element_size() < 4
