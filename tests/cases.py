@@ -63,6 +63,16 @@ def noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64).to(dtype)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same tensor with the channels innermost, in any number of dimensions."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the statistics are in, beside an input of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def with_random_affine(layer: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(2000 + seed)
     with torch.no_grad():
