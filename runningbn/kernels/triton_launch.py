@@ -91,7 +91,7 @@ def _addresses(tensors: tuple[Pointers, ...]) -> list[Any] | None:
 
 
 def on(index: int) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; -1 is the CPU."""
+    """Make a device the current one, on which Triton launches; nothing to do for -1, the CPU."""
     if index < 0 or index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(index)

@@ -143,10 +143,10 @@ def ceil(size: int, of: int) -> int:
 
 
 def _power_of_two(size: int) -> int:
-    """The least that is not below."""
+    """The least power of two that is not below a size."""
     return 1 << (size - 1).bit_length()
 
 
 def _power_of_four(size: int) -> int:
-    """The least that is not below: samples vary, and not each number of them may have a tile of its own."""
+    """The least power of four that is not below: samples vary, and not each number of them may have its own tile."""
     return 1 << (-(-(size - 1).bit_length() // 2) * 2)
