@@ -63,7 +63,7 @@ class SavedLayer:
 
     @property
     def sums(self) -> Sums:
-        """The linear state of one of our layers."""
+        """The linear state of a layer of this library."""
         return Sums(*(self.state[name] for name in Sums._fields))
 
     @property
