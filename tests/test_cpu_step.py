@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from at_once import counted, in_python
 from cases import channels_last, each_dtype, each_rule, noise
+from step_extension import counted, in_python
 from steps import assert_identical, buffers_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

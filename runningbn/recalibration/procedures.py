@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.buffers import VIEW, PooledStatistics
-from .at_once import AtOnce
 from .batches import Progress
 from .conventions import write_views
+from .joined_pass import JoinedPass
 from .moments import Accumulator
 from .observer import EnoughSeen
 from .ranks import interrupts_deferred
@@ -29,7 +29,7 @@ logger = logging.getLogger("runningbn")
 _MAX_ROUNDS = 3
 
 
-class Recalibration(AtOnce):
+class Recalibration(JoinedPass):
     """A recalibration in progress, as `precise_bn` yields it.
 
     Attributes:

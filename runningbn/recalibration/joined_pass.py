@@ -31,10 +31,10 @@ class _NotPossible(BaseException):
     """Ends the forward of joined batches. It is no Exception, so that a model does not catch it."""
 
 
-class AtOnce(Passes):
+class JoinedPass(Passes):
     """Passes over the data, and the pass of all batches joined."""
 
-    def refine_at_once(self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float) -> bool:
+    def refine_joined(self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float) -> bool:
         """Replace the statistics by the moments in evaluation with one forward of all batches joined, if possible.
 
         In that forward, the first call of each layer gives its statistics, and the layer normalises by them. A pass
@@ -49,7 +49,7 @@ class AtOnce(Passes):
         if self.ranks.size > 1 or not batches or not memory_limit:
             return False
         try:
-            settled = self._settled_at_once(batches, run, memory_limit)
+            settled = self._settled_by_joined_pass(batches, run, memory_limit)
         except (Exception, _NotPossible) as error:  # an error that is due to the model comes again with the batches
             self._start_again()
             logger.info("normalize='population' goes layer by layer: %s: %s", type(error).__name__, error)
@@ -63,7 +63,7 @@ class AtOnce(Passes):
         logger.info("normalize='population' goes layer by layer: the batches by themselves are evaluated differently")
         return False
 
-    def _settled_at_once(
+    def _settled_by_joined_pass(
         self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float
     ) -> dict[int, LayerStatistics]:
         """The statistics of the layers that a forward of all batches joined calls."""
