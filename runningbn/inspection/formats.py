@@ -29,9 +29,7 @@ FILES_OF_A_FOLDER = (
 # Other kinds of files that may have the name of a checkpoint: first bytes and message.
 _OTHERS = (
     (b"version https://git-lfs", "is a pointer of git-lfs, not the file itself: fetch that by `git lfs pull`"),
-    (b"<!DOCTYPE", "is a page of HTML: the download went wrong"),
-    (b"<!doctype", "is a page of HTML: the download went wrong"),
-    (b"<html", "is a page of HTML: the download went wrong"),
+    ((b"<!DOCTYPE", b"<!doctype", b"<html"), "is a page of HTML: the download went wrong"),
     (b"\x1f\x8b", "is compressed by gzip: unpack it"),
     (b"\x89HDF", "is an HDF5 file, as of Keras, not one of torch.save"),
 )
