@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .contents import opened
+from .distributed import METADATA, read_distributed
 from .errors import Budget, CheckpointError, UnreadableError
 from .layers import keys_of_layers, natural_order
-from .shards import METADATA, read_distributed
 from .spans import Span
 from .tensors import SavedTensor
 from .torch_files import read_pickle, read_zip
