@@ -113,6 +113,16 @@ PRECISE = (
 LAYERS = RUNNING + PRECISE
 
 
+POISONED = 1  # a channel
+
+
+def poisoned(x: Tensor, poison: float) -> Tensor:
+    """The images with a single value in the channel `POISONED` that is another."""
+    x = x.clone()
+    x[0, POISONED, 2, 3] = poison
+    return x
+
+
 def from_this_state(layer: nn.Module, *further: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The layer as a function of x and its parameters, from the present buffers at every call; and the parameters.
 
