@@ -205,17 +205,16 @@ class Passes:
         vectors = zip(*(sums.split(v) for v in (mean, var, *stored, estimate.mean_error, estimate.var_error)))
         # All counts in one transfer; they are the same for all channels of a layer.
         firsts = [0, *accumulate(sums.channels)][:-1]
-        counts = torch.stack((estimate.batches, estimate.elements, estimate.samples, sums.totals[0]))[
-            :, firsts
-        ].T.tolist()
+        counts = torch.stack((estimate.batches, estimate.elements, estimate.samples, sums.totals[0])).T[firsts].tolist()
         found = {}
-        for number, (mean, var, m, v, mean_error, var_error), (*data, total) in zip(numbers, vectors, counts):
-            if total:
-                batches, elements, samples = map(int, data)
-                stored_here = self._in_dtype_of_buffers(number, m, v)
+        for number, of_layer, (batches, elements, samples, used) in zip(numbers, vectors, counts):
+            if used:
+                mean, var, stored_mean, stored_var, mean_error, var_error = of_layer
+                old_mean, old_var = views(self.layers[number])
                 found[number] = LayerStatistics(
-                    mean=mean, var=var, stored=stored_here, mean_error=mean_error, var_error=var_error,
-                    batches=batches, samples=samples, elements=elements,
+                    mean=mean, var=var, stored=(stored_mean.to(old_mean), stored_var.to(old_var)),
+                    mean_error=mean_error, var_error=var_error,
+                    batches=int(batches), samples=int(samples), elements=int(elements),
                 )  # fmt: skip
         return found
 
@@ -225,10 +224,6 @@ class Passes:
         m0, v0 = (torch.cat([parts[number] for number in numbers]).to(mean.device) for parts in old)
         w = self.prior / (self.prior + samples)
         return w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
-
-    def _in_dtype_of_buffers(self, number: int, mean: Tensor, var: Tensor) -> Moments:
-        old_mean, old_var = views(self.layers[number])
-        return mean.to(old_mean), var.to(old_var)
 
     def _so_far(self, number: int) -> Moments:
         """The statistics of a layer from the batches collected so far; before the first batch, those in its buffers."""
