@@ -4,8 +4,8 @@ import sys as _sys
 
 from .conversion import classes as _classes
 from .conversion.convert import batchnormify
+from .diagnosis.diagnose import diagnose
 from .diagnosis.result import Diagnosis
-from .diagnosis.run import diagnose
 from .inspection.merge import merge_statistics
 from .inspection.summary import bn_summary
 from .layers import precise as _precise

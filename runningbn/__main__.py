@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runningbn.inspection.criteria import CRITERIA
-from runningbn.inspection.reading import CheckpointError, Source
+from runningbn.inspection.errors import CheckpointError
+from runningbn.inspection.reading import Source
 from runningbn.recalibration.text import positive_integer
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C (128 + SIGINT)

@@ -63,6 +63,16 @@ def noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64).to(dtype)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same tensor with the channels innermost, in any number of dimensions."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the statistics are in, beside an input of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def with_random_affine(layer: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(2000 + seed)
     with torch.no_grad():
@@ -101,6 +111,16 @@ PRECISE = (
     LayerCase("precise2d-no-affine", PreciseBatchNorm2d, (4, 5, 6), {"affine": False}),
 )
 LAYERS = RUNNING + PRECISE
+
+
+POISONED = 1  # a channel
+
+
+def poisoned(x: Tensor, poison: float) -> Tensor:
+    """The images with a single value in the channel `POISONED` that is another."""
+    x = x.clone()
+    x[0, POISONED, 2, 3] = poison
+    return x
 
 
 def from_this_state(layer: nn.Module, *further: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:

@@ -68,6 +68,12 @@ def mlp(depth: int = 3, width: int = 8, inputs: int = 5, bias: bool = True, **kw
     return pretrained(nn.Sequential(*blocks)).to(**kwargs) if kwargs else pretrained(nn.Sequential(*blocks))
 
 
+def net() -> nn.Sequential:
+    """Two layers for `pictures`."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+
 class Residual(nn.Module):
     """A small residual convolutional net with dropout."""
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import LAYERS, LayerCase, assert_near, each, each_dtype, noise
+from cases import LAYERS, LayerCase, assert_near, channels_last, each, each_dtype, noise
 from steps import assert_identical, buffers_of, evaluate, train, trained, training_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +31,7 @@ def test_output_may_be_changed_in_place(case: LayerCase):
 
 @each(LAYERS)
 def test_channels_last_output_may_be_changed_in_place(case: LayerCase):
-    x = case.input(4, 20).movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+    x = channels_last(case.input(4, 20)).requires_grad_()
     nn.functional.relu_(trained(case)(x)).sum().backward()
     assert x.grad.isfinite().all()
 

@@ -1,12 +1,11 @@
 """The buffers as attributes: assigned, written in place, reset, cast, copied, averaged, swapped, on the meta device."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from cases import LAYERS, LayerCase, assert_near, each, each_dtype, noise
+from copies import each_copy
 from steps import assert_identical, buffers_of, evaluate, train, trained, training_step
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -253,17 +252,6 @@ def test_float32_layer_takes_half_precision_inputs(cls):
 
 
 # ------------------------------------------------------------------------------------------------------------ copies
-
-
-def save_and_load(layer: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": save_and_load}
-each_copy = pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 
 
 @each(LAYERS)

@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from checkpoints import C, saved, small_net
 from models import pretrained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -14,17 +15,6 @@ from runningbn.inspection.comparison import compare
 from runningbn.inspection.criteria import CRITERIA, ERROR, findings, mean_over_std
 from runningbn.inspection.layers import read_state_dict
 from runningbn.inspection.reading import CheckpointError, read_checkpoint
-
-C = 8
-
-
-def small_net() -> nn.Module:
-    return pretrained(nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.Sequential(nn.BatchNorm2d(C))))
-
-
-def saved(tmp_path, contents, name="checkpoint.pt", **options):
-    torch.save(contents, tmp_path / name, **options)
-    return tmp_path / name
 
 
 def only_layer(state):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import C, saved, small_net
 from models import pretrained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -22,17 +23,7 @@ from runningbn import RunningBatchNorm
 from runningbn.inspection.layers import read_state_dict
 from runningbn.inspection.reading import CheckpointError, Source, read_checkpoint
 
-C = 8
 ROOT = Path(__file__).parent.parent
-
-
-def small_net(**options) -> nn.Module:
-    return pretrained(nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C, **options), nn.Sequential(nn.BatchNorm2d(C))))
-
-
-def saved(tmp_path, contents, name="checkpoint.pt", **options):
-    torch.save(contents, tmp_path / name, **options)
-    return tmp_path / name
 
 
 def pickled(tmp_path, contents, protocol=None, name="model.pkl"):
@@ -385,8 +376,8 @@ def test_a_folder_of_torch_distributed_checkpoint(distributed):
 
 
 def test_a_tensor_in_pieces_is_put_together():
+    from runningbn.inspection.distributed import Piece, ShardedTensor
     from runningbn.inspection.errors import Budget, UnreadableError
-    from runningbn.inspection.shards import Piece, ShardedTensor
     from runningbn.inspection.spans import span_of
 
     whole = torch.arange(12.0).view(4, 3)

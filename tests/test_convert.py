@@ -4,14 +4,12 @@ The statistics it hands over are the subject of test_convert_statistics.py, spec
 test_convert_kinds.py.
 """
 
-import copy
-import io
 import itertools
-import pickle
 
 import pytest
 import torch
 from cases import noise
+from copies import each_copy
 from models import CLASSES, PLAIN, TARGETS, each_of_ours, each_target, images, pretrained, small_net, tangle
 from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import nn
@@ -271,18 +269,8 @@ def test_layer_that_came_back_trains_as_batchnorm(to):
     assert_identical(buffers_of(layer), buffers_of(twin))
 
 
-def save_and_load(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": save_and_load}
-
-
 @each_of_ours
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@each_copy
 def test_copy_of_a_converted_model_trains_like_it(to, duplicate):
     model = train(batchnormify(tangle(), to), [images()])
     twin = duplicate(model)
@@ -290,7 +278,7 @@ def test_copy_of_a_converted_model_trains_like_it(to, duplicate):
 
 
 @each_of_ours
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@each_copy
 def test_copy_of_a_converted_model_finds_its_way_back(to, duplicate):
     twin = batchnormify(duplicate(batchnormify(tangle(), to)), "torch")
     assert [type(module) for module in twin.modules()] == [type(module) for module in tangle().modules()]

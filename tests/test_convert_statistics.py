@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import each_dtype, noise
+from cases import each_dtype, noise, statistics_dtype
 from models import each_of_ours, pretrained, small_net
 from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import Tensor, nn
@@ -144,9 +144,8 @@ def test_running_layer_starts_its_backward_sums_anew():
 @each_dtype(torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def test_statistics_are_at_least_float32_and_parameters_stay_as_they_are(to, dtype):
     layer = batchnormify(nn.BatchNorm2d(3, dtype=dtype), to)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {p.dtype for p in layer.parameters()} == {dtype}
-    assert {b.dtype for name, b in layer.named_buffers() if name != "num_batches_tracked"} == {wide}
+    assert {b.dtype for name, b in layer.named_buffers() if name != "num_batches_tracked"} == {statistics_dtype(dtype)}
 
 
 @each_of_ours

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import RAGGED, RULES, assert_near, each_dtype, each_pair, names_of, noise
+from cases import RAGGED, RULES, assert_near, channels_last, each_dtype, each_pair, names_of, noise, statistics_dtype
 from steps import assert_identical, buffers_of, training_step
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,10 +44,7 @@ PLANES = (
     (1, 5, 1), (5, 37, 2), (4, 65, 7, 7), (9, 1, 4, 4), (1, 1, 300, 400), (13, 2, 60, 60), (1, 4, 20_001),
     (1, 37, 56, 56), (2, 3, 56, 56), (2, 2, 300, 400), (2, 2048, 7, 7),
 )  # fmt: skip
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "planes": lambda x: x,
-    "rows": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"planes": lambda x: x, "rows": channels_last}
 THREADS = (1, 2, 3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE = names_of(torch.float32, torch.float64)
@@ -71,11 +68,6 @@ def instruction_set(name: str) -> Iterator[bool]:
         yield loaded.runningbn_initialize(parallel_for, name.encode()) == name.encode()
     finally:
         assert loaded.runningbn_initialize(parallel_for, usual.encode()) == usual.encode()
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the statistics."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def data(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -402,13 +394,13 @@ def test_a_training_step(mode, dtype, threads, array):
     """With every instruction set: the same code in other widths, and other tails."""
     shape, layout = array
     x, dy = LAYOUTS[layout](data(shape, dtype)), LAYOUTS[layout](data(shape, dtype, 1))
-    weight, bias = affine(shape[1], wide(dtype))
+    weight, bias = affine(shape[1], statistics_dtype(dtype))
     expected = reference(mode, x, dy, weight, bias)
     torch.set_num_threads(threads)
     for name in INSTRUCTION_SETS:
         with instruction_set(name) as exists:
             if exists:
-                actual = train("cpu", mode, x, dy, weight, bias, wide(dtype))
+                actual = train("cpu", mode, x, dy, weight, bias, statistics_dtype(dtype))
                 assert actual.y.stride() == actual.dx.stride() == x.stride()
                 assert_step_near(mode, actual, x, dy, weight, expected)
 
@@ -421,9 +413,9 @@ def test_a_training_step(mode, dtype, threads, array):
 )
 def test_weight_and_bias_may_be_absent(mode, dtype, shape, given):
     x, dy = data(shape, dtype), data(shape, dtype, 1)
-    weight, bias = affine(shape[1], wide(dtype))
+    weight, bias = affine(shape[1], statistics_dtype(dtype))
     weight, bias = weight if given == "weight" else None, bias if given == "bias" else None
-    actual = train("cpu", mode, x, dy, weight, bias, wide(dtype))
+    actual = train("cpu", mode, x, dy, weight, bias, statistics_dtype(dtype))
     assert_step_near(mode, actual, x, dy, weight, reference(mode, x, dy, weight, bias))
 
 
@@ -433,8 +425,8 @@ def test_weight_and_bias_may_be_absent(mode, dtype, shape, given):
     mode=names_of(*MODES),
 )
 def test_a_forward_without_an_update_repeats_the_last_and_touches_no_buffer(mode, dtype, shape):
-    x, (weight, bias) = data(shape, dtype), affine(shape[1], wide(dtype))
-    state, measured, _ = started(shape[1], wide(dtype))
+    x, (weight, bias) = data(shape, dtype), affine(shape[1], statistics_dtype(dtype))
+    state, measured, _ = started(shape[1], statistics_dtype(dtype))
     buffers = (*state, *measured) if mode == "running gradient" else tuple(state)
     torch.set_num_threads(2)
     arguments = x, weight, bias, cpu.prepare(buffers), StepSpec(MODES[mode], EPS, Horizon(), LAW)
@@ -471,9 +463,10 @@ def bits(outcome: Outcome) -> dict[str, Tensor]:
     threads=names_of(*THREADS), shape=names_of((40_001, 3), (2, 2, 300, 400), (2, 2048, 7, 7)), dtype=names_of(*DTYPES)
 )
 def test_a_step_is_the_same_bit_for_bit_whatever_else_the_machine_does(dtype, shape, threads):
-    x, dy, (weight, bias) = data(shape, dtype), data(shape, dtype, 1), affine(shape[1], wide(dtype))
+    wide = statistics_dtype(dtype)
+    x, dy, (weight, bias) = data(shape, dtype), data(shape, dtype, 1), affine(shape[1], wide)
     torch.set_num_threads(threads)
-    first = bits(train("cpu", "running gradient", x, dy, weight, bias, wide(dtype)))
+    first = bits(train("cpu", "running gradient", x, dy, weight, bias, wide))
     enough = threading.Event()
 
     def compete() -> None:
@@ -486,7 +479,7 @@ def test_a_step_is_the_same_bit_for_bit_whatever_else_the_machine_does(dtype, sh
         other.start()
     try:
         for _ in range(5):
-            assert_identical(bits(train("cpu", "running gradient", x, dy, weight, bias, wide(dtype))), first)
+            assert_identical(bits(train("cpu", "running gradient", x, dy, weight, bias, wide)), first)
     finally:
         enough.set()
         for other in others:
@@ -498,17 +491,17 @@ def test_the_sweeps_leave_nothing_unwritten(dtype, array):
     """As unwritten memory is NaN; what a training step leaves is compared with the reference."""
     shape, layout = array
     x, dy = LAYOUTS[layout](data(shape, dtype)), LAYOUTS[layout](data(shape, dtype, 1))
-    weight, bias = affine(shape[1], wide(dtype))
+    weight, bias = affine(shape[1], statistics_dtype(dtype))
     torch.set_num_threads(3)
-    state, measured, _ = started(shape[1], wide(dtype))
-    batch = cpu.batch_sums(x, wide(dtype)).sums
+    state, measured, _ = started(shape[1], statistics_dtype(dtype))
+    batch = cpu.batch_sums(x, statistics_dtype(dtype)).sums
     mean, var = moments(batch)
     rstd = (var + EPS).rsqrt()
     sums = cpu.gradient_sums(dy, x, mean, rstd)
     results = (
         *batch,
         cpu.normalize(x, mean, var, weight, bias, EPS),
-        *cpu.batch_norm(x, weight, bias, EPS, wide(dtype)),
+        *cpu.batch_norm(x, weight, bias, EPS, statistics_dtype(dtype)),
         *sums,
         cpu.input_gradient(dy, x, mean, rstd, weight, *(s / x[:, 0].numel() for s in sums)),
         *cpu.batch_norm_gradients(dy, x, mean, rstd, weight),
@@ -564,7 +557,7 @@ def assert_views_do_not_matter(of_x: str, of_dy: str, shape: tuple[int, ...]) ->
     weight, bias = affine(shape[1], torch.float32)
     for dtype in DTYPES:
         x, dy = data(shape, dtype), data(shape, dtype, 1)
-        step = train("cpu", "running gradient", VIEWS[of_x](x), VIEWS[of_dy](dy), weight, bias, wide(dtype))
+        step = train("cpu", "running gradient", VIEWS[of_x](x), VIEWS[of_dy](dy), weight, bias, statistics_dtype(dtype))
         assert_step_near("running gradient", step, x, dy, weight, reference("running gradient", x, dy, weight, bias))
 
 
@@ -589,7 +582,7 @@ def test_inputs_and_gradients_may_be_expanded(dtype, expanded):
     part = {"samples": (1, 5, 3, 7), "positions": (6, 5, 1, 1), "one value": (1, 1, 1, 1)}[expanded]
     x, dy, whole = data(part, dtype), data(part, dtype, 1), data(shape, dtype, 2)
     for x_, dy_ in ((x.expand(shape), whole), (whole, dy.expand(shape)), (x.expand(shape), dy.expand(shape))):
-        step = train("cpu", "running gradient", x_, dy_, weight, bias, wide(dtype))
+        step = train("cpu", "running gradient", x_, dy_, weight, bias, statistics_dtype(dtype))
         assert_step_near(
             "running gradient", step, x_, dy_, weight, reference("running gradient", x_, dy_, weight, bias)
         )
@@ -602,7 +595,7 @@ def test_inputs_and_gradients_may_be_expanded(dtype, expanded):
 def test_channels_last_stays_channels_last(dtype, shape, memory_format):
     x, dy = data(shape, dtype).to(memory_format=memory_format), data(shape, dtype, 1)
     weight, bias = affine(5, torch.float32)
-    step = train("cpu", "running gradient", x, dy, weight, bias, wide(dtype))
+    step = train("cpu", "running gradient", x, dy, weight, bias, statistics_dtype(dtype))
     assert step.y.is_contiguous(memory_format=memory_format)
     assert step.dx.is_contiguous(memory_format=memory_format)
     assert_step_near("running gradient", step, x, dy, weight, reference("running gradient", x, dy, weight, bias))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from at_once import counted, in_python
-from cases import each_dtype, each_rule, noise
+from cases import channels_last, each_dtype, each_rule, noise
+from step_extension import counted, in_python
 from steps import assert_identical, buffers_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,10 +42,6 @@ def assert_same(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected):
         assert_identical(one, other)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {

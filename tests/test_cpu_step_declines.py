@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from at_once import counted, in_python
 from cases import noise
+from step_extension import counted, in_python
 from steps import assert_identical, buffers_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad

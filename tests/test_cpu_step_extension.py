@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from at_once import counted
 from cases import noise
+from step_extension import counted
 from steps import assert_identical, buffers_of, training_step
 from torch import Tensor, nn
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from benchmarks import readme
 from runningbn import Diagnosis, batchnormify, diagnose, update_bn_stats
-from runningbn.diagnosis.evidence import FEW, OFF, errors_to_exceed
 from runningbn.diagnosis.rules import MAX_SENTENCES, RULES
+from runningbn.diagnosis.thresholds import FEW, OFF, errors_to_exceed
 
 DOCS = readme.ROOT / "docs"
 

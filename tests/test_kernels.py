@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import each_pair, names_of
+from cases import channels_last, each_pair, names_of, statistics_dtype
 from torch import Tensor
 
 from runningbn import kernels
@@ -25,7 +25,7 @@ SHAPES = {
 }
 LAYOUTS = {
     "contiguous": lambda x: x,
-    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "channels last": channels_last,
     "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
     "batch expanded": lambda x: x[:1].expand(x.shape),
     "transposed memory": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
@@ -64,10 +64,6 @@ def tolerance(dtype: torch.dtype, scale: float = 4) -> dict[str, float]:
 def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return LAYOUTS[layout]((torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 1).to(dtype))
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def spread(vector: Tensor, like: Tensor) -> Tensor:

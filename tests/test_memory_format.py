@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LAYERS, LayerCase, assert_near, each, noise
+from cases import LAYERS, LayerCase, assert_near, channels_last, each, noise
 from steps import assert_identical, buffers_of, evaluate, trained, training_step
 from torch import Tensor, nn
 
@@ -12,11 +12,6 @@ SPATIAL = tuple(case for case in CASES if len(case.shape) > 1)
 # Sums over the same up to 2000 numbers in another order, at about one rounding per level of a pairwise sum, in the
 # two statistics and in the two backward sums, which the outputs then see through a dozen operations.
 ROUNDINGS = 64
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same tensor with the channels innermost, in any number of dimensions."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def is_channels_last(x: Tensor) -> bool:

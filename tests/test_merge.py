@@ -246,6 +246,13 @@ def test_statistics_that_were_taken_over_count_alike_or_as_is_said():
         merge_statistics([states[0], trained(PreciseBatchNorm1d(C), data_of(1, 20)).state_dict()])
 
 
+def test_an_epoch_of_a_large_data_set_is_no_statistics_of_unknown_weight():
+    states = [trained(PreciseBatchNorm1d(C), data_of(k, 140)).state_dict() for k in range(2)]
+    expected = merge_statistics(states)
+    states[0]["samples"].fill_(2e9)
+    torch.testing.assert_close(merge_statistics(states)["running_mean"], expected["running_mean"], rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------------- torch's layers
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import (
+    POISONED,
     PRECISE,
     RAGGED,
     RULES,
@@ -16,6 +17,7 @@ from cases import (
     each_rule,
     from_this_state,
     noise,
+    poisoned,
     with_random_affine,
 )
 from hypothesis import given, settings
@@ -468,14 +470,6 @@ def test_output_survives_a_jump_of_the_mean(case, centre):
 
 
 # -------------------------------------------------------------------------------------------------- non-finite channels
-
-POISONED = 1  # the channel
-
-
-def poisoned(x: Tensor, poison: float) -> Tensor:
-    x = x.clone()
-    x[0, POISONED, 2, 3] = poison
-    return x
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)

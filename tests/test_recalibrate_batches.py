@@ -9,6 +9,7 @@ from recalibration_models import (
     everything,
     mlp,
     moments,
+    net,
     pictures,
     recalibrated,
     reference,
@@ -18,12 +19,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from runningbn import RunningBatchNorm, update_bn_stats
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-
 
 # ------------------------------------------------------------------------------------------------------------ mappings
 

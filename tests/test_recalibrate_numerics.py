@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import noise
+from cases import channels_last, noise
 from recalibration_models import assert_statistics, in_rows, mlp, moments, pictures, recalibrated, reference, rows
 from torch import nn
 
@@ -36,7 +36,7 @@ def test_variance_of_data_far_from_zero(shape, centre, tolerance, last):
         pytest.skip("no such layout")
     batches = [off_centre(shape, centre, seed) for seed in range(3)]
     if last:
-        batches = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in batches]
+        batches = [channels_last(x) for x in batches]
     layer = recalibrated(NORMS[len(shape)](6), batches)
     mean, var = moments(torch.cat([in_rows(x) for x in batches]))
     assert ((layer.running_var - var).abs() <= tolerance * var).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import noise
-from recalibration_models import assert_same, assert_statistics, everything, mlp, pictures, reference, rows
+from recalibration_models import assert_same, assert_statistics, everything, mlp, net, pictures, reference, rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,11 +11,6 @@ from runningbn import batchnormify, get_bn_modules, precise_bn, update_bn_stats
 
 FROZEN = "frozen (in evaluation mode while the model is in training mode)"
 NOT_TRACKING = "frozen (track_running_stats=False)"
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
 
 
 # -------------------------------------------------------------------------------------------------------------- frozen

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import (
     GRADIENTS,
+    POISONED,
     RAGGED,
     RULES,
     RUNNING,
@@ -22,6 +23,7 @@ from cases import (
     from_this_state,
     names_of,
     noise,
+    poisoned,
     with_random_affine,
 )
 from reference import (
@@ -619,14 +621,7 @@ def test_seeded_layer_is_exempt_from_the_clamp():
 
 # -------------------------------------------------------------------------------------------------- non-finite channels
 
-POISONED = 1  # the channel
 POISONS = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
-
-
-def poisoned(x: Tensor, poison: float) -> Tensor:
-    x = x.clone()
-    x[0, POISONED, 2, 3] = poison
-    return x
 
 
 def with_poison(poison: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """sync=True as an argument: what is accepted, shown, copied, pickled and converted."""
 
 import copy
-import io
 import logging
 import pickle
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from cases import assert_near, noise, with_random_affine
+from copies import saved_and_loaded
 from processes import ranks
 from steps import assert_identical, buffers_of, evaluate, train, training_step
 from test_sync import SHAPE, SIZES, each_basic_kind, layer_of, parts, whole
@@ -107,13 +107,6 @@ def test_without_running_statistics_the_batch_of_all_ranks_normalises(kind, how)
 
 
 # ------------------------------------------------------------------------------------------------- copies and pickles
-
-
-def saved_and_loaded(layer: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def copy_and_train(rank: int, kind: str) -> None:

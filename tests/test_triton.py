@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import each_pair, names_of
+from cases import channels_last, each_pair, names_of, statistics_dtype
 from law_steps import SCENARIOS, Scenario, assert_trains_as_the_reference, step_of
 from steps import assert_identical, buffers_of
 from torch import Tensor
@@ -85,10 +85,6 @@ def _empty_memory_is_poisoned() -> Iterator[None]:
     assert all(int(counter.count_nonzero()) == 0 for counter in triton_launch.counters.values())
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def empty_state(channels: int, dtype: torch.dtype = torch.float32) -> State:
     vectors = [torch.zeros(channels, dtype=dtype, device=DEVICE) for _ in State._fields]
     vectors[State._fields.index("running_var")].fill_(1)
@@ -146,10 +142,6 @@ def batch(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.floa
     channels = shape[1]
     x = randn(*shape, seed=seed) * (0.5 + randn(channels, seed=seed + 100).abs()).view(spread)
     return (x + randn(channels, seed=seed + 200).view(spread)).to(dtype)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class Reference(NamedTuple):

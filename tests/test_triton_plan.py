@@ -35,7 +35,7 @@ def test_plans_cover_the_input_with_tiles_that_fit(outer: int, device: Device) -
         assert of_n * of_c * of_s <= (2048 if double else 4096)
         assert plan.tile["num_warps"] in (1, 2, 4, 8)
         assert of_c <= 256
-        assert all(size & (size - 1) == 0 for size in (of_n, of_c, of_s, plan.at_once))
+        assert all(size & (size - 1) == 0 for size in (of_n, of_c, of_s, plan.merged_at_once))
         tiles = -(-n // of_n) * -(-inner // of_s)
         assert plan.blocks * of_c >= channels
         for splits, of_split in (plan.summing, plan.mapping):
@@ -49,7 +49,7 @@ def test_plans_cover_the_input_with_tiles_that_fit(outer: int, device: Device) -
 def test_few_shapes_are_compiled_while_samples_vary(device: Device) -> None:
     for channels, inner in [(64, 196), (64, 3136), (3, 50176), (2048, 49), (16, 4)]:
         compiled = {
-            (*plan.tile.values(), plan.at_once)
+            (*plan.tile.values(), plan.merged_at_once)
             for n in range(1, 300)
             if (plan := plan_of(False, n, channels, inner, False, device))
         }

@@ -1,11 +1,11 @@
 """Centred weights under compilers and autocast, in copies and in averages; over processes in test_weights_ranks.py."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 from cases import assert_near
+from copies import each_copy
 from models import pretrained
 from steps import assert_identical, evaluate, training_step
 from test_weights import LAYERS, LayerCase, each_layer, small_net
@@ -147,11 +147,8 @@ def test_model_in_bfloat16_trains_as_in_float32_up_to_its_precision():
 # ------------------------------------------------------------------------------------------------------------ copies
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
-
-
 @each_layer
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@each_copy
 def test_copies_train_like_the_model_and_can_be_baked(case: LayerCase, duplicate):
     x = case.input()
     model = center_weights(case.model(fresh=False), x)
@@ -174,7 +171,7 @@ class Copying(nn.Conv2d):
         return twin
 
 
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@each_copy
 def test_layers_with_their_own_way_of_copying_are_copied(duplicate):
     x = images()
     model = center_weights(nn.Sequential(Copying(3, 4), nn.BatchNorm2d(4)), x)

@@ -1,12 +1,10 @@
 """center_weights without an example batch: the first forward pass of the model decides."""
 
-import copy
-import io
 import logging
-import pickle
 
 import pytest
 import torch
+from copies import each_copy
 from models import pretrained
 from steps import assert_identical, training_step
 from test_weights import small_net
@@ -229,17 +227,7 @@ def test_failed_decision_leaves_the_waiting_one():
 # ---------------------------------------------------------------------------------------------------------- copies
 
 
-def save_and_load(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": save_and_load}
-
-
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@each_copy
 def test_copies_decide_about_themselves(duplicate):
     model = waiting(where=lambda name, module: name == "3")
     twin = duplicate(model)
@@ -250,7 +238,7 @@ def test_copies_decide_about_themselves(duplicate):
     assert (centred(model), hooks(model)) == ({"3"}, 0)
 
 
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@each_copy
 def test_copies_can_stop_waiting(duplicate):
     model = waiting()
     twin = bake_weights(duplicate(model))

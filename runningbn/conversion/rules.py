@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from ..layers.buffers import OWN_BUFFERS, TRAINING, PooledStatistics
+from ..layers.buffers import OWN_BUFFERS, TRAINING, VIEW, PooledStatistics
 from ..layers.precise import PreciseBatchNorm
 from ..layers.running import RunningBatchNorm
 from ..momentum import check_momentum
@@ -37,7 +37,7 @@ def is_foreign(module: nn.Module) -> bool:
     """Whether it has BatchNorm in its name and running statistics, but is not an ``nn.BatchNorm``."""
     if "BatchNorm" not in type(module).__name__ or isinstance(module, _BatchNorm):
         return False
-    return {"running_mean", "running_var"} <= {name for name, _ in module.named_buffers(recurse=False)}
+    return set(VIEW) <= {name for name, _ in module.named_buffers(recurse=False)}
 
 
 def reason_to_leave_foreign(layer: nn.Module) -> str:

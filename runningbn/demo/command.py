@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .experiment import CONTENDERS, SITUATIONS, TEST_IMAGES, Run, Situation, run_experiment
+from .experiment import CONTENDERS, OURS, OURS_CENTERED, SITUATIONS, TEST_IMAGES, Run, Situation, run_experiment
 
-OURS, OURS_CENTERED = "RunningBatchNorm", "+ centred weights"
 CHANCE = 0.1  # ten digits, about as many of each
 
 QUICK_STEPS = 250  # per run, with --quick

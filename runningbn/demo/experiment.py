@@ -125,11 +125,12 @@ def batchnormify_and_center(model: nn.Module) -> nn.Module:
 
 NETWORKS = {"residual net": residual_net, "fastai's net": fastai_net}
 
+OURS, OURS_CENTERED = "RunningBatchNorm", "+ centred weights"
 CONTENDERS = (
     Contender("BatchNorm", nn.BatchNorm2d),
     Contender("GroupNorm", group_norm),
-    Contender("RunningBatchNorm", nn.BatchNorm2d, convert=batchnormify),
-    Contender("+ centred weights", nn.BatchNorm2d, convert=batchnormify_and_center),
+    Contender(OURS, nn.BatchNorm2d, convert=batchnormify),
+    Contender(OURS_CENTERED, nn.BatchNorm2d, convert=batchnormify_and_center),
 )
 
 # AdamW uses torch's default rate, tuned for no contender. fastai's lesson uses plain SGD at 0.4; at that rate no

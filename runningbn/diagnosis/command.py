@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from ..inspection.commands import FINE, WRONG
 from ..recalibration.text import positive_integer
+from .diagnose import diagnose
 from .result import Diagnosis
 from .rules import ERROR, RULES
-from .run import diagnose
 
-# Exit statuses, as for ``inspect``.
-FINE, WRONG, TROUBLE = 0, 1, 2
+TROUBLE = 2  # an exit status, beside those of ``inspect``
 
 DESCRIPTION = """\
 Import a model and a loader from your code, run the model on the batches, and report whether it evaluates badly because

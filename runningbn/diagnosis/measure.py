@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers.buffers import PooledStatistics
 from ..layers.running import RunningBatchNorm
 from ..recalibration.batches import Forward, keeping, runner
-from ..recalibration.conventions import Convention, Moments
+from ..recalibration.conventions import Convention, Moments, views
 from ..recalibration.hooks import observed, random_state_kept
-from ..recalibration.kept import KeptState
+from ..recalibration.model_state import KeptState
 from ..recalibration.moments import Accumulator, Call, Population
 from ..recalibration.observer import Observer
 from ..recalibration.recalibrate import get_bn_modules, update_bn_stats
@@ -161,7 +161,7 @@ def score(subject: Subject, mode: Mode, metric: Metric) -> float:
         raise TypeError(f"metric: expected a number, got {type(value).__name__}") from error
 
 
-def of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagnosis:
+def diagnosis_of_layer(subject: Subject, measured: AllMeasured, number: int) -> LayerDiagnosis:
     """The results for one layer."""
     layer, convention = subject.layers[number], measured.conventions.get(number, Convention())
     if isinstance(layer, PooledStatistics):
@@ -216,12 +216,9 @@ def _compared(
 
 def _statistics(layers: list[_BatchNorm]) -> dict[int, Moments]:
     """Copies of `running_mean` and `running_var`."""
-    copies = {}
-    for number, layer in enumerate(layers):
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        copies[number] = layer.running_mean.detach().clone(), layer.running_var.detach().clone()
-    return copies
+    return {
+        number: (mean.detach().clone(), var.detach().clone()) for number, (mean, var) in enumerate(map(views, layers))
+    }
 
 
 def _normalises_by_running(layer: _BatchNorm) -> bool:

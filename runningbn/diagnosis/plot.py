@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..recalibration.plot import Series, draw, new_figure
 from ..recalibration.text import counted
-from .evidence import FEW, OFF
+from .thresholds import FEW, OFF
 
 if TYPE_CHECKING:
     from .result import Diagnosis

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..recalibration.text import counted, shown
-from .evidence import (
+from .thresholds import (
     ERRORS,
     FEW,
     GAIN,
@@ -123,8 +123,7 @@ def _relies_on_batch(diagnosis: Diagnosis) -> str | None:
 
 
 def _nothing(diagnosis: Diagnosis) -> str | None:
-    others = (_not_finite, _off, _off_without_effect, _relies_on_batch, _unresolved, _without_statistics)
-    if any(find(diagnosis) for find in others):
+    if any(rule.find(diagnosis) for rule in RULES if rule.find not in (_nothing, _few)):
         return None
     found = [each for layer in diagnosis.layers for each in distances(layer.stored)]
     far, error = (max(numbers) for numbers in zip(*found))

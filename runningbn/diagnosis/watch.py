@@ -14,7 +14,7 @@ from ..layers.buffers import VIEW
 from ..ops.compat import is_functorch_wrapped_tensor
 from ..recalibration.conventions import Moments
 from ..recalibration.hooks import random_state_kept
-from ..recalibration.kept import state_kept
+from ..recalibration.model_state import state_kept
 from ..recalibration.observer import Observer
 
 

@@ -81,13 +81,16 @@ def _all_or_none(layer: SavedLayer, concerned: bool) -> Tensor:
     return torch.full_like(layer.mean, concerned, dtype=torch.bool)
 
 
+def _any_not_finite(layer: SavedLayer, *parts: Tensor | None) -> Tensor:
+    return torch.stack([_all_or_none(layer, False), *(~part.isfinite() for part in parts if part is not None)]).any(0)
+
+
 def _not_finite(layer: SavedLayer) -> Tensor:
-    return ~(layer.mean.isfinite() & layer.var.isfinite())
+    return _any_not_finite(layer, layer.mean, layer.var)
 
 
 def _affine_not_finite(layer: SavedLayer) -> Tensor:
-    parts = [part for part in (layer.weight, layer.bias) if part is not None]
-    return torch.stack([~part.isfinite() for part in parts]).any(0) if parts else _all_or_none(layer, False)
+    return _any_not_finite(layer, layer.weight, layer.bias)
 
 
 def _negative_variance(layer: SavedLayer) -> Tensor:
@@ -142,8 +145,7 @@ def _behind(layer: SavedLayer) -> Tensor:
 
 
 def _state_not_finite(layer: SavedLayer) -> Tensor:
-    parts = [*layer.state.values(), *layer.training_state.values()]
-    return torch.stack([~part.isfinite() for part in parts]).any(0) if parts else _all_or_none(layer, False)
+    return _any_not_finite(layer, *layer.state.values(), *layer.training_state.values())
 
 
 def _state_disagrees(layer: SavedLayer) -> Tensor:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .contents import opened
+from .distributed import METADATA, read_distributed
 from .errors import Budget, CheckpointError, UnreadableError
 from .layers import keys_of_layers, natural_order
-from .shards import METADATA, read_distributed
 from .spans import Span
 from .tensors import SavedTensor
 from .torch_files import read_pickle, read_zip
@@ -29,9 +29,7 @@ FILES_OF_A_FOLDER = (
 # Other kinds of files that may have the name of a checkpoint: first bytes and message.
 _OTHERS = (
     (b"version https://git-lfs", "is a pointer of git-lfs, not the file itself: fetch that by `git lfs pull`"),
-    (b"<!DOCTYPE", "is a page of HTML: the download went wrong"),
-    (b"<!doctype", "is a page of HTML: the download went wrong"),
-    (b"<html", "is a page of HTML: the download went wrong"),
+    ((b"<!DOCTYPE", b"<!doctype", b"<html"), "is a page of HTML: the download went wrong"),
     (b"\x1f\x8b", "is compressed by gzip: unpack it"),
     (b"\x89HDF", "is an HDF5 file, as of Keras, not one of torch.save"),
 )

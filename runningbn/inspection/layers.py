@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.buffers import CHECKPOINTED, SETTLED, TRAINING, VIEW, is_narrow
+from ..layers.buffers import CHECKPOINTED, TRAINING, VIEW, are_settled, is_narrow
 from ..ops.state import Sums
 from .summary import batches_tracked
 
@@ -63,7 +63,7 @@ class SavedLayer:
 
     @property
     def sums(self) -> Sums:
-        """The linear state of one of our layers."""
+        """The linear state of a layer of this library."""
         return Sums(*(self.state[name] for name in Sums._fields))
 
     @property
@@ -74,8 +74,7 @@ class SavedLayer:
     @property
     def is_seeded(self) -> bool:
         """Whether the state was seeded from given statistics; their amount of data is then not known."""
-        # `samples` is then SETTLED, which no training reaches. Averaging weights may have reduced it, hence the factor.
-        return bool((self.state["samples"] <= SETTLED / 256).logical_not().any())
+        return bool(are_settled(self.state["samples"]).any())
 
 
 @dataclass(frozen=True)

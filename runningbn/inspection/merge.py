@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.buffers import CHECKPOINTED, SETTLED, VIEW, is_narrow
+from ..layers.buffers import CHECKPOINTED, SETTLED, VIEW, are_settled, is_narrow
 from ..ops.law import Law
 from ..ops.state import Sums, moments, move_pivot, unbiased
 from .summary import batches_tracked
@@ -167,6 +167,11 @@ def _wide(parts: Sequence[_Layer], name: str) -> Tensor:
     return torch.stack([part[name].to("cpu", torch.float64) for part in parts])
 
 
+def _sums(wide: dict[str, Tensor]) -> Sums:
+    """The linear states, each part (K, C)."""
+    return Sums(*(wide[name] for name in Sums._fields))
+
+
 def _shares(weights: Tensor) -> Tensor:
     """Weights (K, C) normalised to the sum 1 over K; 0 if all are 0."""
     return weights / weights.sum(0).clamp_min(torch.finfo(weights.dtype).tiny)
@@ -195,8 +200,8 @@ def _merge_views(parts: Sequence[_Layer], given: Sequence[float] | None) -> _Lay
 
 
 def _untouched(part: _Layer) -> bool:
-    seen = _TRACKED not in part or batches_tracked(part[_TRACKED]) != 0
-    return not seen and bool((part["running_mean"] == 0).all() and (part["running_var"] == 1).all())
+    never_updated = batches_tracked(part.get(_TRACKED)) == 0
+    return never_updated and bool((part["running_mean"] == 0).all() and (part["running_var"] == 1).all())
 
 
 def _merge_states(prefix: str, parts: Sequence[_Layer], given: Sequence[float] | None) -> _Layer:
@@ -207,11 +212,11 @@ def _merge_states(prefix: str, parts: Sequence[_Layer], given: Sequence[float] |
     # A state is an average over batches, and `count` is its average number of elements per batch. So the weights of the
     # states are proportional to weights/count; for cumulative averages over t batches, this is the share of t.
     gains = _shares(torch.where(filled, weights / count, 0))
-    means = moments(Sums(*(wide[name] for name in Sums._fields)))[0]
+    means, _ = moments(_sums(wide))
     # The pivot is rounded to its stored dtype first; otherwise the sums would be relative to a different pivot.
     pivot = (_shares(weights) * means).sum(0).to(parts[0]["shift"].dtype).double()
-    moved = [move_pivot(Sums(*(wide[name][k] for name in Sums._fields)), pivot) for k in range(len(parts))]
-    sums = Sums(pivot, *((gains * torch.stack(terms)).sum(0) for terms in list(zip(*moved))[1:]))
+    moved = move_pivot(_sums(wide), pivot)
+    sums = Sums(pivot, *((gains * part).sum(0) for part in (moved.sums, moved.sqrs, moved.count)))
     contributes = gains > 0
     merged = {
         **sums._asdict(),
@@ -238,8 +243,7 @@ def _weights(prefix: str, wide: dict[str, Tensor], given: Sequence[float] | None
     count, count_sqrs = wide["count"], wide["count_sqrs"]
     if given is not None:
         return count.new_tensor(given)[:, None].expand_as(count)
-    # For seeded states, `samples` is SETTLED, which no training reaches; averaging weights may have reduced it.
-    unknown = (wide["samples"] > SETTLED / 1e6) | ((count > 0) & (count_sqrs <= 0))
+    unknown = are_settled(wide["samples"]) | ((count > 0) & (count_sqrs <= 0))
     if not unknown.any():
         return count.square() / count_sqrs.clamp_min(torch.finfo(count.dtype).tiny)
     if (unknown | (count == 0)).all():
@@ -256,8 +260,8 @@ def _corrects(wide: dict[str, Tensor]) -> bool:
     A state dict does not contain the class of the layer, so this is detected from `running_var`. If the two cannot be
     distinguished, the correction is below rounding.
     """
-    _, var = moments(Sums(*(wide[name] for name in Sums._fields)))
+    _, var = moments(_sums(wide))
     corrected = unbiased(var, wide["count"], wide["count_sqrs"])
-    nearer = (wide["running_var"] - corrected).abs() < (wide["running_var"] - var).abs()
-    farther = (wide["running_var"] - corrected).abs() > (wide["running_var"] - var).abs()
-    return bool((nearer & (wide["count"] > 0)).sum() > (farther & (wide["count"] > 0)).sum())
+    to_corrected, to_biased = ((wide["running_var"] - each).abs() for each in (corrected, var))
+    filled = wide["count"] > 0
+    return bool((filled & (to_corrected < to_biased)).sum() > (filled & (to_biased < to_corrected)).sum())

@@ -28,10 +28,10 @@ class Place:
 
     def inner(self, key: Any) -> Place:
         """The place of the item under a key."""
-        return Place(self, shown(key), self.depth + 1)
+        return Place(self, key_as_text(key), self.depth + 1)
 
 
-def shown(key: Any) -> str:
+def key_as_text(key: Any) -> str:
     """A key as part of a place."""
     if isinstance(key, str):
         return key
@@ -52,7 +52,7 @@ def find(contents: Any, key: str, opened: Callable[[Any], Any] = _plain) -> list
     while waiting:
         item, rest = waiting.pop()
         for name, value in _pairs(opened(item) or ()):
-            if (part := shown(name)) == rest:
+            if (part := key_as_text(name)) == rest:
                 found.append(value)
             elif part and rest.startswith(part + "."):
                 waiting.append((value, rest[len(part) + 1 :]))

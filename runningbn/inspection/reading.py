@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .contents import opened
-from .errors import Budget, CheckpointError, UnreadableError, printable
+from .errors import Budget, CheckpointError, UnreadableError
 from .formats import Loaded, loaded
 from .layers import StateDict, keys_of_layers, read_state_dict
 from .nested import Place, find, walk
 from .tensors import SavedTensor, is_tensor
 from .unpickling import Stub
-
-__all__ = ["CheckpointError", "Source", "printable", "read_checkpoint"]
 
 # Largest number of state dicts with statistics in one file; a file with more is taken as an attack on memory.
 MAX_STATE_DICTS = 1000

@@ -18,8 +18,8 @@ from rich.table import Table
 from ..recalibration.text import counted
 from .comparison import Comparison, Movement
 from .criteria import CRITERIA, ERROR, Criterion, Finding, Judged, mean_over_std, spread
+from .errors import printable
 from .layers import SavedLayer, StateDict
-from .reading import printable
 
 # Number of layers listed per finding; --json has all.
 LISTED = 8

@@ -93,7 +93,9 @@ def _copied(loader: Any) -> Any:
         return copied_loader(loader)
     check_rereadable(loader.dataset)
     new, own = copy.copy(loader), vars(loader)
-    changed = {"fake_l": copy.copy(loader.fake_l)} | {k: copy.copy(own[k]) for k in ("rng",) if k in own}
+    changed = {"fake_l": copy.copy(loader.fake_l)}
+    if "rng" in own:
+        changed["rng"] = copy.copy(own["rng"])
     if "dl" in own:  # a DistributedDL wraps another
         changed["dl"] = _copied(loader.dl)
     vars(new).update(changed)

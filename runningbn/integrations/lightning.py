@@ -51,14 +51,14 @@ class RecalibrateBatchNorm(RecalibrationCallback, Callback):
         >>> # Trainer(callbacks=[callback]).fit(module, loader); print(callback.report)
     """
 
-    _undo_watch: Callable[[], None] = staticmethod(lambda: None)
+    _unwrap_saving: Callable[[], None] = staticmethod(lambda: None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap ``trainer.save_checkpoint``, since no hook is called before all checkpoints."""
         if stage != "fit":
             return
         self._reset()
-        self._undo_watch()
+        self._unwrap_saving()
         own, save = vars(trainer), trainer.save_checkpoint
         before = own.get("save_checkpoint")
 
@@ -66,15 +66,15 @@ class RecalibrateBatchNorm(RecalibrationCallback, Callback):
             self._recalibrate_if_due(trainer, pl_module)
             save(*args, **kwargs)
 
-        def undo_watch() -> None:
+        def unwrap_saving() -> None:
             if own.get("save_checkpoint") is save_checkpoint:
                 if before is None:
                     del own["save_checkpoint"]
                 else:
                     own["save_checkpoint"] = before
-            self._undo_watch = lambda: None
+            self._unwrap_saving = lambda: None
 
-        own["save_checkpoint"], self._undo_watch = save_checkpoint, undo_watch
+        own["save_checkpoint"], self._unwrap_saving = save_checkpoint, unwrap_saving
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a checkpoint was loaded, restore the statistics of training."""
@@ -107,12 +107,12 @@ class RecalibrateBatchNorm(RecalibrationCallback, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do not recalibrate for a checkpoint after an exception: recalibration may have raised it."""
-        self._undo_watch()
+        self._unwrap_saving()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore ``trainer.save_checkpoint``."""
         if stage == "fit":
-            self._undo_watch()
+            self._unwrap_saving()
 
     def _recalibrate_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._due() or trainer.state.fn != "fit":

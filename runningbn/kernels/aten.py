@@ -172,10 +172,9 @@ def _affine_map(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor
 ) -> Tensor:
     """(x − mean)·(var + eps)^−½·weight + bias by torch's evaluation-mode batch norm; `out` may be x itself."""
-    unused = mean.new_empty(0), mean.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
         dense(x), weight, bias, mean, var, False, 0.0, eps,
-        out=dense(out, like=x), save_mean=unused[0], save_invstd=unused[1],
+        out=dense(out, like=x), save_mean=mean.new_empty(0), save_invstd=mean.new_empty(0),
     )  # fmt: skip
     return out
 

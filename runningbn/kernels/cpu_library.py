@@ -68,13 +68,13 @@ class _Call(ctypes.Structure):
 
 
 class Forward(_Call):
-    """Of a forward; see cpu.h for what the fields mean."""
+    """A call of a forward; see cpu.h for what the fields mean."""
 
     _fields_ = [(name, _KINDS[kind]) for kind, name in _FORWARD]
 
 
 class Backward(_Call):
-    """Of a backward."""
+    """A call of a backward; likewise."""
 
     _fields_ = [(name, _KINDS[kind]) for kind, name in _BACKWARD]
 

@@ -20,10 +20,10 @@ from torch.nn import Parameter
 from ..momentum import rule_of
 from ..ops.compat import increment_versions
 from ..ops.spec import Mode, StepSpec
-from ..ops.state import GradientState, NoiseState, State
+from ..ops.state import GradientState, State
 from . import cpu
 from .contract import StepKind
-from .cpu_calls import describe_update
+from .cpu_calls import FORWARD_BUFFERS, describe_update
 from .cpu_library import INTERFACE, Forward, library
 
 _EXTENSION = f"{__package__}._step"
@@ -77,7 +77,7 @@ def _plan_of(plan: Any, layer: Any) -> StepKind | None:
     call = Forward(eps=spec.eps)
     describe_update(call, spec.mode, rule.whole_batches, code, spec.law)
     running = spec.mode is Mode.RUNNING
-    buffers = (*State._fields, *NoiseState._fields) if running else State._fields
+    buffers = FORWARD_BUFFERS if running else State._fields
     planned = plan(bytes(call), spec.mode.coefficients, buffers, GradientState._fields if running else ())
     return StepKind(planned, cpu, spec.mode)
 

@@ -149,7 +149,7 @@ _known: dict[int, _Known] = {}
 _MOST_KNOWN = 4096
 
 
-def forget() -> None:
+def forget_buffers() -> None:
     """Drop what is known of buffers: ``torch.utils.swap_tensors`` refuses tensors with weak references."""
     _known.clear()
 

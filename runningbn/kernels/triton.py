@@ -47,8 +47,8 @@ __all__ = [
 
 Buffers = TypeVar("Buffers", bound=tuple[Tensor, ...])
 
-# Channels of a program that knows no data.
-_VECTOR = 128
+# Channels of a program of an update alone.
+_CHANNELS = 128
 
 
 def version() -> str:
@@ -87,13 +87,13 @@ def training_forward(
     statistics, measured = State(*prepared[: len(State._fields)]), prepared[len(State._fields) :]
     noise = NoiseState(*measured) if measured else None
     rows = statistics.shift.new_empty((len(mode.coefficients), x.shape[1]))
-    weight, bias = _vector(weight), _vector(bias)
+    weight, bias = _contiguous(weight), _contiguous(bias)
     code = rule.code()
     assert code is not None, "`kernels.fused` has asked"
     key = "batch_statistics", code.rule, rule.whole_batches, mode, updates, _dtype(weight), _dtype(bias)
     constants = {
         "RULE": code.rule, "WHOLE_BATCHES": rule.whole_batches, "BY_STATE": mode.by_state, "UPDATES": updates,
-        "BP": plan.at_once, **plan.tile,
+        "BP": plan.merged_at_once, **plan.tile,
     }  # fmt: skip
     # With one split, the sums and the map are one launch; otherwise the map follows, and finds its rows in `scratch`.
     scratch = arrived = None
@@ -130,10 +130,10 @@ def training_backward(
     scratch = arrived = None
     if splits > 1:
         scratch, arrived = rows.new_empty((2 * splits + 3, channels)), counter(x.device, plan.blocks)
-    weight = _vector(weight)
+    weight = _contiguous(weight)
     dx = torch.empty_like(data) if needs_dx else None
     key = "gradient_statistics", mode.by_state, prepared is None, needs_dx, _dtype(weight), dy.dtype
-    constants = {"BY_STATE": mode.by_state, "BP": plan.at_once, **plan.tile}
+    constants = {"BY_STATE": mode.by_state, "BP": plan.merged_at_once, **plan.tile}
     with on(x.get_device()):
         launch(
             plan.launches, key, kernels.gradient_statistics, plan.blocks * splits,
@@ -156,10 +156,10 @@ def update(mode: Mode, state: LayerState, batch: Batch, law: Law, updates: bool)
     sums = Sums(*(part.expand_as(mean).contiguous() for part in batch.sums))
     out = tuple([torch.empty_like(mean) for _ in mode.coefficients])
     with on(mean.get_device()):
-        _kernels().update_by_sums[(_vectors(len(mean)),)](
+        _kernels().update_by_sums[(ceil(len(mean), _CHANNELS),)](
             sums, batch.weight.contiguous(), state.statistics, state.noise, out, batch.samples, len(mean),
             *map(_bits, law),
-            WHOLE_BATCHES=batch.whole, BY_STATE=mode.by_state, UPDATES=updates, BC=_VECTOR, **OPTIONS,
+            WHOLE_BATCHES=batch.whole, BY_STATE=mode.by_state, UPDATES=updates, BC=_CHANNELS, **OPTIONS,
         )  # fmt: skip
     if updates:
         torch.autograd.graph.increment_version(state.forward_buffers)
@@ -176,8 +176,8 @@ def update_gradient(
     vectors = [getattr(coefficients, name).contiguous() for name in ("rstd", "trust", "offset", "batch_std")]
     out = torch.empty_like(like), torch.empty_like(like)
     with on(like.get_device()):
-        _kernels().update_gradient_by_sums[(_vectors(len(like)),)](
-            state, sums, *vectors, count, out, len(like), BC=_VECTOR, **OPTIONS
+        _kernels().update_gradient_by_sums[(ceil(len(like), _CHANNELS),)](
+            state, sums, *vectors, count, out, len(like), BC=_CHANNELS, **OPTIONS
         )
     torch.autograd.graph.increment_version(state)
     return out
@@ -222,12 +222,8 @@ def _dtype(vector: Tensor | None) -> torch.dtype | None:
     return None if vector is None else vector.dtype
 
 
-def _vector(vector: Tensor | None) -> Tensor | None:
+def _contiguous(vector: Tensor | None) -> Tensor | None:
     return vector if vector is None or vector.is_contiguous() else vector.contiguous()
-
-
-def _vectors(channels: int) -> int:
-    return ceil(channels, _VECTOR)
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def gradient_statistics(
             rows = _gradient_entered(
                 tl.sum(sum_dy, 0), tl.sum(sum_dy_x, 0), n, weight, packed, sums, gradient, own, BY_STATE
             )
-            store_rows(scratch + 2 * step, 0, rows, own)
+            store_rows(scratch + 2 * step, rows, own)
 
 
 @triton.jit

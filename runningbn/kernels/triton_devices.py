@@ -72,7 +72,7 @@ def unsuitable(index: int) -> str | None:
 
 @functools.cache
 def too_old() -> str | None:
-    """Whether the kernels need a newer release of Triton than the one that is installed."""
+    """Why the installed release of Triton cannot be used; None if it can."""
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:

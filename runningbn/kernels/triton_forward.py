@@ -23,7 +23,7 @@ from .triton_tiles import (
 )
 from .triton_vectors import channels_of, from_bits, not_negative, store_rows
 
-_NUMBERS = ["batch_samples", "eps", *Law._fields, "rule_a", "rule_b", "rule_c"]
+_NUMBERS = ["batch_samples", "eps", *Law._fields, "rule_first", "rule_second", "rule_third"]
 
 
 @triton.jit(do_not_specialize=[*SIZES, *_NUMBERS])
@@ -31,7 +31,8 @@ def batch_statistics(
     x, y, scratch, counter, weight, bias, packed, state, noise,
     outer, channels, inner, splits, tiles, batch_samples, eps: tl.int64,
     max_lag: tl.int64, lag_noise: tl.int64, trust_noise: tl.int64, window: tl.int64,
-    variance_floor: tl.int64, warmup_samples: tl.int64, rule_a: tl.int64, rule_b: tl.int64, rule_c: tl.int64,
+    variance_floor: tl.int64, warmup_samples: tl.int64,
+    rule_first: tl.int64, rule_second: tl.int64, rule_third: tl.int64,
     RULE: tl.constexpr, WHOLE_BATCHES: tl.constexpr, BY_STATE: tl.constexpr, UPDATES: tl.constexpr,
     ROWS: tl.constexpr, DIVISOR: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +48,7 @@ def batch_statistics(
         packed: the coefficients, (R, C), written; see `spec.Mode`.
         state: the buffers of a `State`, updated where UPDATES, and taken as they are elsewhere.
         noise: those of a `NoiseState`, likewise; None for the exact gradient.
-        eps, max_lag to warmup_samples (the `law.Law`), rule_a, rule_b, rule_c: in bits, see `from_bits`. They are no
+        eps, max_lag to warmup_samples (the `law.Law`), rule_first to rule_third: in bits, see `from_bits`. They are no
             tuples, as what is in a tuple has a type that depends on its value, and is compiled for its alignment.
     """
     dtype = packed.dtype.element_ty
@@ -55,7 +56,7 @@ def batch_statistics(
     block, split = from_the_start(channels, BC)
     own = channels_of(block, channels, BC)
     law = Law(max_lag, lag_noise, trust_noise, window, variance_floor, warmup_samples)
-    rule = RuleCode(RULE, rule_a, rule_b, rule_c)
+    rule = RuleCode(RULE, rule_first, rule_second, rule_third)
 
     # About the mean of the first tile, or of the second where the first is the short end of a plane. A tile is about
     # 1/k of a split of k tiles, so however the elements are ordered, its mean is off by no more than about √k of their
@@ -104,7 +105,7 @@ def batch_statistics(
                 WHOLE_BATCHES=WHOLE_BATCHES, BY_STATE=BY_STATE, UPDATES=UPDATES,
             )  # fmt: skip
             rows = affine(mean, rstd, weight, bias, own, dtype)
-            store_rows(scratch + 3 * step, 0, rows, own)
+            store_rows(scratch + 3 * step, rows, own)
 
 
 @triton.jit
@@ -124,16 +125,15 @@ def _entered(
         of_state = recalled(state, own, W)
     if BY_STATE:
         if noise is None:
-            coefficients = exact_coefficients(of_state, law, W, W)
+            mean, var, kappa_mean, kappa_var = exact_coefficients(of_state, law, W, W)
+            store_rows(packed + 2 * own.total, (kappa_mean, kappa_var), own)
         else:
-            coefficients = running_coefficients(of_state, batch, noise, law, own, W, UPDATES, W)
-        mean, var = coefficients[0], coefficients[1]
-        store_rows(packed, 2, coefficients, own)
+            mean, var, trust, offset, std = running_coefficients(of_state, batch, noise, law, own, W, UPDATES, W)
+            store_rows(packed + 2 * own.total, (trust, offset, std), own)
     else:
         var = batch.squares / batch.n
     rstd = 1 / tl.sqrt(var + from_bits(eps, W))
-    tl.store(packed + own.c, mean.to(W), mask=own.exists)
-    tl.store(packed + own.total + own.c, rstd.to(W), mask=own.exists)
+    store_rows(packed, (mean, rstd), own)
     return mean, rstd
 
 

@@ -8,6 +8,7 @@ aligned ones, and anything else takes Triton's way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
@@ -90,7 +91,7 @@ def _addresses(tensors: tuple[Pointers, ...]) -> list[Any] | None:
 
 
 def on(index: int) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; -1 is the CPU."""
+    """Make a device the current one, on which Triton launches; nothing to do for -1, the CPU."""
     if index < 0 or index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(index)
@@ -119,7 +120,8 @@ def counter(device: torch.device, blocks: int) -> Tensor:
 def _of_a_graph(device: torch.device, blocks: int) -> Tensor:
     """Zeros that no other launch will ever count in, made before the capture: making them would be part of it."""
     # Whole alignments, as prepared launches ask for.
-    size = -(-blocks * 4 // _ALIGNMENT) * _ALIGNMENT // 4
+    unit = _ALIGNMENT // torch.int32.itemsize
+    size = math.ceil(blocks / unit) * unit
     left = _for_graphs.get(device)
     if left is None or len(left) < size:
         # Filled in every replay, which is one more launch.

@@ -46,7 +46,7 @@ class Plan:
         sizes: outer, channels, inner.
         summing, mapping: of the two launches; one split is summed and mapped in one launch.
         tile: what the shape of a tile is, and the number of threads.
-        at_once: BP.
+        merged_at_once: how many partial sums of a channel are merged at once, BP.
         blocks: blocks of channels.
         launches: those of this plan that are prepared.
     """
@@ -55,7 +55,7 @@ class Plan:
     summing: Share
     mapping: Share
     tile: dict[str, Any]
-    at_once: int
+    merged_at_once: int
     blocks: int
     launches: Launches = field(default_factory=dict)
 
@@ -85,7 +85,7 @@ def plan(rows: bool, outer: int, channels: int, inner: int, double: bool, device
             "ROWS": rows, "DIVISOR": divisor, "BN": shape.outer, "BC": shape.channels, "BS": shape.inner,
             "num_warps": max(1, shape.outer * shape.channels * shape.inner // per_thread // 32),
         },
-        at_once=_FEW_SPLITS if few else max(_MERGED_AT_ONCE // shape.channels, _FEW_SPLITS),
+        merged_at_once=_FEW_SPLITS if few else max(_MERGED_AT_ONCE // shape.channels, _FEW_SPLITS),
         blocks=blocks,
     )  # fmt: skip
 
@@ -106,42 +106,35 @@ class _Tile(NamedTuple):
 
 def _tile_at_once(rows: bool, outer: int, channels: int, inner: int, tile: int) -> _Tile:
     """For programs that have all elements of their channels: few channels each."""
-    wide = _power_of_two(channels)
-    if rows:
-        of_channels, of_inner = min(wide, _SECTOR), 1
-    else:
-        of_inner = _along_a_plane(inner, tile)
-        of_plane = of_inner * min(_power_of_four(outer), tile // of_inner)
-        of_channels = min(wide, max(_SMALLEST_TILE // of_plane, 1), _THREADS)
-    of_outer = min(_power_of_four(outer), tile // (of_channels * of_inner))
-    return _Tile(_within(of_outer, channels * inner, rows), of_channels, of_inner)
+    of_inner, of_outer = _along_a_plane(inner, tile), _power_of_four(outer)
+    of_channel = of_inner * min(of_outer, tile // of_inner)
+    most = _SECTOR if rows else min(max(_SMALLEST_TILE // of_channel, 1), _THREADS)
+    of_channels = min(_power_of_two(channels), most)
+    of_outer = min(of_outer, tile // (of_channels * of_inner))
+    return _Tile(_within(of_outer, channels * inner), of_channels, of_inner)
 
 
 def _tile_of_splits(rows: bool, outer: int, channels: int, inner: int, tile: int) -> _Tile:
     """For elements that several programs share: whole lines of memory, and several channels of small planes."""
-    wide = _power_of_two(channels)
-    if rows:
-        of_channels, of_inner = min(wide, _CHANNELS_OF_ROWS), 1
-    else:
-        of_inner = _along_a_plane(inner, tile)
-        # What there is per channel is done by one program: no more than one channel for each of its threads.
-        of_channels = min(wide, tile // of_inner, _THREADS)
-        if of_channels * inner > LARGEST_SIZE:
-            of_channels = 1
-    of_outer = _within(tile // (of_channels * of_inner), channels * inner, rows)
+    of_inner = _along_a_plane(inner, tile)
+    # What there is per channel is done by one program: no more than one channel for each of its threads.
+    of_channels = min(_power_of_two(channels), tile // of_inner, _CHANNELS_OF_ROWS if rows else _THREADS)
+    if of_channels * inner > LARGEST_SIZE:
+        of_channels = 1
+    of_outer = _within(tile // (of_channels * of_inner), channels * inner)
     # Few samples get a smaller tile rather than an empty one; not of every size, as samples vary.
     return _Tile(of_outer // 16 if outer <= of_outer // 16 else of_outer, of_channels, of_inner)
 
 
 def _along_a_plane(inner: int, tile: int) -> int:
-    """The length of a tile along a plane that leaves the least of the last tile empty; long ones first."""
+    """The length of a tile along a plane that leaves the least of the last tile empty; long ones first. 1 for rows."""
     length = min((tile, tile // 2, tile // 4), key=lambda length: ceil(inner, length) * length)
     return min(length, _power_of_two(inner))
 
 
-def _within(of_outer: int, of_sample: int, rows: bool) -> int:
+def _within(of_outer: int, of_sample: int) -> int:
     """1 for samples so large that the offsets in several of them do not fit into their 32 bits."""
-    return 1 if not rows and of_sample * of_outer > LARGEST_SIZE else of_outer
+    return 1 if of_sample * of_outer > LARGEST_SIZE else of_outer
 
 
 def ceil(size: int, of: int) -> int:
@@ -150,10 +143,10 @@ def ceil(size: int, of: int) -> int:
 
 
 def _power_of_two(size: int) -> int:
-    """The least that is not below."""
+    """The least power of two that is not below a size."""
     return 1 << (size - 1).bit_length()
 
 
 def _power_of_four(size: int) -> int:
-    """The least that is not below: samples vary, and not each number of them may have a tile of its own."""
+    """The least power of four that is not below: samples vary, and not each number of them may have its own tile."""
     return 1 << (-(-(size - 1).bit_length() // 2) * 2)

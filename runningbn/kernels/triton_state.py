@@ -180,7 +180,7 @@ def recalled(state, own, W: tl.constexpr):
 
 @triton.jit
 def exact_coefficients(of_state, law, dtype: tl.constexpr, W: tl.constexpr):
-    """mean, var, kappa_mean, kappa_var as in `update.Coefficients`, in W; `of_state` as `recalled`."""
+    """mean, var, kappa_mean, kappa_var as in `spec.Coefficients`, in W; `of_state` as `recalled`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     mean, var, _, gain, count, samples = of_state
     floor, few = from_bits(law.variance_floor, W), from_bits(law.warmup_samples, W)
@@ -193,7 +193,7 @@ def exact_coefficients(of_state, law, dtype: tl.constexpr, W: tl.constexpr):
 def running_coefficients(
     of_state, batch, noise, law, own, dtype: tl.constexpr, UPDATES: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """mean, var, trust, offset, batch_std as in `update.RunningCoefficients`, in W; see `law`."""
+    """mean, var, trust, offset, batch_std as in `spec.Coefficients`, in W; see `law`."""
     TINY: tl.constexpr = _TINY64 if dtype == tl.float64 else _TINY32
     max_lag, lag_noise = from_bits(law.max_lag, W), from_bits(law.lag_noise, W)
     trust_noise, window = from_bits(law.trust_noise, W), from_bits(law.window, W)

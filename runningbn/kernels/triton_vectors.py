@@ -66,7 +66,7 @@ def rounded(value, dtype: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def store_rows(matrix, begin: tl.constexpr, rows, own):
-    """Rows from `begin` on to the same rows of a matrix with all channels as columns."""
-    for i in tl.static_range(begin, len(rows)):
+def store_rows(matrix, rows, own):
+    """Vectors to the first rows of a matrix with all channels as columns."""
+    for i in tl.static_range(len(rows)):
         tl.store(matrix + i * own.total + own.c, rows[i].to(matrix.dtype.element_ty), mask=own.exists)

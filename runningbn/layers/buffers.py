@@ -149,7 +149,7 @@ class PooledStatistics(_BatchNorm):
         state = self._state()
         if state.running_mean.is_meta:
             return
-        if _untouched(state):
+        if are_initial(state.running_mean, state.running_var, state.num_batches_tracked):
             self._clear(OWN_BUFFERS)
             return
         # Sums are zero about the mean itself. No weights are known, and count_sqrs = 0 says so.
@@ -263,9 +263,18 @@ class PooledStatistics(_BatchNorm):
         )
 
 
-def _untouched(state: State) -> bool:
-    untouched = (state.num_batches_tracked == 0) & (state.running_mean == 0).all() & (state.running_var == 1).all()
-    return bool(untouched)
+def are_initial(mean: Tensor, var: Tensor, batches: Tensor) -> bool:
+    """Whether these statistics are those of a layer after a reset; `batches` is `num_batches_tracked`."""
+    return bool((batches == 0) & (mean == 0).all() & (var == 1).all())
+
+
+def are_settled(samples: Tensor) -> Tensor:
+    """Where statistics were taken over from elsewhere, by the number of samples of a state, (C,).
+
+    It is then `SETTLED`, which averaging with other layers may have reduced. In training, a float32 of this size no
+    longer grows by a batch of 256.
+    """
+    return (samples <= SETTLED / 256).logical_not()
 
 
 def is_narrow(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.layout import forget
+from ..kernels.layout import forget_buffers
 from ..ops.derived_tensors import plain
 from ..ops.state import GradientState, NoiseState
 from .buffers import CHECKPOINTED, PASSING, SETTLED, TRAINING, VIEW, PooledStatistics, at_least_float32, is_narrow
@@ -46,7 +46,7 @@ class LoadableStatistics(PooledStatistics):
         if "num_batches_tracked" in brought:
             state_dict[prefix + "num_batches_tracked"] = _whole(state_dict[prefix + "num_batches_tracked"])
         if torch.__future__.get_swap_module_params_on_conversion():
-            forget()
+            forget_buffers()
         before = {name: (buffer, buffer.clone()) for name, buffer in self._buffers.items() if buffer is not None}
         errors = len(error_msgs)
         self._assigns_all = True

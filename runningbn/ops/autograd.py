@@ -32,7 +32,7 @@ from .spec import Coefficients, unpack
 from .state import GradientState
 
 
-class Done(NamedTuple):
+class FusedOutput(NamedTuple):
     """What a backend has made of a batch.
 
     Attributes:
@@ -52,10 +52,10 @@ class FusedStep(Function):
     """y and its gradients by a backend that updates the state meanwhile; see `step` for what they are."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, done: Done) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, output: FusedOutput) -> Tensor:
         """y, which the backend has computed already, as it has updated the state."""
         # Not saved for backward: the buffers of `gradient` are meant to change between forward and backward.
-        y, rows, ctx.kind, ctx.gradient = done
+        y, rows, ctx.kind, ctx.gradient = output
         ctx.save_for_backward(x, weight, rows)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y

@@ -34,7 +34,7 @@ from .. import kernels
 from ..kernels import cpu_step
 from ..kernels.contract import Reduction, StepKind
 from ..momentum import rule_of
-from .autograd import Done, FusedStep, Normalize, Pooling
+from .autograd import FusedOutput, FusedStep, Normalize, Pooling
 from .compat import are_transformed, is_captured
 from .masks import blank, fill, real_sums
 from .pooling import RankGroup, pool
@@ -65,8 +65,8 @@ def step_at_once(layer: Any, x: Tensor) -> Tensor | None:
     found = cpu_step.extension().forward(layer, x, not is_recomputation())
     if found is None:
         return None
-    weight, bias, done = found
-    y: Tensor = _apply(x, weight, bias, done)
+    weight, bias, output = found
+    y: Tensor = _apply(x, weight, bias, output)
     return y
 
 
@@ -97,8 +97,8 @@ def training_step(
     if fused is not None:
         backend, prepared = fused
         y, rows = backend.training_forward(x, weight, bias, prepared, spec, not is_recomputation())
-        done = Done(y, rows, StepKind(None, backend, spec.mode), state.gradient or ())
-        stepped: Tensor = FusedStep.apply(x, weight, bias, done)
+        output = FusedOutput(y, rows, StepKind(None, backend, spec.mode), state.gradient or ())
+        stepped: Tensor = FusedStep.apply(x, weight, bias, output)
         return stepped
     _check_buffers(x, state)
     with torch.no_grad():

@@ -246,30 +246,27 @@ _BATCH = (
     + ", Tensor weight, NUMBER batch_samples, bool whole_batches, "
     + ", ".join(f"float {name}" for name in Law._fields)
 )
-_STATE, _STATE_AND_NOISE = _mutated(State._fields), _mutated((*State._fields, *NoiseState._fields))
 # Every name of a schema is one of its own.
-_GRADIENT = ", ".join(
-    f"Tensor {name}" for name in ("batch_sum_dy", "batch_sum_dy_xhat", "rstd", "trust", "offset", "batch_std")
+_GRADIENT = (
+    "Tensor batch_sum_dy, Tensor batch_sum_dy_xhat, "
+    "Tensor rstd, Tensor trust, Tensor offset, Tensor batch_std, NUMBER n"
 )
-_GRADIENT += ", NUMBER n"
-_UPDATES: dict[str, Callable[..., Any]] = {
-    **{f"update_{mode.label}": partial(_update, mode) for mode in Mode},
-    "update_gradient": _update_gradient,
-}
+_UPDATES: dict[str, Callable[..., Any]] = {}
 _LIBRARY = torch.library.Library("runningbn", "DEF")
-for _name, _arguments, _outputs in (
-    *(
-        (
-            f"update_{mode.label}",
-            f"{_STATE_AND_NOISE if mode is Mode.RUNNING else _STATE}, {_BATCH}",
-            len(mode.coefficients),
-        )
-        for mode in Mode
-    ),
-    ("update_gradient", f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2),
-):
-    for _operator, _number in ((_name, "SymInt"), (f"{_name}_in_python", "SymInt"), (f"{_name}_pooled", "Tensor")):
-        _schema = f"{_operator}({_arguments}) -> ({', '.join(['Tensor'] * _outputs)})"
-        _LIBRARY.define(_schema.replace("NUMBER", _number))
-        _LIBRARY.impl(_operator, _UPDATES[_name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"runningbn::{_operator}", _per_channel(_outputs))
+
+
+def _define(name: str, function: Callable[..., Any], arguments: str, outputs: int) -> None:
+    """Define the three operators of an update, see `_call`."""
+    _UPDATES[name] = function
+    for operator, number in ((name, "SymInt"), (f"{name}_in_python", "SymInt"), (f"{name}_pooled", "Tensor")):
+        schema = f"{operator}({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
+        _LIBRARY.define(schema.replace("NUMBER", number))
+        _LIBRARY.impl(operator, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"runningbn::{operator}", _per_channel(outputs))
+
+
+for _mode in Mode:
+    _buffers = (*State._fields, *NoiseState._fields) if _mode is Mode.RUNNING else State._fields
+    _arguments = f"{_mutated(_buffers)}, {_BATCH}"
+    _define(f"update_{_mode.label}", partial(_update, _mode), _arguments, len(_mode.coefficients))
+_define("update_gradient", _update_gradient, f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2)

@@ -50,7 +50,7 @@ def call(model: nn.Module, batch: Any) -> object:
         ValueError: for an empty list or tuple.
         TypeError: for a mapping that does not fit the model's forward.
     """
-    if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence):
+    if _is_sequence(batch):
         if not batch:
             raise ValueError("expected a batch, got an empty list or tuple")
         batch = batch[0]
@@ -62,7 +62,12 @@ def call(model: nn.Module, batch: Any) -> object:
 
 def used_by_call(batch: Any) -> Any:
     """The batch without what `call` does not use: the elements of a list or tuple after the first."""
-    return tuple(batch[:1]) if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence) else batch
+    return tuple(batch[:1]) if _is_sequence(batch) else batch
+
+
+def _is_sequence(batch: Any) -> bool:
+    # A PackedSequence is a named tuple, and an input by itself.
+    return isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence)
 
 
 def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:

@@ -172,6 +172,14 @@ def replaced(layer: _BatchNorm, mean: Tensor, var: Tensor) -> Iterator[None]:
         own.update(kept)
 
 
+def views(layer: _BatchNorm) -> Moments:
+    """`running_mean` and `running_var` of a layer that has them."""
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert var is not None
+    return mean, var
+
+
 @torch.no_grad()
 def write_views(layer: _BatchNorm, statistics: Moments) -> None:
     """Write `running_mean` and `running_var`, without the state of this library's layers."""

@@ -112,11 +112,10 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
     numpy_random = sys.modules.get("numpy.random")
     state_of_python = random.getstate()
     state_of_numpy = numpy_random.get_state() if numpy_random else None
-    devices = {tensor.device for tensor in all_tensors(model)}
-    accelerators = sorted({d.index or 0 for d in devices if d.type not in ("cpu", "meta")})
-    kind = next((d.type for d in devices if d.type not in ("cpu", "meta")), "cuda")
+    accelerators = {tensor.device for tensor in all_tensors(model) if tensor.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in accelerators), "cuda")
     try:
-        with torch.random.fork_rng(accelerators, device_type=kind):
+        with torch.random.fork_rng(sorted({device.index or 0 for device in accelerators}), device_type=kind):
             yield
     finally:
         random.setstate(state_of_python)

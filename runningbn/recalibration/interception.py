@@ -39,7 +39,7 @@ class BatchNormInterceptor(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARGUMENTS:
-            call = dict(zip(_ARGUMENTS[func], args)) | (kwargs or {})
+            call = _by_name(func, args, kwargs)
             if call["running_mean"] is self.running_mean:
                 self.intercepted = True
                 return self.normalize(call["input"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5))
@@ -61,9 +61,14 @@ class OutsideUseRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARGUMENTS:
-            used = (dict(zip(_ARGUMENTS[func], args)) | (kwargs or {}))["running_mean"]
+            used = _by_name(func, args, kwargs)["running_mean"]
             self.found.update(n for n, layer in enumerate(self.layers) if _share_memory(used, layer.running_mean))
         return func(*args, **(kwargs or {}))
+
+
+def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of ``batch_norm``."""
+    return dict(zip(_ARGUMENTS[func], args)) | (kwargs or {})
 
 
 def _share_memory(one: Tensor | None, other: Tensor | None) -> bool:

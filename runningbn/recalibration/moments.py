@@ -162,6 +162,11 @@ class Accumulator:
             for number, c in enumerate(channels)
         ]
 
+    @property
+    def elements(self) -> Tensor:
+        """The number of elements of each channel, (F,)."""
+        return self.counts[1]
+
     def add(self, calls: list[Call]) -> Tensor:
         """Add a batch: all calls made in its forward. If any moment is not finite, all of the batch is dropped.
 
@@ -179,7 +184,7 @@ class Accumulator:
             self.not_finite += (~torch.isfinite(mean + var)).to(torch.float64)
             mean, var, n = mean.masked_fill(~finite, 0), var.masked_fill(~finite, 0), n * keep
             # The first mean of a channel is its pivot; later means differ little from it, relative to float64 rounding.
-            self.pivot = torch.where((self.counts[1] == 0) & (counts[1] == 0) & (n > 0), mean, self.pivot)
+            self.pivot = torch.where((self.elements == 0) & (counts[1] == 0) & (n > 0), mean, self.pivot)
             terms += self.estimator.terms(mean - self.pivot, var, n)
             counts[1] += n
             counts[2] += samples * keep

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.buffers import PooledStatistics
-from .conventions import Convention, Moments
-from .found import Found, on_cpu
-from .kept import state_kept
+from .conventions import Convention, Moments, views
+from .layer_statistics import LayerStatistics, on_cpu
+from .model_state import state_kept
 from .moments import Accumulator, Estimator, MeanOfBatches, Population
 from .observer import Observer
 from .ranks import Ranks, interrupts_deferred
@@ -65,7 +65,7 @@ class Passes:
         """Start to collect from no batch."""
         self.batches = 0
         self._sums = self._accumulator(range(len(self.layers)))
-        self._found: dict[int, Found] = {}
+        self._found: dict[int, LayerStatistics] = {}
         self._calls: list[list[int]] = []  # for each batch, the layers in the order of their calls
         self._finite: list[Tensor] = []  # for each batch, whether it was finite, ()
         self._repeated: set[int] = set()  # layers called more than once in some batch
@@ -180,18 +180,18 @@ class Passes:
         if self._seen == 0:
             raise ValueError("the data loader gave no batch, or the model was not called")
         self._dropped = int(self._sums.dropped)
-        if self._dropped and not self._sums.counts[1].any():
+        if self._dropped and not self._sums.elements.any():
             raise RuntimeError(f"all {self._dropped} batches were not finite, first in {self._first_not_finite()}")
-        if not self._sums.counts[1].any():
+        if not self._sums.elements.any():
             outside = (
                 "; code outside of their forward normalises by their statistics" if self.observer.used_outside else ""
             )
             raise ValueError(f"no batch reached any of the layers {', '.join(self.names)}{outside}")
-        for name, elements in zip(self.names, self._sums.split(self._sums.counts[1])):
+        for name, elements in zip(self.names, self._sums.split(self._sums.elements)):
             if elements[0] == 1 and not self.prior:
                 raise ValueError(f"{name} saw a single element per channel in all, which has no variance")
 
-    def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, Found]:
+    def _statistics(self, sums: Accumulator, numbers: Sequence[int]) -> dict[int, LayerStatistics]:
         """The statistics of these layers from their sums, for the layers that were used."""
         estimate = sums.estimate()
         mean, var = estimate.mean, estimate.var
@@ -205,17 +205,16 @@ class Passes:
         vectors = zip(*(sums.split(v) for v in (mean, var, *stored, estimate.mean_error, estimate.var_error)))
         # All counts in one transfer; they are the same for all channels of a layer.
         firsts = [0, *accumulate(sums.channels)][:-1]
-        counts = torch.stack((estimate.batches, estimate.elements, estimate.samples, sums.totals[0]))[
-            :, firsts
-        ].T.tolist()
+        counts = torch.stack((estimate.batches, estimate.elements, estimate.samples, sums.totals[0])).T[firsts].tolist()
         found = {}
-        for number, (mean, var, m, v, mean_error, var_error), (*data, total) in zip(numbers, vectors, counts):
-            if total:
-                batches, elements, samples = map(int, data)
-                stored_here = self._in_dtype_of_buffers(number, m, v)
-                found[number] = Found(
-                    mean=mean, var=var, stored=stored_here, mean_error=mean_error, var_error=var_error,
-                    batches=batches, samples=samples, elements=elements,
+        for number, of_layer, (batches, elements, samples, used) in zip(numbers, vectors, counts):
+            if used:
+                mean, var, stored_mean, stored_var, mean_error, var_error = of_layer
+                old_mean, old_var = views(self.layers[number])
+                found[number] = LayerStatistics(
+                    mean=mean, var=var, stored=(stored_mean.to(old_mean), stored_var.to(old_var)),
+                    mean_error=mean_error, var_error=var_error,
+                    batches=int(batches), samples=int(samples), elements=int(elements),
                 )  # fmt: skip
         return found
 
@@ -226,34 +225,24 @@ class Passes:
         w = self.prior / (self.prior + samples)
         return w * m0 + (1 - w) * mean, w * v0 + (1 - w) * var + w * (1 - w) * (m0 - mean).square()
 
-    def _in_dtype_of_buffers(self, number: int, mean: Tensor, var: Tensor) -> Moments:
-        layer = self.layers[number]
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        return mean.to(layer.running_mean), var.to(layer.running_var)
-
     def _so_far(self, number: int) -> Moments:
         """The statistics of a layer from the batches collected so far; before the first batch, those in its buffers."""
-        layer = self.layers[number]
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
         totals, pivot = self._sums.split(self._sums.totals)[number], self._sums.split(self._sums.pivot)[number]
         mean, var = self._estimator.moments(totals)
         empty = totals[0] == 0
-        old_mean, old_var = (t.to(mean.device, torch.float64) for t in (layer.running_mean, layer.running_var))
+        old_mean, old_var = (t.to(mean.device, torch.float64) for t in views(self.layers[number]))
         return torch.where(empty, old_mean, pivot + mean), torch.where(empty, old_var, var)
 
-    def _report(self, number: int, found: Found) -> LayerReport:
+    def _report(self, number: int, found: LayerStatistics) -> LayerReport:
         layer = self.layers[number]
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
         mean, var = map(on_cpu, found.stored)
+        old_mean, old_var = map(on_cpu, views(layer))
         return LayerReport(
             name=self.names[number],
             mean=mean,
             var=var,
-            old_mean=on_cpu(layer.running_mean),
-            old_var=on_cpu(layer.running_var),
+            old_mean=old_mean,
+            old_var=old_var,
             eps=layer.eps,
             feeds_itself=number in self._repeated,
             correction=int(number not in self._biased),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ class Series:
     @property
     def bars(self) -> list[float]:
         """Two standard errors; 0 where they are not known."""
-        return [2 * error if error == error else 0.0 for error in self.errors or [0.0] * len(self.values)]
+        return [0.0 if math.isnan(error) else 2 * error for error in self.errors or [0.0] * len(self.values)]
 
 
 def plot(report: StatsReport) -> Any:

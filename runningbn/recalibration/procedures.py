@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.buffers import VIEW, PooledStatistics
-from .at_once import AtOnce
 from .batches import Progress
 from .conventions import write_views
+from .joined_pass import JoinedPass
 from .moments import Accumulator
 from .observer import EnoughSeen
 from .ranks import interrupts_deferred
@@ -29,7 +29,7 @@ logger = logging.getLogger("runningbn")
 _MAX_ROUNDS = 3
 
 
-class Recalibration(AtOnce):
+class Recalibration(JoinedPass):
     """A recalibration in progress, as `precise_bn` yields it.
 
     Attributes:
@@ -74,7 +74,7 @@ class Recalibration(AtOnce):
 
     def finish(self) -> StatsReport:
         """Write the statistics and return the report; if interrupted, the layers are restored."""
-        before = [(self.layers[number], self._statistics_of(self.layers[number])) for number in sorted(self._found)]
+        before = [(self.layers[number], _statistics_of(self.layers[number])) for number in sorted(self._found)]
         missed = {
             name: self._reason_missed(number) for number, name in enumerate(self.names) if number not in self._found
         }
@@ -158,14 +158,15 @@ class Recalibration(AtOnce):
         """Why a layer was not updated; empty if no batch reached it."""
         if number in self.observer.used_outside:
             return "code outside of the layer's forward normalises by its statistics, which is not observed"
-        if self._sums.split(self._sums.counts[1])[number].any():
+        if self._sums.split(self._sums.elements)[number].any():
             return "a single element per channel in every batch, which has no variance"
         return ""
 
-    def _statistics_of(self, layer: _BatchNorm) -> dict[str, Tensor]:
-        """Copies of the buffers that writing statistics changes."""
-        names = layer.statistics_names if isinstance(layer, PooledStatistics) else VIEW
-        return {name: layer._buffers[name].clone() for name in names}  # type: ignore[union-attr]
+
+def _statistics_of(layer: _BatchNorm) -> dict[str, Tensor]:
+    """Copies of the buffers that writing statistics changes."""
+    names = layer.statistics_names if isinstance(layer, PooledStatistics) else VIEW
+    return {name: layer._buffers[name].clone() for name in names}  # type: ignore[union-attr]
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def update_bn_stats(
             else:  # by batches, which tells when there are enough, and keeps processes in step
                 recalibration.collect(keeping(batches, kept), run, tolerance, refines=True)
             used = [used_by_call(batch) for batch in kept] if forward is None else kept
-            if not recalibration.refine_at_once(used, run, memory_limit):
+            if not recalibration.refine_joined(used, run, memory_limit):
                 # Of several processes, one may have no batch: all have collected.
                 if alone and not recalibration.batches:
                     recalibration.collect(kept, run, refines=True)

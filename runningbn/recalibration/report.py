@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +109,7 @@ class LayerReport(Certainty, LayerShift):
     def standard_error(self) -> float:
         """The larger of the two standard errors."""
         mean, std = self.mean_standard_error, self.std_standard_error
-        return mean if mean != mean or mean > std else std
+        return mean if math.isnan(mean) or mean > std else std
 
 
 @dataclass(kw_only=True)
@@ -208,7 +209,7 @@ class StatsReport:
         if self.available is not None and self.available > used:
             batches = f"{self.batches:,} of {counted(self.available, 'batch')}"
         lines.append(f"{counted(len(self.layers), 'layer')} updated from {batches}{passes}")
-        measured = [layer for layer in self.layers if layer.residual == layer.residual]
+        measured = [layer for layer in self.layers if not math.isnan(layer.residual)]
         residuals = [layer.residual for layer in measured if not layer.feeds_itself]
         if residuals:
             lines.append(

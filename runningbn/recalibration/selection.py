@@ -67,6 +67,15 @@ def _reason(module: nn.Module, possible: Collection[nn.Module]) -> str:
     return f"{type(module).__name__} is not an nn.BatchNorm"
 
 
+def not_initialised(model: nn.Module) -> str | None:
+    """Which tensor of a lazy module has no values yet; None if all have some."""
+    if not any(map(is_lazy, all_tensors(model))):  # several times as fast as by name
+        return None
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = next(name for name, tensor in tensors if is_lazy(tensor))
+    return f"{lazy} is not initialised yet; run a batch through the model first"
+
+
 def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:
     """The layers to recalibrate: all updatable ones, or those requested.
 
@@ -74,10 +83,8 @@ def chosen(model: nn.Module, layers: Layers) -> dict[str, _BatchNorm]:
         ValueError: for a requested layer that cannot be updated, or a model with lazy modules.
     """
     found = updatable(model)
-    if any(map(is_lazy, all_tensors(model))):
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        lazy = next(name for name, tensor in tensors if is_lazy(tensor))
-        raise ValueError(f"{lazy} is not initialised yet; run a batch through the model first")
+    if (reason := not_initialised(model)) is not None:
+        raise ValueError(reason)
     if layers is None:
         return found
     if isinstance(layers, (str, nn.Module)):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from ..layers.buffers import are_initial
 from ..recalibration.batches import Forward
+from ..recalibration.selection import not_initialised
 from ..recalibration.text import counted, grouped, shown
 from .layers import CENTERED, CenteredWeights, centered_class, filter_means, has_own_forward, torch_class
 from .uses import Uses, trace_uses
@@ -73,9 +74,8 @@ class Choice:
 
     def plan(self, model: nn.Module, forward: Forward, batch: Any) -> Plan:
         """Decide by one forward pass. The model is restored afterwards."""
-        lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
-        if lazy:
-            raise RuntimeError(f"center_weights: {lazy[0]} is not initialised yet; run a batch through the model first")
+        if (reason := not_initialised(model)) is not None:
+            raise RuntimeError(f"center_weights: {reason}")
         layers, normalisations = self.layers_in(model), self.normalisations
         if normalisations is None:
             normalisations = layers_of(model, NORMALISATIONS)
@@ -173,7 +173,7 @@ def _is_fresh(layer: nn.Module) -> bool:
     mean, var, batches = (getattr(layer, name, None) for name in ("running_mean", "running_var", "num_batches_tracked"))
     if mean is None or var is None or batches is None or mean.is_meta:
         return False
-    return bool((batches == 0) & (mean == 0).all() & (var == 1).all())
+    return are_initial(mean, var, batches)
 
 
 def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...], where: Where | None = None) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from cases import statistics_dtype
 from steps import buffers_of, training_step
 from torch import Tensor, nn
 
@@ -13,10 +14,6 @@ from runningbn.kernels import use_backend
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # About some pivot, which may be any near the mean; what they are about is in the running moments.
 ABOUT_A_PIVOT = ("shift", "sums", "sqrs")
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def in_float64(layer: nn.Module) -> nn.Module:
@@ -31,7 +28,7 @@ def reference_step(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]
 
 def roundings(dtype: torch.dtype) -> float:
     """What a result in `dtype` may be off by, relative to the largest value."""
-    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    kind = statistics_dtype(dtype)
     # Of arithmetic in the dtype of the statistics, and one more of the result.
     return 512 * torch.finfo(kind).eps + (2 * torch.finfo(dtype).eps if dtype != kind else 0)
 

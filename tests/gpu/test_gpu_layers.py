@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
-from cases import LAYERS, LayerCase, each, noise
+from cases import LAYERS, LayerCase, channels_last, each, noise, statistics_dtype
 from gpu_cases import (
     DTYPES,
     assert_near_all,
     assert_same_buffers,
-    channels_last,
     in_float64,
     reference_step,
     roundings,
@@ -23,11 +22,6 @@ from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, PreciseBatchNorm3d
 from runningbn.kernels import triton, use_backend
 
 SIZES = (3, 1, 5)
-
-
-def half_precision(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a layer for such inputs: 16-bit inputs meet float32 parameters."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check(layer: nn.Module, batches: list[Tensor], relative: float) -> None:
@@ -56,7 +50,7 @@ def test_a_layer_trains_as_in_float64(case: LayerCase, dtype: torch.dtype, last:
     # One value per channel is no batch to PreciseBatchNorm.
     sizes = (3, 2, 5) if precise else SIZES
     batches = [x.to(device) for x in case.batches(sizes, dtype)]
-    layer = case.layer(half_precision(dtype)).to(device)
+    layer = case.layer(statistics_dtype(dtype)).to(device)
     check(layer, [channels_last(x) for x in batches] if last else batches, roundings(dtype))
 
 

@@ -2,8 +2,8 @@
 
    REAL is the dtype of the statistics: double for double data, float for all other. All sums are double.
 
-   Codes and fields are listed by macros, from which the names come that cpu_library.py compares with its own when it loads
-   the library. Every field is 8 bytes: I an integer, P a pointer, R a double. */
+   Codes and fields are listed by macros, from which the names come that cpu_library.py compares with its own when it
+   loads the library. Every field is 8 bytes: I an integer, P a pointer, R a double. */
 
 #ifndef RUNNINGBN_CPU_H
 #define RUNNINGBN_CPU_H
@@ -91,8 +91,8 @@ int runningbn_backward(const Backward *b);
     DTYPES(AS_NAME) RULES(AS_NAME) STAGES(AS_NAME) OPERATORS(AS_NAME)                  \
     FORWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE) BACKWARD_FIELDS(AS_INTEGER, AS_POINTER, AS_DOUBLE)
 
-/* Elements that each thread has to get: waking it for fewer costs more than it saves. Measured, the best of thousands of
-   forwards on two cores: of 36864 elements 7.7 us on one thread and 8.4 us on two, of 73728 11.0 us and 8.6 us. */
+/* Elements that each thread has to get: waking it for fewer costs more than it saves. Measured, the best of thousands
+   of forwards on two cores: of 36864 elements 7.7 us on one thread and 8.4 us on two, of 73728 11.0 us and 8.6 us. */
 #define LARGE (1 << 15)
 
 /* Scratch of one call: vectors over channels, or over `columns` of widened rows, see `widening` in cpu.c. */

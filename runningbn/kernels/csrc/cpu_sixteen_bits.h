@@ -1,5 +1,5 @@
-/* bfloat16 and float16 as floats and back, rounded to the nearest, ties to even; any NaN becomes torch's. Without branches
-   and calls, so that compilers vectorise loops over them, and for any processor. */
+/* bfloat16 and float16 as floats and back, rounded to the nearest, ties to even; any NaN becomes torch's. Without
+   branches and calls, so that compilers vectorise loops over them, and for any processor. */
 
 #ifndef RUNNINGBN_CPU_SIXTEEN_BITS_H
 #define RUNNINGBN_CPU_SIXTEEN_BITS_H
@@ -26,8 +26,8 @@ static inline uint16_t to_bfloat16(float value) {
     return (uint16_t)(value != value ? 0x7fc0 : rounded);
 }
 
-/* The fields of a float16 are moved to their places in a float, whose exponent is then too small by 112. Those without an
-   exponent are multiples of 2^-24. */
+/* The fields of a float16 are moved to their places in a float, whose exponent is then too small by 112. Those without
+   an exponent are multiples of 2^-24. */
 static inline float from_float16(uint16_t half) {
     const uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
     const float normal = float_of_bits(magnitude + (112u << 23)), huge = float_of_bits(magnitude + (224u << 23));
@@ -36,8 +36,8 @@ static inline float from_float16(uint16_t half) {
     return float_of_bits(bits_of_float(value) | (uint32_t)(half & 0x8000) << 16);
 }
 
-/* Adding 2^13 times the power of two of a float, or of the smallest normal float16 if that is more, rounds the float: the
-   last bits of the sum are then those of the float16. */
+/* Adding 2^13 times the power of two of a float, or of the smallest normal float16 if that is more, rounds the float:
+   the last bits of the sum are then those of the float16. */
 static inline uint16_t to_float16(float value) {
     const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7fffffff;
     const uint32_t exponent = (magnitude & 0x7f800000) > 113u << 23 ? magnitude & 0x7f800000 : 113u << 23;

@@ -1,10 +1,10 @@
 /* Between the sums of a batch and the map over it: let the sums enter the state, and say what to normalise by.
    Included once for every instruction set and dtype of the statistics, REAL, with MAXIMUM and TINY of that dtype.
 
-   The same equations in plain torch are `_update_batch`, `_update_exact`, `_update_running` and `_update_gradient` of
-   ops/update.py, by the functions of ops/law.py and the rules of momentum.py. Here all is in double, and rounded where it
-   is stored. Divisions and roots are most of it, so it is done for CHUNK channels at a time, in loops without branches,
-   which compilers vectorise. */
+   The same equations in plain torch are `_update_batch`, `_update_exact`, `_update_running` and `_update_gradient`
+   of ops/update.py, by the functions of ops/law.py and the rules of momentum.py. Here all is in double, and rounded
+   where it is stored. Divisions and roots are most of it, so it is done for CHUNK channels at a time, in loops
+   without branches, which compilers vectorise. */
 
 #ifndef RUNNINGBN_STATE
 #define RUNNINGBN_STATE

@@ -46,7 +46,7 @@ static void sums_of_group(const Job *job, int64_t begin, int64_t end) {
                             job->inner, s->first, s->second);
 }
 
-/* The double data of some channels once more, about their means now: no pivot is near enough for doubles. */
+/* The pivots of some channels to their means, by the sums about what the pivots were. */
 static void move_pivots(const Job *job, int64_t begin, int64_t end) {
     const double n = (double)(job->outer * job->inner);
     const int64_t channels = job->channels;
@@ -57,6 +57,7 @@ static void move_pivots(const Job *job, int64_t begin, int64_t end) {
     }
 }
 
+/* Whether the sums are taken once more, about the means: no pivot is near enough for double data. */
 static int sums_twice(const Job *job) { return job->forward && job->forward->dtype == FLOAT64; }
 
 /* The elements from `offset` on. */

@@ -39,6 +39,8 @@ typedef struct {
     int32_t dtype; /* of the statistics, torch's code */
 } Call;
 
+static const char NO_MEMORY[] = "no memory for the vectors over channels of a normalisation";
+
 static void fail(const char *message) { torch.raise(__func__, __FILE__, __LINE__, message); }
 
 /* The first tensor tells the channels and the dtype. */
@@ -76,7 +78,7 @@ static Tensor new_vector(const Call *call, void **data) {
     const int64_t one = 1;
     Tensor out = NULL;
     if (torch.empty_strided(1, &call->channels, &one, call->dtype, TORCH_CPU, 0, &out) || torch.get_data_ptr(out, data))
-        fail("no memory for the vectors over channels of a normalisation");
+        fail(NO_MEMORY);
     return out;
 }
 
@@ -120,7 +122,7 @@ static void update(Value *stack, bool running, bool by_state, const size_t *resu
     f.updates = torch.backward_running() == -1;
     Tensor out[MOST_RESULTS];
     for (int64_t i = 0; i < count; i++) out[i] = new_vector(&call, (void **)((char *)&f + results[i]));
-    if (runningbn_forward(&f)) fail("no memory for the vectors over channels of a normalisation");
+    if (runningbn_forward(&f)) fail(NO_MEMORY);
     leave(&call, out, count);
 }
 
@@ -150,14 +152,18 @@ void runningbn_update_running(Value *stack, uint64_t arguments, uint64_t outputs
 /* (GradientState, GradientSums, rstd, trust, offset, batch_std, n) -> s*G0, s*G1 */
 void runningbn_update_gradient(Value *stack, uint64_t arguments, uint64_t outputs) {
     (void)arguments, (void)outputs;
-    const Call call = call_of(stack, 9);
-    Backward b = {.dtype = code_of(&call), .stages = UPDATE, .threads = 1, .outer = (int64_t)stack[9],
+    const int64_t of_state = FIELDS(Backward, sum_dy, count_dy);
+    const int64_t of_sums = FIELDS(Backward, batch_sum_dy, batch_sum_dy_xhat);
+    const int64_t rstd = of_state + of_sums, of_batch = FIELDS(Backward, trust, batch_std);
+    const int64_t tensors = rstd + 1 + of_batch;
+    const Call call = call_of(stack, tensors);
+    Backward b = {.dtype = code_of(&call), .stages = UPDATE, .threads = 1, .outer = (int64_t)stack[tensors],
                   .channels = call.channels, .inner = 1};
-    set_vectors(&call, 0, FIELDS(Backward, sum_dy, count_dy), &b.sum_dy);
-    set_vectors(&call, 3, FIELDS(Backward, batch_sum_dy, batch_sum_dy_xhat), &b.batch_sum_dy);
-    set_vectors(&call, 5, 1, &b.rstd);
-    set_vectors(&call, 6, FIELDS(Backward, trust, batch_std), &b.trust);
+    set_vectors(&call, 0, of_state, &b.sum_dy);
+    set_vectors(&call, of_state, of_sums, &b.batch_sum_dy);
+    set_vectors(&call, rstd, 1, &b.rstd);
+    set_vectors(&call, rstd + 1, of_batch, &b.trust);
     const Tensor out[] = {new_vector(&call, &b.m0), new_vector(&call, &b.m1)};
-    if (runningbn_backward(&b)) fail("no memory for the vectors over channels of a normalisation");
+    if (runningbn_backward(&b)) fail(NO_MEMORY);
     leave(&call, out, 2);
 }

@@ -1,5 +1,5 @@
-/* What step.c knows of layers before it looks at their tensors: plans, made by `_plan_of` in cpu_step.py and kept for the
-   layers that come next. */
+/* What step.c knows of layers before it looks at their tensors: plans, made by `_plan_of` in cpu_step.py and kept for
+   the layers that come next. */
 
 #define MOST_COEFFICIENTS 8
 

@@ -1,4 +1,4 @@
-/* Tensors as step.c sees them: their memory, and whether it is what the library takes. Nothing here changes anything. */
+/* Tensors as step.c sees them: their memory, and whether the library takes it. Nothing here changes anything. */
 
 /* dlpack.h, version 1: a DLTensor and, of DLPackExchangeAPI, what is needed to get one. */
 typedef struct {

@@ -37,7 +37,7 @@ DATA = rows(96)
 
 
 def both_ways(build: Callable[[], nn.Module], batches: Any, **options: Any) -> list[tuple[nn.Module, Any]]:
-    """The model and the report, all at once and layer by layer."""
+    """The model and the report, by the pass of all batches joined and layer by layer."""
     found = []
     for limit in (2**30, 0):
         model = build()

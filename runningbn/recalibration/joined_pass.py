@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .conventions import Moments, write_views
-from .found import Found
 from .joined import PeakMemory, check_joinable, joined, samples
+from .layer_statistics import LayerStatistics
 from .moments import Call
 from .passes import Passes
 
@@ -31,10 +31,10 @@ class _NotPossible(BaseException):
     """Ends the forward of joined batches. It is no Exception, so that a model does not catch it."""
 
 
-class AtOnce(Passes):
+class JoinedPass(Passes):
     """Passes over the data, and the pass of all batches joined."""
 
-    def refine_at_once(self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float) -> bool:
+    def refine_joined(self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float) -> bool:
         """Replace the statistics by the moments in evaluation with one forward of all batches joined, if possible.
 
         In that forward, the first call of each layer gives its statistics, and the layer normalises by them. A pass
@@ -49,7 +49,7 @@ class AtOnce(Passes):
         if self.ranks.size > 1 or not batches or not memory_limit:
             return False
         try:
-            settled = self._settled_at_once(batches, run, memory_limit)
+            settled = self._settled_by_joined_pass(batches, run, memory_limit)
         except (Exception, _NotPossible) as error:  # an error that is due to the model comes again with the batches
             self._start_again()
             logger.info("normalize='population' goes layer by layer: %s: %s", type(error).__name__, error)
@@ -63,11 +63,11 @@ class AtOnce(Passes):
         logger.info("normalize='population' goes layer by layer: the batches by themselves are evaluated differently")
         return False
 
-    def _settled_at_once(
+    def _settled_by_joined_pass(
         self, batches: Sequence[Any], run: Callable[[Any], None], memory_limit: float
-    ) -> dict[int, Found]:
+    ) -> dict[int, LayerStatistics]:
         """The statistics of the layers that a forward of all batches joined calls."""
-        settled: dict[int, Found] = {}
+        settled: dict[int, LayerStatistics] = {}
 
         def settle(call: Call) -> Moments:
             sums = self._accumulator([call.layer])
@@ -103,7 +103,7 @@ class AtOnce(Passes):
         if len(set(layers)) < len(layers):
             raise _NotPossible("a layer is called several times in a forward")
 
-    def _start_again(self, found: Mapping[int, Found] | None = None) -> None:
+    def _start_again(self, found: Mapping[int, LayerStatistics] | None = None) -> None:
         """Set the model and the observer to the state before the first batch, but for the statistics given."""
         self._forget_batches()
         self._kept.restore()
@@ -114,7 +114,7 @@ class AtOnce(Passes):
             self.observer.fixed[number] = one.stored
             write_views(self.layers[number], one.stored)
 
-    def _compare(self, evaluated: Mapping[int, Found]) -> bool:
+    def _compare(self, evaluated: Mapping[int, LayerStatistics]) -> bool:
         """Set the residuals and counts of the statistics from those in evaluation; whether the residuals are small."""
         for number, now in evaluated.items():
             kept = self._found.get(number, now)
@@ -130,7 +130,7 @@ class AtOnce(Passes):
         return 0.0 if number in self._repeated else self._found[number].residual
 
 
-def _distance(one: Found, other: Found, eps: float) -> float:
+def _distance(one: LayerStatistics, other: LayerStatistics, eps: float) -> float:
     """The largest difference between two statistics of a layer: of means in std, of variances relative to `other`."""
     scale = other.var + eps
     by_mean = (one.mean - other.mean).abs() / scale.sqrt()

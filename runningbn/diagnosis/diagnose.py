@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..recalibration.batches import Forward, call, check_num_iters
 from ..recalibration.selection import chosen, has_statistics, left_alone
 from ..recalibration.text import by_reason, shown
-from .measure import Metric, Subject, measure, of_layer, score
+from .measure import Metric, Subject, diagnosis_of_layer, measure, score
 from .result import Diagnosis, MetricValues
 from .watch import unchanged
 
@@ -89,7 +89,7 @@ def diagnose(
         batches = subject.recompute(data_loader, num_iters, forward=forward, device=device, normalize=normalize)
         measured = measure(subject, batches, forward or call, device)
         values = None if metric is None else MetricValues(*(score(subject, each, metric) for each in subject.modes()))
-    found = [of_layer(subject, measured, number) for number in measured.used]
+    found = [diagnosis_of_layer(subject, measured, number) for number in measured.used]
     if not found:
         raise ValueError(f"no batch reached any of the layers {', '.join(subject.names)}")
     return Diagnosis(

@@ -13,7 +13,7 @@ from .report import Certainty
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found(Certainty):
+class LayerStatistics(Certainty):
     """The statistics of one layer while a recalibration runs; tensors are (C,), float64, on the device of the layer.
 
     Users get a `LayerReport` of it, with the stored values and the old ones on the CPU.
