@@ -10,7 +10,7 @@ import pytest
 from benchmarks.accuracy import report, report_digits, report_real, report_real_details, report_results, results
 from benchmarks.accuracy.contenders import BATCH_NORM, OURS, OURS_CENTERED, REAL_CONTENDERS, RECALIBRATED
 from benchmarks.accuracy.figure_real import real_figure
-from benchmarks.accuracy.grid_real import CELLS, FINE_TUNING_RATES, RATES, trained_in
+from benchmarks.accuracy.grid_real import CELLS, FINE_TUNING_RATES, RATES, SCATTERED, trained_in
 from benchmarks.accuracy.report_results import LEFT_ALONE, MABN, MAIN, STANDARDISED, TRANSFORMED, RealResults
 from benchmarks.accuracy.report_tables import label
 from benchmarks.accuracy.results import Cell
@@ -144,11 +144,19 @@ def test_fine_tuning_is_by_domain_and_batch():
     assert f"{', '.join(f'{rate:g}' for rate in FINE_TUNING_RATES)} with fine-tuning" in introduced
 
 
+def test_the_introduction_says_where_there_are_more_seeds():
+    cell = SCATTERED[0]
+    more = record(cell, OURS, 0.7, seeds=[3, 4])
+    text = report_real.section(found(record(cell, OURS, 0.7), record(cell, BATCH_NORM, 0.7), more))
+    described = report_results.without_optimizer(cell)
+    assert f"9 more at the best rate: {described} (1 of 2 contenders)." in text
+
+
 def test_the_introduction_counts_cells_seeds_and_sources():
     old = {"part": {"machine": {"processor": "abacus", "torch": "1", "date": "2025-12-31"}}}
     some = RealResults([old, record(TWO, BATCH_NORM, 0.7), PART, old, PART, *everybody(ONE)])
     text = report_real.section(some)
-    assert "There are 2 seeds" in text
+    assert "There are 3 seeds\n  at each rate.\n" in text
     assert f"1 of the {len(CELLS)} cells of the grid are complete, 1 in part" in text
     lines = rows(text)
     assert ["not recorded", "abacus", "1", "2025-12-31", "1", "0"] in lines
