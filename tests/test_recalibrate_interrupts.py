@@ -14,7 +14,8 @@ import runningbn
 from runningbn import update_bn_stats
 
 PACKAGE = Path(runningbn.__file__).parent
-# Where the model is changed and put back. What puts back at last, `model_state.py`, defers signals, which this does not send.
+# Where the model is changed and put back. What puts back at last, `model_state.py`, defers signals, which this does not
+# send.
 NAMES = ("recalibrate.py", "passes.py", "procedures.py", "joined_pass.py", "hooks.py", "observer.py")
 FILES = {str(PACKAGE / "recalibration" / name) for name in NAMES}
 
