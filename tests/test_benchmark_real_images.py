@@ -31,6 +31,8 @@ NETWORKS = {
     networks_real.image_residual_net_at_28: 10,
     networks_real.mobile_net: 17,
     networks_real.image_plain_net: 5,
+    networks_real.pre_activation_net: 7,
+    networks_real.image_perceptron: 3,
     networks_real.image_segmentation_net: 5,
     networks_real.series_net: 4,
     networks_real.deep_image_net: 50,

@@ -10,7 +10,19 @@ from __future__ import annotations
 from .contenders import DEPTHWISE, FINE_TUNED, REAL_CONTENDERS, Contender
 from .jobs import Grid
 from .results import IMAGE_SAMPLES, ONE_CLASS, SHUFFLED, STREAM, VIEWS, Cell
-from .tasks_real import AT_28, DEEP, FINE_TUNING, MOBILE, PLAIN, REAL_TASKS, RESIDUAL, SEGMENTATION, SERIES
+from .tasks_real import (
+    AT_28,
+    DEEP,
+    FINE_TUNING,
+    MOBILE,
+    PERCEPTRON,
+    PLAIN,
+    PRE_ACTIVATION,
+    REAL_TASKS,
+    RESIDUAL,
+    SEGMENTATION,
+    SERIES,
+)
 
 SEEDS = (0, 1, 2)
 LONG = 20_000
@@ -50,6 +62,13 @@ CELLS = (
     _cell(DEEP, 1),
     _cell(AT_28, 4, ONE_CLASS),
     _cell(SERIES, 32),
+    # Two more networks and one more batch, likewise.
+    _cell(PRE_ACTIVATION, 1),
+    _cell(PRE_ACTIVATION, 4, ONE_CLASS),
+    _cell(PERCEPTRON, 1),
+    _cell(PERCEPTRON, 4),
+    _cell(PERCEPTRON, 4, ONE_CLASS),
+    _cell(RESIDUAL, 8, ONE_CLASS),
 )
 
 # Rates beyond the five, for all contenders, where the best of some was the first or the last.

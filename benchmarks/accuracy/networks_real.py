@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from .networks import MeanOverPositions, Norm, ResidualBlock, Site, chain, classifier, convolution
 
 CLASSES_OF_A_PIXEL = 11  # ten garments, and none
+PIXELS = 28**2
 SENSORS = 6  # channels of a series
 
 
@@ -48,6 +50,26 @@ class ProjectionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, M·C, H, W) to (N, M·C', H/stride, W/stride)."""
         return F.relu(self.shortcut(x) + self.body(x))
+
+
+class PreActivationBlock(nn.Module):
+    """s(h) + conv(relu(norm(conv(h)))) with h = relu(norm(x)) and s a 1x1 convolution; s and the first take the stride.
+
+    Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, models: int, norm: Norm) -> None:
+        super().__init__()
+        self.activation = norm(Site(channels_in, models, 2, activated=True))
+        self.body = nn.Sequential(
+            *chain((channels_in, channels), (stride,), models, norm), convolution(channels, channels, models)
+        )
+        self.shortcut = convolution(channels_in, channels, models, kernel=1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, M·C, H, W) to (N, M·C', H/stride, W/stride)."""
+        activated = self.activation(x)
+        return self.shortcut(activated) + self.body(activated)
 
 
 class SqueezeExcitation(nn.Module):
@@ -101,6 +123,23 @@ def image_residual_net(models: int, norm: Norm, strides: Sequence[int] = (2, 2, 
 def image_residual_net_at_28(models: int, norm: Norm) -> nn.Module:
     """The same with its first block at 28x28."""
     return image_residual_net(models, norm, strides=(1, 2, 2))
+
+
+def pre_activation_net(models: int, norm: Norm) -> nn.Module:
+    """Pre-activation blocks of 16, 32, 64 channels on maps of 14x14, 7x7, 4x4: seven normalisations."""
+    widths = (16, 16, 32, 64)
+    body = [PreActivationBlock(*step, 2, models, norm) for step in pairwise(widths)]
+    last = norm(Site(64, models, 2, activated=True))
+    return nn.Sequential(
+        *he_initialised([convolution(1, 16, models), *body, last]), *classifier(64, models)
+    )  # fmt: skip
+
+
+def image_perceptron(models: int, norm: Norm) -> nn.Module:
+    """Three normalised layers of 128, 128, 64 units on 784 pixels: a batch of N has N elements per channel."""
+    pixels = nn.Flatten(), nn.Unflatten(1, (-1, 1))  # of one model after another, as its single channel is
+    hidden = chain((PIXELS, 128, 128, 64), (1, 1, 1), models, norm, dimensions=1, kernel=1)
+    return nn.Sequential(*pixels, *he_initialised(hidden), *classifier(64, models, dimensions=1))
 
 
 def deep_image_net(models: int, norm: Norm) -> nn.Module:

@@ -55,6 +55,7 @@ def _fine_tuning(name: str, change: Callable[[Tensor], Tensor] | None) -> Task:
 
 RESIDUAL, AT_28, MOBILE = "garments, residual net", "garments, residual net at 28x28", "garments, mobile net"
 PLAIN, DEEP, SEGMENTATION = "garments, plain conv net", "garments, 50-layer residual net", "segmentation of garments"
+PRE_ACTIVATION, PERCEPTRON = "garments, pre-activation net", "garments, perceptron"
 SERIES = "watch, series"
 FINE_TUNING = ("fine-tuning", "fine-tuning, inverted", "fine-tuning, four times as bright")
 
@@ -66,6 +67,8 @@ REAL_TASKS = {
         Task(MOBILE, networks_real.mobile_net, images, accuracy, "accuracy"),
         Task(PLAIN, networks_real.image_plain_net, images, accuracy, "accuracy"),
         Task(DEEP, networks_real.deep_image_net, images, accuracy, "accuracy"),
+        Task(PRE_ACTIVATION, networks_real.pre_activation_net, images, accuracy, "accuracy"),
+        Task(PERCEPTRON, networks_real.image_perceptron, images, accuracy, "accuracy"),
         Task(SEGMENTATION, networks_real.image_segmentation_net, canvases, mean_iou, "mean IoU"),
         Task(SERIES, networks_real.series_net, windows, accuracy, "accuracy"),
         *map(_fine_tuning, FINE_TUNING, (None, inverted, brighter)),
