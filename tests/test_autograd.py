@@ -59,6 +59,18 @@ def test_input_changed_in_place_between_forward_and_backward_is_an_error():
 # -------------------------------------------------------------------------------------------------- several forwards
 
 
+@each(LAYERS)
+def test_a_training_step_between_an_evaluation_and_its_backward_does_not_matter(case: LayerCase):
+    # As in losses that compare both modes. nn.BatchNorm goes back by the new statistics then.
+    layer, x = trained(case), case.input(4, 20).requires_grad_()
+    dy = noise(x.shape, 21)
+    (expected,) = torch.autograd.grad(layer.eval()(x), x, dy)
+    y = layer(x)
+    layer.train()(case.input(6, 22))
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(dx, expected)
+
+
 def runs(case: LayerCase, interleaved: bool) -> dict[str, Tensor]:
     """Output and input gradient of two batches, with both forwards before the backwards or one run after the other."""
     layer, results = trained(case), {}

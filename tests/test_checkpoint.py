@@ -1,7 +1,9 @@
 """Checkpoints read without model code: what is found in them, and what is said about it."""
 
 import math
+import os
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +213,17 @@ def test_a_missing_file_and_a_folder_without_a_checkpoint_are_errors(tmp_path):
         read_checkpoint(tmp_path / "missing.pt")
     with pytest.raises(CheckpointError, match=r"is a folder, and has none of model\.safetensors"):
         read_checkpoint(tmp_path)
+
+
+def test_a_pipe_is_an_error_with_the_reason():
+    # As of `cat last.pt | python -m runningbn inspect /dev/stdin`: the parts of a checkpoint are read where they are.
+    receiver, sender = os.pipe()
+    os.close(sender)
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be opened: .*not seekable"):
+            read_checkpoint(Path(f"/dev/fd/{receiver}"))
+    finally:
+        os.close(receiver)
 
 
 def test_names_in_a_message_leave_the_terminal_alone(tmp_path):

@@ -13,7 +13,7 @@ from models import each_of_ours, pretrained
 from steps import assert_identical, buffers_of, evaluate, train, training_step
 from torch import Tensor, nn
 
-from runningbn import RunningBatchNorm, batchnormify, update_bn_stats
+from runningbn import RunningBatchNorm, batchnormify, diagnose, update_bn_stats
 from runningbn.conversion.classes import wraps_forward
 from runningbn.layers.precise import PreciseBatchNorm
 
@@ -210,3 +210,38 @@ def test_layers_that_wrap_nothing_are_not_wrappers():
     for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, RunningBatchNorm):
         assert not wraps_forward(cls)
     assert train(batchnormify(Activated(3)), [noise((4, 3, 2, 2), 0)]).samples.tolist() == [4, 4, 4]
+
+
+class Conditional(nn.BatchNorm1d):
+    """A scale by class label: its second argument is no mask."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x) * (1 + labels.unsqueeze(1))
+
+
+class Lengths(RunningBatchNorm):
+    """Lengths, of which it makes the mask of `RunningBatchNorm`."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return super().forward(x, torch.arange(x.shape[2]) < lengths[:, None])
+
+
+@each_of_ours
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_an_argument_of_a_subclass_is_not_taken_for_a_mask(to, dtype):
+    layer = batchnormify(Conditional(3), to)
+    batches = [{"x": noise((6, 3), seed), "labels": torch.tensor([0, 1, 1, 0, 0, 1]).to(dtype)} for seed in range(3)]
+    report, diagnosis = update_bn_stats(layer, batches), diagnose(layer, batches)
+    data = torch.cat([batch["x"] for batch in batches])
+    torch.testing.assert_close(layer.running_mean, data.mean(0))
+    torch.testing.assert_close(layer.running_var, data.var(0, correction=int(to == "precise")))
+    assert report.layers[0].elements == diagnosis.layers[0].recomputed.elements == 18
+    assert "_normalize_only" not in vars(layer)
+
+
+def test_a_mask_that_a_subclass_makes_is_heeded():
+    layer, x = Lengths(3), noise((4, 3, 5), 0)
+    update_bn_stats(layer, [{"x": x, "lengths": torch.tensor([5, 2, 1, 4])}])
+    real = torch.cat([x[0].T, x[1, :, :2].T, x[2, :, :1].T, x[3, :, :4].T])
+    torch.testing.assert_close(layer.running_mean, real.mean(0))
+    torch.testing.assert_close(layer.running_var, real.var(0, correction=0))

@@ -155,6 +155,27 @@ def test_shorter_loader_is_used_up(num_iters):
     assert_statistics(model, reference(mlp(1), [rows(4, seed=i) for i in range(5)]))
 
 
+class WithoutLength:
+    """A loader whose length is an error of some kind, as that of streams in code of users."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        raise self.error
+
+    def __iter__(self):
+        return iter(BATCHES)
+
+
+@pytest.mark.parametrize("error", [TypeError(), NotImplementedError(), ValueError(), AttributeError()], ids=repr)
+def test_a_loader_may_not_know_its_length(error):
+    model = mlp(1)
+    report = update_bn_stats(model, WithoutLength(error))
+    assert report.available is None
+    assert_statistics(model, reference(mlp(1), BATCHES))
+
+
 def test_num_iters_may_be_given_by_position_as_to_fvcore():
     assert update_bn_stats(mlp(1), list(BATCHES), 2, None).batches == 2
 

@@ -66,7 +66,7 @@ class Files:
         except FileNotFoundError:
             raise CheckpointError(f"{path}: there is no such file") from None
         except (OSError, ValueError) as error:  # a name with a null character is a ValueError
-            raise CheckpointError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+            raise CheckpointError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
         self.budget.extend(size)
         return Span(file, 0, size)
 
@@ -87,7 +87,7 @@ def loaded(path: Path) -> Iterator[tuple[Loaded, Budget]]:
         except UnreadableError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         except MemoryError as error:
             raise CheckpointError(f"{path}: there is not enough memory to read it") from error
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..ops.compat import is_observed
 from ..ops.masks import blank, check_mask, fill
 from ..ops.pooling import RankGroup, ranks_of
 from ..ops.spec import StepSpec
@@ -101,6 +102,16 @@ class Layer(LoadableStatistics):
         bias = None if bias is None else bias.to(mean.dtype)
         if mask is not None:
             x = fill(x, mask, mean)
+        if _is_recorded(x, weight, bias):
+            # Training steps until then write to the statistics, by which backward would refuse to work.
+            mean, var = mean.clone(), None if var is None else var.clone()
         # What F.batch_norm calls, without its way there, which is long for a small input.
         y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled)
         return y if mask is None else blank(y, mask)
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with the tensors, and nobody else does: a graph is to have the buffers."""
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return False
+    return not (is_observed() or torch.jit.is_tracing())  # type: ignore[attr-defined]

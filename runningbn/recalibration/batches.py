@@ -135,7 +135,7 @@ def length(data_loader: Iterable[Any]) -> int | None:
     """The number of batches; None if it is not known."""
     try:
         return len(data_loader) if isinstance(data_loader, Sized) else None
-    except TypeError:  # raised by a DataLoader over an IterableDataset
+    except Exception:  # a TypeError from a DataLoader over an IterableDataset, other errors from classes of users
         return None
 
 

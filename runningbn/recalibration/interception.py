@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from ..layers.base import Layer
+
 # Argument names of the two functions that all of torch's own BatchNorm layers call.
 _ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -26,23 +28,43 @@ class BatchNormInterceptor(TorchFunctionMode):
         uses_slice: whether a call used a view of the statistics; it is not replaced.
 
     Args:
-        running_mean: the buffer of the layer.
-        normalize: ``normalize(input, weight, bias, eps)``, called in place of ``batch_norm``.
+        layer: the layer.
+        normalize: ``normalize(mask, input, weight, bias, eps)``, called in place of ``batch_norm``. The mask is that of
+            a layer of this library, or None.
     """
 
-    def __init__(
-        self, running_mean: Tensor | None, normalize: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
-    ) -> None:
+    def __init__(self, layer: _BatchNorm, normalize: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.running_mean, self.normalize = running_mean, normalize
+        self.layer, self.running_mean, self.normalize = layer, layer.running_mean, normalize
         self.intercepted = self.uses_slice = False
+        self._mask: Tensor | None = None
+
+    def __enter__(self) -> BatchNormInterceptor:
+        # Only here it is known what is a mask: a subclass may call its ``super().forward`` with other arguments.
+        if isinstance(self.layer, Layer):
+            vars(self.layer)["_normalize_only"] = self._normalize_only
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        vars(self.layer).pop("_normalize_only", None)
+        super().__exit__(*exception)
+
+    def _normalize_only(self, x: Tensor, ranks: Any, mask: Tensor | None) -> Tensor:
+        """In the place of the method of the layer: the same, with the mask known meanwhile."""
+        self._mask = mask
+        try:
+            return Layer._normalize_only(self.layer, x, ranks, mask)  # type: ignore[arg-type]
+        finally:
+            self._mask = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ARGUMENTS:
             call = _by_name(func, args, kwargs)
             if call["running_mean"] is self.running_mean:
                 self.intercepted = True
-                return self.normalize(call["input"], call.get("weight"), call.get("bias"), call.get("eps", 1e-5))
+                affine = call.get("weight"), call.get("bias")
+                return self.normalize(self._mask, call["input"], *affine, call.get("eps", 1e-5))
             self.uses_slice |= _share_memory(call["running_mean"], self.running_mean)
         return func(*args, **(kwargs or {}))
 

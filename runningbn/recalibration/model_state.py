@@ -72,8 +72,8 @@ class _Attributes:
                 touched = True
                 container.clear()
                 (container.update if isinstance(container, dict) else container.extend)(copy)
-        # `observed` replaces forwards. An interrupt may have kept it from restoring one.
-        replaced = self.own.get("forward") is not self.kept.get("forward")
+        # `observed` and its interceptor replace these. An interrupt may have kept them from restoring one.
+        replaced = any(self.own.get(name) is not self.kept.get(name) for name in ("forward", "_normalize_only"))
         if touched or replaced or _has_other_tensors(self.own, self.kept):
             self.own.clear()
             self.own.update(self.kept)

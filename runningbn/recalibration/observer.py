@@ -105,12 +105,7 @@ class Observer:
             if number not in self._without_batch_norm_call:
                 unknown = number not in self.conventions and self._has_own_class(layer)
                 arguments, seen = Arguments(args, kwargs) if unknown else None, len(self.calls)
-                mask = args[1] if len(args) > 1 else kwargs.get("mask")
-                if mask is None or not isinstance(layer, PooledStatistics):
-                    normalize = partial(self.normalize, number)
-                else:
-                    normalize = partial(self.normalize_real, number, mask)
-                with BatchNormInterceptor(layer.running_mean, normalize) as interceptor:
+                with BatchNormInterceptor(layer, partial(self._normalize_call, number)) as interceptor:
                     y = forward(*args, **kwargs)
                 if interceptor.uses_slice:
                     raise RuntimeError(
@@ -127,6 +122,9 @@ class Observer:
             return self._evaluate(number, forward, *args, **kwargs)
         finally:
             set_training(layer, training)
+
+    def _normalize_call(self, number: int, mask: Tensor | None, *arguments: Any) -> Tensor:
+        return self.normalize(number, *arguments) if mask is None else self.normalize_real(number, mask, *arguments)
 
     def normalize_real(
         self, number: int, mask: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
