@@ -114,4 +114,4 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with the tensors, and nobody else does: a graph is to have the buffers."""
     if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return False
-    return not (is_observed() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+    return not is_observed()
