@@ -205,6 +205,7 @@ def precise_bn(
         recalibration.report = StatsReport(layers=[], skipped=left_alone(model, ()))
         yield recalibration
         return
+    recalibration.without_batch = "the model was not called inside the block of precise_bn"
     with recalibration.transaction(), observed(model, recalibration.observer):
         hook = model.register_forward_hook(lambda *_: recalibration.end_batch())
         try:
