@@ -4,6 +4,7 @@ import builtins
 import collections
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from recalibration_models import assert_statistics, mlp, moments, recalibrated, reference, rows, statistics
@@ -174,6 +175,11 @@ def test_a_loader_may_not_know_its_length(error):
     report = update_bn_stats(model, WithoutLength(error))
     assert report.available is None
     assert_statistics(model, reference(mlp(1), BATCHES))
+
+
+def test_numbers_may_be_of_numpy():
+    report = update_bn_stats(mlp(1), BATCHES, np.int64(2), normalize="population", memory_limit=np.float32(1e9))
+    assert report.batches == 2
 
 
 def test_num_iters_may_be_given_by_position_as_to_fvcore():

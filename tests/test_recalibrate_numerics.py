@@ -1,5 +1,7 @@
 """update_bn_stats where plain sums lose their digits: large means, low precision, single samples, memory formats."""
 
+import copy
+
 import pytest
 import torch
 from cases import channels_last, noise
@@ -141,3 +143,25 @@ def test_input_is_not_written_to():
     recalibrated(nn.BatchNorm2d(6), data)
     recalibrated(nn.BatchNorm2d(6), data, normalize="population")
     assert all(torch.equal(a, b) for a, b in zip(data, before))
+
+
+@pytest.mark.parametrize("normalize", ["batch", "population"])
+def test_statistics_that_do_not_fit_the_dtype_of_a_layer_are_an_error(normalize):
+    # A variance of 10⁶ is infinite in float16, and the layer would put out its bias only.
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6)).half()
+    before = copy.deepcopy(model.state_dict())
+    batches = [1000 * noise((64, 6), seed).half() for seed in range(3)]
+    with pytest.raises(RuntimeError, match=r"0: a mean or variance of .* does not fit into torch\.float16"):
+        update_bn_stats(model, batches, normalize=normalize)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.float()
+    assert update_bn_stats(model, batches, normalize=normalize).layers[0].var.isfinite().all()
+
+
+def test_old_statistics_that_are_not_finite_are_no_prior():
+    layer = nn.BatchNorm1d(6)
+    layer.running_var.fill_(torch.inf)
+    with pytest.raises(RuntimeError, match="with its old statistics mixed in by prior, its statistics are not finite"):
+        update_bn_stats(nn.Sequential(layer), [noise((8, 6), 0)], prior=4)
+    update_bn_stats(nn.Sequential(layer), [noise((8, 6), 0)])
+    assert layer.running_var.isfinite().all()

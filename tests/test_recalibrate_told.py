@@ -1,5 +1,7 @@
 """What was not updated, and why: frozen, skipped, used in part; how many batches of how many."""
 
+import copy
+
 import pytest
 import torch
 from cases import noise
@@ -7,7 +9,7 @@ from recalibration_models import assert_same, assert_statistics, everything, mlp
 from torch import nn
 from torch.nn import functional as F
 
-from runningbn import batchnormify, get_bn_modules, precise_bn, update_bn_stats
+from runningbn import batchnormify, diagnose, get_bn_modules, precise_bn, update_bn_stats
 
 FROZEN = "frozen (in evaluation mode while the model is in training mode)"
 NOT_TRACKING = "frozen (track_running_stats=False)"
@@ -231,3 +233,19 @@ def test_loader_of_unknown_length():
     report = update_bn_stats(mlp(1), iter([rows(8)] * 20), 7)
     assert report.available is None
     assert "from 7 batches" in str(report)
+
+
+def test_a_block_without_a_call_of_the_model():
+    with pytest.raises(ValueError, match="the model was not called inside the block"), precise_bn(mlp()):
+        pass
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["torch", "running"])
+@pytest.mark.parametrize("inner", [update_bn_stats, diagnose])
+def test_inside_a_recalibration_of_the_same_layers_there_can_be_no_other(inner, convert):
+    model = batchnormify(mlp()) if convert else mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="recalibrated or diagnosed already"), precise_bn(model):
+        inner(model, [rows(8)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())

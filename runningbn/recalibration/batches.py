@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ Progress = Callable[[Iterable[Any], "int | None"], Iterable[Any]]
 
 def check_num_iters(num_iters: object) -> None:
     """Raise a ValueError unless this is a number of batches, or None for all."""
-    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1):
+    if num_iters is not None and (isinstance(num_iters, bool) or not isinstance(num_iters, Integral) or num_iters < 1):
         raise ValueError(f"num_iters: expected None or an integer of at least 1, got {num_iters!r}")
 
 

@@ -55,11 +55,21 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
             if isinstance(module, PARALLEL_WRAPPERS):
                 replace_forward(stack, module, module.module.__call__)
         for number, layer in enumerate(observer.layers):
+            _refuse_observed(layer)
             replace_forward(stack, layer, partial(observer.forward, number, layer.forward))
         if _CAN_BE_EAGER and compiler_is_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def _refuse_observed(layer: nn.Module) -> None:
+    forward = vars(layer).get("forward")
+    if isinstance(forward, partial) and isinstance(getattr(forward.func, "__self__", None), Observer):
+        raise RuntimeError(
+            "the model is being recalibrated or diagnosed already; another recalibration or diagnosis of it cannot run "
+            "inside a block of precise_bn or a forward pass"
+        )
 
 
 @contextmanager

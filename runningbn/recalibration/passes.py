@@ -35,7 +35,10 @@ class Passes:
     Attributes:
         names, layers: the layers to recalibrate.
         batches: batches seen by this process.
+        without_batch: the message where there was no batch.
     """
+
+    without_batch = "the data loader gave no batch"
 
     def __init__(
         self, model: nn.Module, *, variance: str, layers: Layers, prior: float, process_group: Any
@@ -178,7 +181,7 @@ class Passes:
 
     def _check_sums(self) -> None:
         if self._seen == 0:
-            raise ValueError("the data loader gave no batch, or the model was not called")
+            raise ValueError(self.without_batch)
         self._dropped = int(self._sums.dropped)
         if self._dropped and not self._sums.elements.any():
             raise RuntimeError(f"all {self._dropped} batches were not finite, first in {self._first_not_finite()}")

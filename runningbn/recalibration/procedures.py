@@ -17,6 +17,7 @@ from ..layers.buffers import VIEW, PooledStatistics
 from .batches import Progress
 from .conventions import write_views
 from .joined_pass import JoinedPass
+from .layer_statistics import LayerStatistics
 from .moments import Accumulator
 from .observer import EnoughSeen
 from .ranks import interrupts_deferred
@@ -73,7 +74,14 @@ class Recalibration(JoinedPass):
         )
 
     def finish(self) -> StatsReport:
-        """Write the statistics and return the report; if interrupted, the layers are restored."""
+        """Write the statistics and return the report; if interrupted, the layers are restored.
+
+        Raises:
+            RuntimeError: if the buffers of a layer cannot hold its statistics.
+        """
+        for number, found in self._found.items():
+            if not all(bool(moment.isfinite().all()) for moment in found.stored):
+                raise RuntimeError(f"{self.names[number]}: {self._reason_not_finite(found)}")
         before = [(self.layers[number], _statistics_of(self.layers[number])) for number in sorted(self._found)]
         missed = {
             name: self._reason_missed(number) for number, name in enumerate(self.names) if number not in self._found
@@ -98,6 +106,14 @@ class Recalibration(JoinedPass):
         except BaseException:
             report.undo()
             raise
+
+    def _reason_not_finite(self, found: LayerStatistics) -> str:
+        """Why the statistics to store are not finite, although those of the data are."""
+        dtype = found.stored[1].dtype
+        largest = float(torch.maximum(found.mean.abs(), found.var).max())
+        if largest > torch.finfo(dtype).max:
+            return f"a mean or variance of {largest:.2g} does not fit into {dtype}; convert the layer to a wider dtype"
+        return f"with its old statistics mixed in by prior, its statistics are not finite in {dtype}"
 
     def _pass(
         self, batches: Sequence[Any], run: Callable[[Any], None], numbers: Sequence[int], up_to: int | None = None

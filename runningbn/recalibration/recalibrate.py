@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -110,8 +111,9 @@ def update_bn_stats(
             without `prior`, a layer with a single element per channel in all data.
         TypeError: for an argument that is not a module, or a mapping that does not fit the model's forward.
         ImportError: for ``progress="tqdm"`` without tqdm.
-        RuntimeError: if no batch was finite, if another process failed, or for a subclass with a custom forward whose
-            update in training is not a moving average of the moments of its input.
+        RuntimeError: if no batch was finite, if another process failed, if statistics do not fit the dtype of a layer,
+            or for a subclass with a custom forward whose update in training is not a moving average of the moments of
+            its input.
 
     Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; the first four arguments are those of
     fvcore's function. `prior`: Schneider et al., "Improving robustness against common corruptions by covariate shift
@@ -204,6 +206,7 @@ def precise_bn(
         recalibration.report = StatsReport(layers=[], skipped=left_alone(model, ()))
         yield recalibration
         return
+    recalibration.without_batch = "the model was not called inside the block of precise_bn"
     with recalibration.transaction(), observed(model, recalibration.observer):
         hook = model.register_forward_hook(lambda *_: recalibration.end_batch())
         try:
@@ -260,5 +263,5 @@ def _check(
     check_num_iters(num_iters)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance: expected None or a positive number, got {tolerance!r}")
-    if isinstance(memory_limit, bool) or not isinstance(memory_limit, (int, float)) or not memory_limit >= 0:
+    if isinstance(memory_limit, bool) or not isinstance(memory_limit, Real) or not memory_limit >= 0:
         raise ValueError(f"memory_limit: expected a number of bytes of at least 0, got {memory_limit!r}")
