@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import fashion
 from .networks import MeanOverPositions, Norm, ResidualBlock, Site, chain, classifier, convolution
 
 CLASSES_OF_A_PIXEL = 11  # ten garments, and none
-PIXELS = 28**2
 SENSORS = 6  # channels of a series
 
 
@@ -138,7 +138,7 @@ def pre_activation_net(models: int, norm: Norm) -> nn.Module:
 def image_perceptron(models: int, norm: Norm) -> nn.Module:
     """Three normalised layers of 128, 128, 64 units on 784 pixels: a batch of N has N elements per channel."""
     pixels = nn.Flatten(), nn.Unflatten(1, (-1, 1))  # of one model after another, as its single channel is
-    hidden = chain((PIXELS, 128, 128, 64), (1, 1, 1), models, norm, dimensions=1, kernel=1)
+    hidden = chain((fashion.SIZE**2, 128, 128, 64), (1, 1, 1), models, norm, dimensions=1, kernel=1)
     return nn.Sequential(*pixels, *he_initialised(hidden), *classifier(64, models, dimensions=1))
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ..ops.law import Law
 from ..ops.spec import Coefficients, Mode, StepSpec
-from ..ops.state import Batch, GradientState, LayerState, Sums
+from ..ops.state import FORWARD_BUFFERS, Batch, GradientState, LayerState, Sums
 from .contract import Centred, Gradients, GradientSums, Reduction
 from .cpu_calls import (
     APPLY,
     BATCH,
     CODES,
-    FORWARD_BUFFERS,
     GIVEN_WEIGHT,
     SUMS,
     UPDATE,

@@ -12,14 +12,13 @@ from torch import Tensor
 from ..momentum import GIVEN, RuleCode, rule_of
 from ..ops.law import Law
 from ..ops.spec import Mode, StepSpec
-from ..ops.state import NoiseState, State, Sums
+from ..ops.state import FORWARD_BUFFERS, Sums
 from .cpu_library import DTYPES, STAGES, Backward, Forward
 from .layout import STATISTICS, laid_out_like
 
 SUMS, UPDATE, APPLY = (1 << i for i in range(len(STAGES)))
 CODES = {getattr(torch, name.lower()): code for code, name in enumerate(DTYPES)}
 BATCH = tuple(f"batch_{name}" for name in Sums._fields)
-FORWARD_BUFFERS = (*State._fields, *NoiseState._fields)
 
 
 class Data(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from ..momentum import RULES
 from ..ops.law import Law
 from ..ops.spec import Mode
-from ..ops.state import GradientState, NoiseState, State, Sums
+from ..ops.state import FORWARD_BUFFERS, GradientState, Sums
 from .building import library_in, why_not_built
 
 _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
@@ -42,7 +42,7 @@ _FORWARD = [
     *_pointers("mean", "var", "rstd", "kappa_mean", "kappa_var", "trust", "offset", "batch_std"),
     *(("I", name) for name in ("by_state", "updates", "whole_batches", "rule")),
     *(("R", f"rule_{name}") for name in ("first", "second", "third")),
-    *_pointers("batch_weight"), ("R", "batch_samples"), *_pointers(*State._fields, *NoiseState._fields),
+    *_pointers("batch_weight"), ("R", "batch_samples"), *_pointers(*FORWARD_BUFFERS),
 ]  # fmt: skip
 _BACKWARD = [
     *_GEOMETRY, *_pointers("dy", "x", "dx", "weight", "mean", "rstd", "batch_sum_dy", "batch_sum_dy_xhat"),

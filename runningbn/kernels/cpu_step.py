@@ -20,10 +20,10 @@ from torch.nn import Parameter
 from ..momentum import rule_of
 from ..ops.compat import increment_versions
 from ..ops.spec import Mode, StepSpec
-from ..ops.state import GradientState, State
+from ..ops.state import FORWARD_BUFFERS, GradientState, State
 from . import cpu
 from .contract import StepKind
-from .cpu_calls import FORWARD_BUFFERS, describe_update
+from .cpu_calls import describe_update
 from .cpu_library import INTERFACE, Forward, library
 
 _EXTENSION = f"{__package__}._step"

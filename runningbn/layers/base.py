@@ -103,7 +103,7 @@ class Layer(LoadableStatistics):
         if mask is not None:
             x = fill(x, mask, mean)
         if _is_recorded(x, weight, bias):
-            # Training steps until then write to the statistics, by which backward would refuse to work.
+            # A training step before the backward writes to the buffers, which autograd would report as an error.
             mean, var = mean.clone(), None if var is None else var.clone()
         # What F.batch_norm calls, without its way there, which is long for a small input.
         y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled)
@@ -111,7 +111,7 @@ class Layer(LoadableStatistics):
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with the tensors, and nobody else does: a graph is to have the buffers."""
+    """Whether autograd, and nothing else, records an operation on these; compiled and traced code needs the buffers."""
     if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return False
     return not is_observed()

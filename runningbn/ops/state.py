@@ -105,6 +105,10 @@ class GradientState(NamedTuple):
     count_dy: Tensor
 
 
+# The names of `LayerState.forward_buffers` with ``gradient="running"``.
+FORWARD_BUFFERS = (*State._fields, *NoiseState._fields)
+
+
 class LayerState(NamedTuple):
     """All that a training step of a layer reads and writes; the last two only with ``gradient="running"``."""
 

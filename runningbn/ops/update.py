@@ -25,7 +25,19 @@ from ..kernels.contract import GradientSums
 from .compat import current_backward
 from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
 from .spec import Coefficients, Mode, StepSpec
-from .state import Batch, GradientState, LayerState, NoiseState, State, Sums, combine, moments, nonzero, unbiased
+from .state import (
+    FORWARD_BUFFERS,
+    Batch,
+    GradientState,
+    LayerState,
+    NoiseState,
+    State,
+    Sums,
+    combine,
+    moments,
+    nonzero,
+    unbiased,
+)
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
@@ -266,7 +278,7 @@ def _define(name: str, function: Callable[..., Any], arguments: str, outputs: in
 
 
 for _mode in Mode:
-    _buffers = (*State._fields, *NoiseState._fields) if _mode is Mode.RUNNING else State._fields
+    _buffers = FORWARD_BUFFERS if _mode is Mode.RUNNING else State._fields
     _arguments = f"{_mutated(_buffers)}, {_BATCH}"
     _define(f"update_{_mode.label}", partial(_update, _mode), _arguments, len(_mode.coefficients))
 _define("update_gradient", _update_gradient, f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2)
