@@ -282,7 +282,7 @@ def with_tables(page: str, text: str) -> str:
     for name, make in TABLES[page].items():
         begin, table = rf"<!-- {name} table: [^>]*-->", make()
         pattern = re.compile(rf"({begin})\n.*?(<!-- end -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, table=table: f"{match[1]}\n{table}\n{match[2]}", text)  # type: ignore[misc]
+        text, found = pattern.subn(lambda match, table=table: f"{match[1]}\n{table}\n{match[2]}", text)
         if found != 1:
             raise ValueError(f"{page}: expected one {name} table, found {found}")
     return text

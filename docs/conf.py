@@ -20,7 +20,7 @@ FRAMEWORKS = {
     "fastai.learner": {"Callback": object, "Recorder": SimpleNamespace(order=0)},
 }
 for name, members in FRAMEWORKS.items():
-    sys.modules[name] = SimpleNamespace(**members)  # type: ignore[assignment]
+    sys.modules[name] = SimpleNamespace(**members)
 
 project = "runningbn"
 version = release = runningbn.__version__

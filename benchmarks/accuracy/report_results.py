@@ -37,7 +37,7 @@ class RealResults(Results):
         if "part" not in record:
             on = self.parts[-1]["machine"] if self.parts else {}
             source = tuple(str(on.get(key) or UNKNOWN) for key in ("code", "processor", "torch", "date"))
-            self.sources.setdefault(source, Counter())[record["contender"]] += 1  # type: ignore[arg-type]
+            self.sources.setdefault(source, Counter())[record["contender"]] += 1
 
     def training_mode(self, cell: Cell, name: str) -> Score | None:
         """The score in training mode at the best rate; None where there is none, or one is not a number."""

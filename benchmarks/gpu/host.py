@@ -51,7 +51,7 @@ class _Nothing(Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         _, weight, bias = ctx.saved_tensors
         return dy, weight.detach(), bias.detach()
 

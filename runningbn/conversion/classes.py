@@ -42,7 +42,7 @@ class RunningSyncBatchNorm(RunningBatchNorm):
 class PreciseSyncBatchNorm(PreciseBatchNorm):
     """What `batchnormify` makes of ``nn.SyncBatchNorm``, for inputs (N, C, *); not a subclass of it either."""
 
-    _check_input_dim = RunningBatchNorm._check_input_dim  # type: ignore[assignment]
+    _check_input_dim = RunningBatchNorm._check_input_dim
 
 
 class NormAct(nn.Module):

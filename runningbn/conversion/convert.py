@@ -243,7 +243,7 @@ def _class_for(
 
 def _to_torch(layer: Any) -> None:
     if not isinstance(layer, PooledStatistics):
-        layer.__class__ = BatchNormOfInput  # type: ignore[assignment]
+        layer.__class__ = BatchNormOfInput
         del layer.process_group
         return
     origin = torch_type(layer)

@@ -61,7 +61,7 @@ class FusedStep(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight and bias; None for the rest."""
         x, weight, rows = ctx.saved_tensors
         if not torch.is_grad_enabled():
@@ -149,7 +149,7 @@ class Normalize(Function):
         return kernels.normalize(x, coefficients.mean, var, weight, bias, eps, pooling.centred)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight and bias; None for the rest."""
         x, weight, n, *vectors = ctx.saved_tensors
         coefficients, ranks, state = Coefficients(*vectors), ctx.ranks, ctx.gradient

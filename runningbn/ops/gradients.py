@@ -149,5 +149,5 @@ class _RefuseSecondDerivative(Function):
         return tuple(None if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
-    def backward(ctx: Any, *second: Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, *second: Tensor) -> None:
         raise RuntimeError(ctx.message)

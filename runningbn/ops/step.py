@@ -54,7 +54,7 @@ _CAPTURED = (
 )
 
 # What `Function.apply` adds to this is for torch.func, whose transforms `kernels.is_ordinary` excludes.
-_apply = super(Function, FusedStep).apply  # type: ignore[misc]
+_apply = super(Function, FusedStep).apply
 
 
 def step_at_once(layer: Any, x: Tensor) -> Tensor | None:
