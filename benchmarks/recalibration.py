@@ -1,6 +1,6 @@
 """The time of update_bn_stats on real networks, compared with fvcore's, torch's, and the forward passes alone.
 
-    python -m benchmarks.recalibration            all cases, about five minutes on two cores
+    python -m benchmarks.recalibration            all cases, about three minutes on two cores
     python -m benchmarks.recalibration --quick    ResNet-18 on small images
     python -m benchmarks.recalibration --write    also store the numbers in benchmarks/results
 
@@ -15,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from fvcore.nn.precise_bn import update_bn_stats as fvcore_update_bn_stats
@@ -35,8 +36,28 @@ RESNETS = {
     ),
     "ResNet-50": ResNetConfig(),
 }
-BATCHES = 2
 BARE = "forward passes alone"
+
+
+class Case(NamedTuple):
+    """A network, the size of its images, how many of them are in a batch, and how many batches there are.
+
+    A call takes some time beside that of its batches, which only few and small ones show.
+    """
+
+    model: str
+    size: int
+    batch: int
+    batches: int = 2
+
+
+CASES = [
+    Case("ResNet-18", 224, 16),
+    Case("ResNet-50", 224, 8),
+    Case("ResNet-50", 224, 2),
+    Case("ResNet-50", 224, 2, batches=20),
+]
+QUICK = [Case("ResNet-18", 64, 16)]
 
 
 def forward_passes(model: nn.Module, batches: list[Tensor]) -> None:
@@ -83,13 +104,14 @@ def check(model: nn.Module, batches: list[Tensor]) -> None:
     hook.remove()
 
 
-def measure(name: str, size: int, batch: int, layout: str, rounds: int) -> dict[str, object]:
+def measure(case: Case, layout: str, rounds: int) -> dict[str, object]:
     """Median seconds per call, and the median of its ratio to the bare forward passes of the same round."""
     torch.manual_seed(0)
-    model = ResNetForImageClassification(RESNETS[name])
+    model = ResNetForImageClassification(RESNETS[case.model])
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     model = model.to(memory_format=memory_format)
-    batches = [torch.randn(batch, 3, size, size).to(memory_format=memory_format) for _ in range(BATCHES)]
+    shape = case.batch, 3, case.size, case.size
+    batches = [torch.randn(shape).to(memory_format=memory_format) for _ in range(case.batches)]
     check(model, batches)
     models = {system: copy.deepcopy(model) for system in SYSTEMS}
     times: dict[str, list[float]] = {system: [] for system in SYSTEMS}
@@ -100,8 +122,8 @@ def measure(name: str, size: int, batch: int, layout: str, rounds: int) -> dict[
             if number > 0:  # the first round warms up
                 times[system].append(time.perf_counter() - begin)
     return {
-        "model": name,
-        "images": f"{BATCHES} x {batch} x 3 x {size} x {size}",
+        "model": case.model,
+        "images": " x ".join(map(str, (case.batches, *shape))),
         "layout": layout,
         "rounds": rounds,
         "seconds": {system: round(statistics.median(taken), 3) for system, taken in times.items()},
@@ -132,11 +154,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-18 on images of 64x64, three rounds")
     parser.add_argument("--write", action="store_true", help=f"store the numbers in {RESULTS.name}")
     arguments = parser.parse_args()
-    cases = [("ResNet-18", 224, 16), ("ResNet-50", 224, 8), ("ResNet-50", 224, 2)]
-    rounds = 4
-    if arguments.quick:
-        cases, rounds = [("ResNet-18", 64, 16)], 3
-    rows = [measure(*case, layout, rounds) for case in cases for layout in ("NCHW", "channels_last")]
+    cases, rounds = (QUICK, 3) if arguments.quick else (CASES, 6)
+    rows = [measure(case, layout, rounds) for case in cases for layout in ("NCHW", "channels_last")]
     Console().print(table(rows))
     if arguments.write:
         store(RESULTS, "python -m benchmarks.recalibration --write", rows)

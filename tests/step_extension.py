@@ -13,16 +13,16 @@ from runningbn.kernels import cpu_step
 
 
 @contextmanager
-def by(forward: Any, backward: Any) -> Iterator[None]:
+def by(forward: Any, backward: Any, batch_norm: Any) -> Iterator[None]:
     """These in the place of the extension."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_step, "extension", lambda: cpu_step._Extension(forward, backward))
+        patch.setattr(cpu_step, "extension", lambda: cpu_step._Extension(forward, backward, batch_norm))
         yield
 
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How many forwards and backwards the extension has taken, and declined."""
+    """How many calls of each of its functions the extension has taken, and declined."""
     real, counts = cpu_step.extension(), Counter[str]()
 
     def counting(name: str, function: Any) -> Any:
@@ -33,10 +33,11 @@ def counted() -> Iterator[Counter[str]]:
 
         return call
 
-    with by(counting("forward", real.forward), counting("backward", real.backward)):
+    names = "forward", "backward", "batch_norm"
+    with by(*(counting(name, getattr(real, name)) for name in names)):
         yield counts
 
 
 def in_python() -> AbstractContextManager[None]:
     """No extension."""
-    return by(lambda *arguments: None, lambda *arguments: None)
+    return by(*3 * [lambda *arguments: None])

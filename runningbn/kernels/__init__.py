@@ -20,7 +20,7 @@ from torch import Tensor
 from ..momentum import Momentum, rule_of
 from ..ops.compat import is_observed
 from ..ops.state import GradientState, LayerState
-from . import aten, cpu, triton
+from . import aten, cpu, cpu_step, triton
 from .contract import Backend, Centred, FusedBackend, Gradients, GradientSums, Reduction
 from .layout import is_addressable
 
@@ -159,6 +159,10 @@ def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.batch_norm`."""
+    if x.is_cpu and is_ordinary():
+        found: tuple[Tensor, Tensor, Tensor] | None = cpu_step.extension().batch_norm(x, weight, bias, eps)
+        if found is not None:
+            return found
     return _backend_beside(x, dtype, weight, bias).batch_norm(x, weight, bias, eps, dtype)
 
 

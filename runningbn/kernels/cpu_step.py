@@ -1,4 +1,4 @@
-"""Training steps on the CPU in which nothing is out of the ordinary, by one call forward and one backward.
+"""Training steps and recalibration on the CPU where nothing is out of the ordinary, by one call in each direction.
 
 `cpu` prepares the calls of the C library in Python, which for a small input takes longer than the step. An extension,
 csrc/step.c, does the same in C: it looks at the layer and its tensors, and makes the call that `cpu` would make, with
@@ -36,6 +36,7 @@ class _Extension(NamedTuple):
 
     forward: Any
     backward: Any
+    batch_norm: Any
     unavailable: str | None = None
 
 
@@ -52,14 +53,14 @@ def extension() -> _Extension:
         step = importlib.import_module(_EXTENSION)
     except ImportError as error:
         return _without(f"not built, which takes the headers of Python ({error})")
-    if step.interface.strip() != INTERFACE:
+    if step.interface.strip() != INTERFACE or not hasattr(step, "batch_norm"):
         return _without("built from other sources than these: install runningbn again")
     handle = library().handle
     functions = [cast(f, c_void_p).value for f in (handle.runningbn_forward, handle.runningbn_backward)]
     of_torch = Tensor, Parameter, torch.empty_like, increment_versions, torch.get_num_threads
     if not step.initialize(exchange, *functions, *of_torch, functools.partial(_plan_of, step.plan)):
         return _without("torch has another version of DLPack than is known here")
-    return _Extension(step.forward, step.backward)
+    return _Extension(step.forward, step.backward, step.batch_norm)
 
 
 def unavailable() -> str | None:
@@ -86,4 +87,4 @@ def _without(reason: str) -> _Extension:
     def decline(*arguments: Any) -> None:
         return None
 
-    return _Extension(decline, decline, reason)
+    return _Extension(decline, decline, decline, reason)

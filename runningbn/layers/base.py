@@ -97,9 +97,11 @@ class Layer(LoadableStatistics):
                 dtype = torch.float32 if is_narrow(x) else x.dtype
                 return normalize_by_batch(x, weight, bias, self.eps, dtype, ranks, mask)
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
-        weight = None if weight is None else weight.to(mean.dtype)
-        bias = None if bias is None else bias.to(mean.dtype)
+        # torch's CPU kernel refuses 16-bit weights beside float32 statistics. A `to` without effect takes time, too.
+        if weight is not None and weight.dtype != mean.dtype:
+            weight = weight.to(mean.dtype)
+        if bias is not None and bias.dtype != mean.dtype:
+            bias = bias.to(mean.dtype)
         if mask is not None:
             x = fill(x, mask, mean)
         if _is_recorded(x, weight, bias):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 # What runs above a call, of which there is no public sign, and the version counters of several tensors by one call, for
 # which older releases have no public function; no fallback.
+from torch._C import DisableTorchFunction as torch_functions_disabled
 from torch._C import DisableTorchFunctionSubclass as class_functions_disabled
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C import _current_graph_task_id as current_backward
@@ -78,6 +79,7 @@ __all__ = [
     "pop_function_mode",
     "process_group_of_name",
     "torch_function_enabled",
+    "torch_functions_disabled",
     "transforms_active",
     "tree_flatten",
     "tree_leaves",

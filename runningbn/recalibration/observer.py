@@ -26,6 +26,7 @@ from ..ops.compat import (
     is_functorch_wrapped_tensor,
     outside_transforms,
     peek_interpreter_stack,
+    torch_functions_disabled,
 )
 from ..ops.derived_tensors import is_derived, through_class
 from ..ops.state import moments
@@ -97,7 +98,9 @@ class Observer:
             if type(x) is not Tensor and is_derived(x):
                 compute = partial(self.normalize, number, weight=layer.weight, bias=layer.bias, eps=layer.eps)
                 return through_class(compute, layer, x)
-            return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
+            # Function modes, as `OutsideUseRecorder`, have nothing to see here, and take longer than a small layer.
+            with torch_functions_disabled() if type(x) is Tensor else nullcontext():
+                return self.normalize(number, x, layer.weight, layer.bias, layer.eps)
         training = layer.training
         # The caller may have called train() inside the block.
         set_training(layer, False)

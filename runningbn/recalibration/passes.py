@@ -143,8 +143,9 @@ class Passes:
 
     def _exchange(self, sums: Accumulator, done: bool) -> tuple[Accumulator, bool]:
         """The sums over all processes, and whether all processes are done."""
-        count, width, packed = len(self.layers), len(self._old[0]), len(sums.pack())
+        count, width = len(self.layers), len(self._old[0])
         messages = self.ranks.exchange(self._message(sums, done))
+        packed = messages.shape[1] - (3 + 2 * count) - 2 * width
         status, means, variances, packs = messages.split([3 + 2 * count, width, width, packed], dim=1)
         # In one transfer.
         everyone_done, batches, available, repeated, corrections = status.cpu().split([1, 1, 1, count, count], dim=1)

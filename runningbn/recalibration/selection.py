@@ -41,7 +41,7 @@ def left_alone(model: nn.Module, updated: Iterable[nn.Module]) -> dict[str, str]
     """The other modules with running statistics: by first name, the reason why each is not updated."""
     left = {
         module
-        for module in all_modules(model).difference(updated)
+        for module in set(all_modules(model)).difference(updated)
         if all(isinstance(getattr(module, view, None), Tensor) for view in VIEW)
     }
     if not left:

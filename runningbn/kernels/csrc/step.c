@@ -1,9 +1,10 @@
 /* What kernels/cpu.py does in Python around the calls of cpu.c, for a step in which nothing is out of the ordinary:
    for a small input that takes longer than the step itself.
 
-   `forward` and `backward` take tensors of the layer and of autograd. They look at all of them before they change
-   anything, and decline, by returning None, whatever the Python code would not hand to the library as it is. That code
-   is the definition, and gives the errors. What both hand over is the same, and so the results are, bit for bit.
+   `forward` and `backward` take tensors of the layer and of autograd, `batch_norm` those of a recalibration. They look
+   at all of them before they change anything, and decline, by returning None, whatever the Python code would not hand to
+   the library as it is. That code is the definition, and gives the errors. What both hand over is the same, and so the
+   results are, bit for bit.
 
    The memory of a tensor is asked for by DLPack's C function for that, which torch has from 2.10 on; everything else,
    by calling torch as Python does. The calls of cpu.c go to the library that ctypes has loaded. */
@@ -33,6 +34,11 @@ STRINGS(AS_OBJECT)
 #include "step_plans.h"
 
 #include "step_written.h"
+
+/* Sets what is the same in the calls of both directions. */
+#define SET_SIZES(call, data)                                 \
+    ((call)->dtype = (data)->dtype, (call)->rows = (data)->rows, \
+     (call)->outer = (data)->outer, (call)->channels = (data)->channels, (call)->inner = (data)->inner)
 
 /* What a forward looks at and then holds. */
 typedef struct {
@@ -80,6 +86,16 @@ static int look_at_step(PyObject *layer, PyObject *dict, PyObject *x, Step *s) {
     return look_at_buffers(s->buffers, plan->places, &s->call, data);
 }
 
+/* 0 with an error. */
+static int call_forward(const Forward *call) {
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = kernel_forward(call);
+    Py_END_ALLOW_THREADS
+    if (failed) PyErr_NoMemory();
+    return !failed;
+}
+
 /* Completes a call that `look_at_step` has begun, and makes it; 0 with an error. */
 static int run_step(PyObject *x, Step *s, int updates) {
     const Plan *plan = s->plan;
@@ -91,8 +107,7 @@ static int run_step(PyObject *x, Step *s, int updates) {
     s->rows = made_of_size(PyTuple_GetItem(s->buffers, 0), plan->coefficients, data->channels);
     if (!look_at_result(s->rows, &rows) || !(call->threads = threads_for(data))) return 0;
     if (updates && !note_change(s->buffers)) return 0;
-    call->dtype = data->dtype, call->rows = data->rows;
-    call->outer = data->outer, call->channels = data->channels, call->inner = data->inner;
+    SET_SIZES(call, data);
     call->x = data->view.data, call->y = y.data;
     call->updates = updates, call->batch_samples = (double)data->view.shape[0];
     /* As `training_forward` in cpu.py: an exact gradient needs no sums where the state is taken as it is. */
@@ -101,12 +116,7 @@ static int run_step(PyObject *x, Step *s, int updates) {
     if (updates || call->by_state) call->stages |= UPDATE;
     for (int64_t i = 0; i < plan->coefficients; i++)
         FIELD(call, plan->forward_places[i]) = (char *)rows.data + i * data->channels * (data->bits / 8);
-    int failed;
-    Py_BEGIN_ALLOW_THREADS
-    failed = kernel_forward(call);
-    Py_END_ALLOW_THREADS
-    if (failed) PyErr_NoMemory();
-    return !failed;
+    return call_forward(call);
 }
 
 static int is_ready(Py_ssize_t given, Py_ssize_t expected) {
@@ -136,6 +146,37 @@ static PyObject *forward(PyObject *module, PyObject *const *args, Py_ssize_t cou
     }
     drop(&s);
     Py_DECREF(dict);
+    return result;
+}
+
+PyDoc_STRVAR(batch_norm_doc,
+"batch_norm(x, weight, bias, eps)\n--\n\n"
+"A batch normalised by its own statistics: (y, mean, biased variance), as `batch_norm` in cpu.py; or None.");
+
+static PyObject *batch_norm(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    (void)module;
+    if (!is_ready(count, 4)) return NULL;
+    PyObject *x = args[0], *made[3] = {NULL, NULL, NULL}, *result = NULL;
+    Data data;
+    Forward call = {0};
+    /* The vectors are made in the dtype of x. */
+    if (!look_at_data(x, &data) || data.view.dtype.bits != data.bits || !PyFloat_CheckExact(args[3]) ||
+        !look_at_parameter(args[1], data.channels, data.bits, &call.weight) ||
+        !look_at_parameter(args[2], data.channels, data.bits, &call.bias))
+        Py_RETURN_NONE;
+    void **const addresses[3] = {&call.y, &call.mean, &call.var};
+    for (int i = 0; i < 3; i++) {
+        View view;
+        made[i] = i == 0 ? made_like(x) : made_of_size(x, 0, data.channels);
+        if (!look_at_result(made[i], &view) || !(i || is_like(&view, &data.view) || refuse())) goto done;
+        *addresses[i] = view.data;
+    }
+    if (!(call.threads = threads_for(&data))) goto done;
+    SET_SIZES(&call, &data);
+    call.stages = SUMS | APPLY, call.x = data.view.data, call.eps = PyFloat_AsDouble(args[3]);
+    if (call_forward(&call)) result = PyTuple_Pack(3, made[0], made[1], made[2]);
+done:
+    for (int i = 0; i < 3; i++) Py_XDECREF(made[i]);
     return result;
 }
 
@@ -182,8 +223,7 @@ static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t co
         if (!note_change(gradient)) goto done;
         call.stages |= UPDATE;
     }
-    call.dtype = data.dtype, call.rows = data.rows;
-    call.outer = data.outer, call.channels = data.channels, call.inner = data.inner;
+    SET_SIZES(&call, &data);
     call.dy = dy_view.data, call.x = data.view.data, call.dx = addresses[0];
     call.batch_sum_dy_xhat = addresses[1], call.batch_sum_dy = addresses[2];
     for (int64_t i = 0; i < plan->coefficients; i++)
@@ -234,6 +274,7 @@ static PyMethodDef methods[] = {
     {"initialize", initialize, METH_VARARGS, initialize_doc},
     {"plan", make_plan, METH_VARARGS, plan_doc},
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, forward_doc},
+    {"batch_norm", (PyCFunction)(void (*)(void))batch_norm, METH_FASTCALL, batch_norm_doc},
     {"backward", (PyCFunction)(void (*)(void))backward, METH_FASTCALL, backward_doc},
     {NULL, NULL, 0, NULL},
 };
