@@ -11,11 +11,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import noise, with_random_affine
+from cases import channels_last, noise, with_random_affine
 from torch import nn
 from torch._dynamo.utils import counters
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
+from runningbn.kernels import cpu_operators
 from runningbn.ops.law import Law
 from runningbn.ops.state import GradientState, NoiseState, State
 
@@ -42,6 +43,14 @@ def _fresh_compiler():
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=["operators", "traced"])
+def way(request, monkeypatch):
+    """How a step gets into compiled code: by the operators for the CPU, or traced, as on GPUs."""
+    if request.param == "traced":
+        monkeypatch.setattr(cpu_operators, "supports", lambda *arguments: False)
+    return request.param
 
 
 def pair(make, **options):
@@ -78,7 +87,7 @@ BY_INDUCTOR = [pytest.param(LAYERS[name], "inductor", id=f"{name}-inductor", mar
 
 
 @pytest.mark.parametrize(("make", "backend"), BY_AOT_EAGER + BY_INDUCTOR)
-def test_steps_equal_eager_in_one_graph(make, backend):
+def test_steps_equal_eager_in_one_graph(make, backend, way):
     """And so does evaluation after them."""
     eager, copied, compiled = pair(make, backend=backend)
     assert_steps_agree(eager, copied, compiled, [8] * 4)
@@ -88,18 +97,18 @@ def test_steps_equal_eager_in_one_graph(make, backend):
 
 
 @layers("running")
-def test_dynamic_batch_sizes_need_one_extra_graph_for_batch_1(make):
+def test_dynamic_batch_sizes_need_one_extra_graph_for_batch_1(make, way):
     eager, copied, compiled = pair(make, backend="aot_eager", dynamic=True)
     assert_steps_agree(eager, copied, compiled, [8, 5, 3, 1, 7, 2, 1])
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_two_dimensional_input():
+def test_two_dimensional_input(way):
     eager, copied, compiled = pair(lambda: PreciseBatchNorm1d(4), backend="aot_eager")
     assert_steps_agree(eager, copied, compiled, [8] * 3, shape=(4,))
 
 
-def test_an_activation_in_place_after_it():
+def test_an_activation_in_place_after_it(way):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -113,7 +122,7 @@ def test_an_activation_in_place_after_it():
 
 
 @pytest.mark.slow
-def test_the_same_layer_twice_in_one_graph():
+def test_the_same_layer_twice_in_one_graph(way):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -126,7 +135,30 @@ def test_the_same_layer_twice_in_one_graph():
     assert_steps_agree(eager, copied, compiled, [8] * 3)
 
 
-def test_a_channel_that_is_not_finite_is_guarded_as_in_eager():
+@pytest.mark.parametrize("make", [LAYERS["running"], LAYERS["running-float"], LAYERS["precise"]])
+@pytest.mark.parametrize("shape", [(6, 4, 5, 5), (6, 4, 5), (3, 4, 2, 3, 2)], ids=len)
+def test_the_gradient_of_channels_last_is_channels_last(make, shape, way):
+    if make is LAYERS["precise"] and len(shape) != 4:
+        pytest.skip("takes four dimensions")
+    layer = torch.compile(make(), fullgraph=True, backend="aot_eager")
+    x = channels_last(noise(shape, 0)).requires_grad_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, channels_last(noise(shape, 1)))
+    assert dx.stride() == y.stride() == x.stride()
+
+
+def test_a_gradient_in_another_layout(way):
+    layer = RunningBatchNorm(4)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    for given in (noise((6, 4, 5, 5), 1), torch.ones(()).expand(6, 4, 5, 5), noise((6, 4, 5, 10), 2)[..., ::2]):
+        found = []
+        for run in (layer, compiled):
+            x = channels_last(noise((6, 4, 5, 5), 0)).requires_grad_()
+            found += torch.autograd.grad(run(x), x, given)
+        torch.testing.assert_close(*found, rtol=2e-5, atol=2e-5)
+
+
+def test_a_channel_that_is_not_finite_is_guarded_as_in_eager(way):
     eager, copied, compiled = pair(lambda: RunningBatchNorm(4), backend="aot_eager")
     assert_steps_agree(eager, copied, compiled, [8] * 2)
     x = noise((8, 4, 6, 5), 7)

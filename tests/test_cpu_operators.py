@@ -1,180 +1,321 @@
-"""The updates that compiled code calls, in C: as in Python bit for bit, and safe with what they cannot take."""
+"""The steps that compiled code calls, in C: as in eager mode bit for bit, and safe with what they cannot take."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from cases import noise
-from torch import nn
+from cases import channels_last, noise, statistics_dtype, with_random_affine
+from torch import Tensor, nn
 
-from runningbn import PreciseBatchNorm2d, RunningBatchNorm
-from runningbn.kernels import cpu, cpu_operators
+from runningbn import Horizon, MomentumRule, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
+from runningbn.kernels import cpu, cpu_operators, use_backend
 from runningbn.kernels.cpu_library import OPERATORS
-from runningbn.ops import update
-from runningbn.ops.law import Law
-from runningbn.ops.state import GradientState, NoiseState, State
+from runningbn.momentum import rule_of
+from runningbn.ops.spec import Mode
+from runningbn.ops.state import FORWARD_BUFFERS, GradientState, State
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+if not cpu_operators.are_registered():
+    pytest.skip("there is no C library, or this torch has no C interface for operators", allow_module_level=True)
 
-UPDATES = ["update_batch", "update_exact", "update_running"]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    if not cpu_operators.register():
-        pytest.skip("this torch has no C interface for operators")
+MODES = pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.label)
+SHAPES = [(5, 4), (6, 1, 3), (2, 5, 3, 4), (1, 3, 2, 2, 2), (2, 16, 70, 70)]
+LAYOUTS = {"contiguous": torch.Tensor.contiguous, "channels_last": channels_last}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def test_each_update_has_a_function_in_c():
-    assert set(OPERATORS) == set(update._UPDATES)
+def layer_of(mode: Mode, channels: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """One that has seen something."""
+    if mode is Mode.BATCH:
+        layer: Any = PreciseBatchNorm2d(channels, **options)
+    else:
+        layer = RunningBatchNorm(channels, gradient="running" if mode is Mode.RUNNING else "exact", **options)
+    layer = with_random_affine(layer).to(dtype)
+    for seed in range(3):
+        layer(noise((6, channels, 2, 1), seed, dtype))
+    return layer
 
 
-def of_update(name, dtype=torch.float32, channels=5, samples=10):
-    """The arguments: the state of a layer that has seen something, and the sums of a batch."""
-    layer = RunningBatchNorm(channels).to(dtype)
-    for seed in range(3 if channels else 0):
-        layer(noise((6, channels), seed).to(dtype))
-    fields = (*State._fields, *NoiseState._fields) if name == "update_running" else State._fields
-    state = [getattr(layer, field).clone() for field in fields]
-    count = torch.full((channels,), 10.0)
-    batch = [noise((channels,), 4), noise((channels,), 5), 30 + noise((channels,), 6).square(), count]
-    vectors = [vector.to(dtype) for vector in (*batch, torch.full((channels,), 0.3))]
-    return [*state, *vectors, samples, True, *Law(max_lag=0.25)]
+def buffers(layer: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    return tuple(getattr(layer, name).clone() for name in names)
 
 
-def of_gradient(dtype=torch.float32, channels=5, samples=10):
-    """Those of the update of the gradient."""
-    state = [noise((channels,), seed).to(dtype) for seed in range(len(GradientState._fields))]
-    batch = [noise((channels,), 10 + seed).to(dtype) for seed in range(2)]
-    others = [torch.full((channels,), value, dtype=dtype) for value in (1.5, 0.3, 0.1, 0.8)]
-    return [*state, *batch, *others, samples]
+def forward_buffers(mode: Mode) -> tuple[str, ...]:
+    return FORWARD_BUFFERS if mode is Mode.RUNNING else State._fields
 
 
-def arguments_of(name, **options):
-    return of_gradient(**options) if name == "update_gradient" else of_update(name, **options)
+def gradient_buffers(mode: Mode) -> tuple[str, ...]:
+    return GradientState._fields if mode is Mode.RUNNING else ()
 
 
-def copied(arguments):
-    return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+def constants(layer: Any) -> tuple[float, ...]:
+    spec = layer._spec()
+    rule = rule_of(spec.momentum)
+    return cpu_operators.constants_of(spec.eps, spec.law, rule.code(), rule.whole_batches)
 
 
-def assert_same(first, second):
-    for a, b in zip(first, second, strict=True):
-        if isinstance(a, torch.Tensor):
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+def assert_same(one: Any, other: Any) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def run_both(name, arguments):
-    """By C and by Python: the results and the arguments afterwards are the same; returns those of C."""
-    in_c, in_python = copied(arguments), copied(arguments)
-    results = getattr(torch.ops.runningbn, name)(*in_c)
-    assert_same(results, getattr(torch.ops.runningbn, f"{name}_in_python")(*in_python))
-    assert_same(in_c, in_python)
-    return results, in_c
+def run_forward(
+    mode: Mode, layer: Any, x: Tensor, updates: bool = True
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """By the operator and by the kernel of eager mode: results and buffers are the same, and are returned."""
+    by_operator, eager = (buffers(layer, forward_buffers(mode)) for _ in range(2))
+    found = cpu_operators.forward(mode, x, layer.weight, layer.bias, by_operator, constants(layer))
+    prepared = cpu.prepare(eager)
+    assert prepared is not None
+    expected = cpu.training_forward(x, layer.weight, layer.bias, prepared, layer._spec(), updates)
+    assert_same(found, expected)
+    assert_same(by_operator, eager)
+    return found, by_operator
 
 
-@pytest.mark.parametrize("name", [*UPDATES, "update_gradient"])
-@pytest.mark.parametrize("channels", [1, 5, 130])
-@DTYPES
-def test_an_update_is_that_of_python_bit_for_bit(name, dtype, channels):
-    arguments = arguments_of(name, dtype=dtype, channels=channels)
-    _, after = run_both(name, arguments)
-    assert not torch.equal(after[1], arguments[1])
+def run_backward(mode: Mode, layer: Any, dy: Tensor, x: Tensor, rows: Tensor, needs_dx: bool) -> tuple[Tensor, ...]:
+    """Likewise."""
+    by_operator, eager = (buffers(layer, gradient_buffers(mode)) for _ in range(2))
+    found = cpu_operators.backward(mode, dy, x, layer.weight, rows, by_operator, needs_dx)
+    prepared = cpu.prepare(eager) if eager else None
+    expected = cpu.training_backward(dy, x, layer.weight, rows, mode, prepared, needs_dx)
+    assert_same(found[1:], expected[1:])
+    assert_same(by_operator, eager)
+    if expected.dx is None:
+        assert found[0].shape == (0,)
+    else:
+        assert_same(found[:1], [expected.dx])
+    assert mode is not Mode.RUNNING or not torch.equal(by_operator[0], layer.sum_dy)
+    return found
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_a_batch_that_is_not_finite_is_ignored(name):
-    arguments = of_update(name)
-    sqrs = arguments[len(State._fields) + (3 if name == "update_running" else 0) + 2]
-    sqrs[2], sqrs[3] = torch.nan, torch.inf
-    _, after = run_both(name, arguments)
+def test_each_mode_has_two_functions_in_c():
+    assert set(OPERATORS) == {f"{direction}_{mode.label}" for direction in ("forward", "backward") for mode in Mode}
+
+
+@MODES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_step_is_that_of_eager_mode_bit_for_bit(mode, shape, layout, dtype):
+    x, dy = (layout(noise(shape, seed, dtype)) for seed in (4, 5))
+    layer = layer_of(mode, shape[1], statistics_dtype(dtype))
+    (_, rows), after = run_forward(mode, layer, x)
+    assert not torch.equal(after[1], layer.sums)
+    for needs_dx in (True, False):
+        run_backward(mode, layer, dy, x, rows, needs_dx)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None, Horizon(8, 2, 0.5), SquareRoot(0.2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"eps": 0.1}, {"affine": False}, {"bias": False}], ids=str)
+def test_of_any_rule_and_parameters(momentum, options):
+    x, dy = (noise((3, 4, 2, 2), seed) for seed in (4, 5))
+    for mode in Mode:
+        layer = layer_of(mode, 4, momentum=momentum, **options)
+        (_, rows), _ = run_forward(mode, layer, x)
+        run_backward(mode, layer, dy, x, rows, True)
+    run_forward(Mode.RUNNING, layer_of(Mode.RUNNING, 4, momentum=momentum, max_lag=0.01, **options), x)
+
+
+@MODES
+def test_a_batch_that_is_not_finite_is_ignored(mode):
+    x = noise((6, 4, 2), 4)
+    x[2, 1, 0], x[3, 2, 1] = torch.nan, torch.inf
+    layer = layer_of(mode, 4)
+    _, after = run_forward(mode, layer, x)
     assert torch.isfinite(torch.stack(after[:3])).all()
+    assert torch.equal(after[1][1:3], layer.sums[1:3])
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_a_forward_within_a_backward_changes_nothing(name):
+@MODES
+def test_a_forward_within_a_backward_changes_nothing(mode):
     """As in a recomputation under activation checkpointing."""
-    arguments, seen = of_update(name), []
+    layer, x, seen = layer_of(mode, 4), noise((6, 4, 2), 4), []
 
     class Inside(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+        def forward(ctx, one):
+            return one.clone()
 
         @staticmethod
         def backward(ctx, dy):
-            seen.append(run_both(name, arguments))
+            seen.append(run_forward(mode, layer, x, updates=False))
             return dy
 
     Inside.apply(torch.ones(1, requires_grad=True)).backward()
     ((_, after),) = seen
-    assert_same(after, arguments)
+    assert_same(after, buffers(layer, forward_buffers(mode)))
 
 
-@pytest.mark.parametrize("name", [*UPDATES, "update_gradient"])
-def test_no_channels(name):
-    results, _ = run_both(name, arguments_of(name, channels=0))
-    assert all(result.shape == (0,) for result in results)
+@MODES
+def test_they_are_sound_operators(mode):
+    layer, x = layer_of(mode, 3), noise((6, 3, 2), 4)
+    forward = getattr(torch.ops.runningbn, f"forward_{mode.label}").default
+    given = x, layer.weight.detach(), layer.bias.detach(), *buffers(layer, forward_buffers(mode)), *constants(layer)
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(forward, given, test_utils=tests)
+    _, rows = forward(*given)
+    backward = getattr(torch.ops.runningbn, f"backward_{mode.label}").default
+    of_gradient = buffers(layer, gradient_buffers(mode))
+    for needs_dx in (True, False):
+        torch.library.opcheck(
+            backward, (noise(x.shape, 5), x, layer.weight.detach(), rows, *of_gradient, needs_dx), test_utils=tests
+        )
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [torch.zeros(4), torch.zeros(5, dtype=torch.float64), torch.zeros(10)[::2], torch.zeros(5, dtype=torch.int64)],
-    ids=["size", "dtype", "strides", "integers"],
-)
-@pytest.mark.parametrize("place", [1, 14, 17])
-def test_what_the_kernel_cannot_take_is_an_error_that_changes_nothing(wrong, place):
-    arguments = of_update("update_batch")
-    arguments[place] = wrong
-    given = [a if a is wrong else b for a, b in zip(arguments, copied(arguments), strict=True)]
+WRONG = {
+    "size": torch.zeros(5),
+    "dtype": torch.zeros(4, dtype=torch.float64),
+    "strides": torch.zeros(8)[::2],
+    "integers": torch.zeros(4, dtype=torch.int64),
+    "dimensions": torch.zeros(4, 1),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("place", [1, 2, 3, 12, 16])  # weight, bias, shift, running_var, noise
+def test_vectors_that_do_not_fit_are_an_error_that_changes_nothing(wrong, place):
+    layer, x = layer_of(Mode.RUNNING, 4), noise((6, 4, 2), 4)
+    state = buffers(layer, FORWARD_BUFFERS)
+    given = [x, layer.weight, layer.bias, *state, *constants(layer)]
+    given[place] = wrong
+    before = [buffer.clone() for buffer in state]
     with pytest.raises(RuntimeError, match="contiguous vectors over the channels"):
-        torch.ops.runningbn.update_batch(*given)
-    assert_same(given, arguments)
-
-
-def test_half_precision_is_an_error():
-    with pytest.raises(RuntimeError, match="float32 or float64"):
-        torch.ops.runningbn.update_gradient(*of_gradient(dtype=torch.bfloat16))
-
-
-def test_supported_are_contiguous_vectors_of_one_dtype_and_counters():
-    vector, counter = torch.zeros(3), torch.zeros((), dtype=torch.int64)
-    assert cpu_operators.supports([vector, vector, counter])
-    for other in (torch.zeros(4), vector.double(), torch.zeros(6)[::2], torch.zeros(1, 3)):
-        assert not cpu_operators.supports([vector, other])
-    assert not cpu_operators.supports([vector.half(), vector.half()])
-    assert not cpu_operators.supports([vector, torch.zeros(())])
+        torch.ops.runningbn.forward_running(*given)
+    assert_same(state, before)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: RunningBatchNorm(4), lambda: PreciseBatchNorm2d(4)], ids=["running", "precise"]
+    ("change", "message"),
+    [
+        (lambda x: x[:, :, ::2], "contiguous or channels_last"),
+        (lambda x: x[:0], "not empty"),
+        (lambda x: x.reshape(-1), "contiguous or channels_last"),
+        (lambda x: x.long(), "expected an input of float32"),
+        (lambda x: x.double(), "contiguous vectors"),
+        (lambda x: x.repeat(1, 2, 1), "contiguous vectors"),
+    ],
+    ids=["strides", "empty", "one dimension", "integers", "double", "channels"],
 )
-def test_compiled_code_calls_no_python(make, monkeypatch):
-    """Neither forward nor backward; and it says so where there is a gradient to be taken by running means."""
+def test_an_input_that_does_not_fit_is_an_error(change, message):
+    layer = layer_of(Mode.BATCH, 4)
+    state = buffers(layer, State._fields)
+    with pytest.raises(RuntimeError, match=message):
+        cpu_operators.forward(
+            Mode.BATCH, change(noise((6, 4, 2), 4)), layer.weight, layer.bias, state, constants(layer)
+        )
+    assert_same(state, buffers(layer, State._fields))
 
-    def refuse(buffers):
-        raise AssertionError("an operator in Python was called")
 
-    layer: nn.Module = make()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = noise((3, 4, 5, 5), 1).requires_grad_()
-    compiled(x).square().sum().backward()
-    monkeypatch.setattr(update.kernels, "updating", refuse)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda dy, rows: (channels_last(dy), rows), "lies in memory as the input"),
+        (lambda dy, rows: (dy.double(), rows), "lies in memory as the input"),
+        (lambda dy, rows: (dy[:1], rows), "lies in memory as the input"),
+        (lambda dy, rows: (dy, rows[:1]), "coefficients of the forward"),
+        (lambda dy, rows: (dy, rows.double()), "coefficients of the forward"),
+        (lambda dy, rows: (dy, rows.T.contiguous().T), "coefficients of the forward"),
+    ],
+    ids=["layout", "dtype", "shape", "rows", "dtype of rows", "strides of rows"],
+)
+def test_a_gradient_that_does_not_fit_is_an_error(change, message):
+    layer, x = layer_of(Mode.RUNNING, 4), noise((6, 4, 2, 2), 4)
+    (_, rows), _ = run_forward(Mode.RUNNING, layer, x)
+    dy, rows = change(noise(x.shape, 5), rows)
+    state = buffers(layer, GradientState._fields)
+    with pytest.raises(RuntimeError, match=message):
+        cpu_operators.backward(Mode.RUNNING, dy, x, layer.weight, rows, state, True)
+    assert_same(state, buffers(layer, GradientState._fields))
+
+
+def test_a_counter_of_another_dtype_is_an_error():
+    layer = layer_of(Mode.BATCH, 4)
+    state = State(*buffers(layer, State._fields))._replace(num_batches_tracked=torch.zeros(()))
+    with pytest.raises(RuntimeError, match="num_batches_tracked: expected an int64"):
+        cpu_operators.forward(Mode.BATCH, noise((6, 4), 4), None, None, state, constants(layer))
+
+
+# ------------------------------------------------------------------------------------------------- in compiled code
+
+
+def operators_in(layer: nn.Module, x: Tensor) -> list[str]:
+    """The operators of this library in the graph of a compiled step, without their namespace."""
+    names: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if "runningbn" in str(node.target))
+        for module in graph.modules():
+            if isinstance(module, torch.fx.GraphModule) and module is not graph:
+                names.extend(str(node.target) for node in module.graph.nodes if "runningbn" in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(layer, fullgraph=True, backend=backend)(x)
+    return [name.removeprefix("runningbn.") for name in names]
+
+
+class Tenth(MomentumRule):
+    """A rule of one's own."""
+
+    def weight(self, batch: Any, samples: Tensor, steps: Tensor) -> Tensor:
+        return torch.full_like(samples, 0.1)
+
+
+@MODES
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_compiled_code_calls_one_operator_each_way(mode, layout):
+    layer, x = layer_of(mode, 4), layout(noise((3, 4, 5, 5), 1))
+    assert {name.partition(".")[0] for name in operators_in(layer, x)} == {
+        f"forward_{mode.label}",
+        f"backward_{mode.label}",
+    }
+    torch._dynamo.reset()
     before = layer.steps.clone()
-    compiled(x).square().sum().backward()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x.requires_grad_()).square().sum().backward()
     assert (layer.steps == before + 1).all()
-    with pytest.raises(AssertionError, match="in Python was called"):
-        torch.ops.runningbn.update_batch_in_python(*of_update("update_batch"))
 
 
-def test_buffers_that_the_kernel_cannot_take_are_updated_in_python():
-    """Statistics that are not contiguous, in compiled code as in eager mode."""
-    layers = [RunningBatchNorm(4), RunningBatchNorm(4)]
-    for layer in layers:
-        layer.sums = torch.zeros(4, 2)[:, 0]
+def sliced(layer: Any) -> Tensor:
+    return noise((3, 4, 5, 5), 0)[:, :, 1:, 1:]
+
+
+def with_strided_buffer(layer: Any) -> Tensor:
+    layer._buffers["sums"] = torch.zeros(4, 2)[:, 0]
+    return noise((3, 4, 5, 5), 0)
+
+
+def with_own_rule(layer: Any) -> Tensor:
+    layer.momentum = Tenth()
+    return noise((3, 4, 5, 5), 0)
+
+
+@pytest.mark.parametrize("change", [sliced, with_strided_buffer, with_own_rule], ids=lambda f: f.__name__)
+def test_what_they_do_not_take_is_traced(change):
+    traced, *layers = (RunningBatchNorm(4) for _ in range(3))
+    x, *_ = [change(layer) for layer in (traced, *layers)]
+    assert operators_in(traced, x)[0].startswith("update_running")
+    torch._dynamo.reset()
     compiled = torch.compile(layers[1], fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        x = noise((3, 4, 5, 5), seed)
+    for _ in range(2):
         torch.testing.assert_close(compiled(x), layers[0](x))
-    torch.testing.assert_close(layers[1].running_var, layers[0].running_var)
+    # Not the sums: their pivot is free.
+    for name in ("running_mean", "running_var", "count", "noise"):
+        torch.testing.assert_close(getattr(layers[1], name), getattr(layers[0], name), rtol=2e-5, atol=2e-5)
+
+
+def test_another_backend_that_is_forced_is_traced():
+    with use_backend("aten"):
+        assert operators_in(RunningBatchNorm(4), noise((3, 4), 0))[0].startswith("update_running")
+    assert operators_in(RunningBatchNorm(4), noise((3, 4), 0))[0].startswith("forward_running")
+
+
+def test_a_changed_momentum_is_seen():
+    layer = RunningBatchNorm(4, momentum=0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(noise((8, 4), 0))
+    layer.momentum = 1.0
+    compiled(x := noise((8, 4), 1))
+    torch.testing.assert_close(layer.running_mean, x.mean(0))

@@ -20,7 +20,7 @@ import runningbn
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     "cpu.c", "cpu.h", "cpu_dtypes.h", "cpu_gradient.h", "cpu_loops.h", "cpu_sixteen_bits.h", "cpu_state.h",
-    "cpu_threads.h", "operators.c", "step.c", "step_plans.h", "step_tensors.h", "step_written.h",
+    "cpu_threads.h", "layout.h", "operators.c", "step.c", "step_plans.h", "step_tensors.h", "step_written.h",
 )  # fmt: skip
 GENERATED = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist")
 RELEASE = {"SOURCE_DATE_EPOCH": "1700000000"}

@@ -27,7 +27,7 @@ _TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 DTYPES = ("FLOAT32", "BFLOAT16", "FLOAT16", "FLOAT64")
 STAGES = ("SUMS", "UPDATE", "APPLY")  # bits
 # Functions that `cpu_operators` registers.
-OPERATORS = (*(f"update_{mode.label}" for mode in Mode), "update_gradient")
+OPERATORS = tuple(f"{direction}_{mode.label}" for direction in ("forward", "backward") for mode in Mode)
 _KINDS: dict[str, Any] = {"I": ctypes.c_int64, "P": ctypes.c_size_t, "R": ctypes.c_double}
 _GEOMETRY = [("I", name) for name in ("dtype", "stages", "threads", "rows", "outer", "channels", "inner")]
 

@@ -1,30 +1,32 @@
-"""The updates of the state that compiled code calls, in C; see csrc/operators.c.
+"""A training step as two operators in C, for compiled code on the CPU; see csrc/operators.c.
 
-An operator in Python takes 28 µs of a compiled step forward and 20 backward, of which the arithmetic is 2. The C
-functions are registered with torch as the kernels for the CPU of the same operators. They take contiguous vectors only,
-and have no way to go on in Python: whoever traces a call has to look at the tensors, see `ops.update`.
+What a compiler makes of a step is slower than the kernels in most cases, although it can join it with what comes next.
+Elsewhere, and where `supports` says no, compilers trace the step, see `ops.step`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..ops.compat import C_CURRENT_BACKWARD, C_RAISE
+from ..momentum import RuleCode
+from ..ops.compat import C_CURRENT_BACKWARD, C_RAISE, constant_in_compiled_code
+from ..ops.law import Law
+from ..ops.spec import Mode
+from ..ops.state import FORWARD_BUFFERS, GradientState, State
 from .cpu_library import OPERATORS, library, torch_library
+from .layout import PLAIN, STATISTICS
 
 _FUNCTIONS = (
-    "aoti_torch_get_data_ptr", "aoti_torch_get_dtype", "aoti_torch_get_numel", "aoti_torch_is_contiguous",
-    "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object", C_CURRENT_BACKWARD, C_RAISE,
+    "aoti_torch_get_data_ptr", "aoti_torch_get_dtype", "aoti_torch_get_dim", "aoti_torch_get_sizes",
+    "aoti_torch_get_strides", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object", "torch_get_num_threads",
+    C_CURRENT_BACKWARD, C_RAISE,
 )  # fmt: skip
-_DTYPES = (torch.float32, torch.float64)
-# The C library takes this much, and older compilers do not trace `supports` in a backward.
-_TORCH_MAY_CALL_C = torch.__version__ >= "2.10"  # as versions, not as text
 
 
 class _Torch(ctypes.Structure):
@@ -33,12 +35,17 @@ class _Torch(ctypes.Structure):
     _fields_ = [(f"function{i}", ctypes.c_void_p) for i in range(len(_FUNCTIONS))]
 
 
-@functools.cache
-def register() -> bool:
-    """Register the C functions of the operators ``runningbn::update_...``; whether they were.
+@constant_in_compiled_code
+def are_registered() -> bool:
+    """Whether the operators ``runningbn::forward_...`` and ``backward_...`` have their functions in C; registers them.
 
-    They are not where there is no C library, or a torch without one of the functions that it takes.
+    They have none where there is no C library, or a torch without one of the functions that it takes.
     """
+    return _register()
+
+
+@functools.cache
+def _register() -> bool:
     if library().unavailable is not None:
         return False
     try:
@@ -56,16 +63,94 @@ def register() -> bool:
     return not any(failed)
 
 
-def supports(tensors: Sequence[Tensor]) -> bool:
-    """Whether these can be the arguments: vectors over channels like the first, but for counters."""
-    if not _TORCH_MAY_CALL_C:
-        return True
-    first = tensors[0]
-    if first.dtype not in _DTYPES:
+def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
+    """Whether the operators take these: dense data, and contiguous vectors beside it. Asked while a step is traced."""
+    if not x.is_cpu or not are_registered() or x.dtype not in STATISTICS:
+        return False
+    if not x.is_contiguous() and not (x.dim() > 2 and x.movedim(1, -1).is_contiguous()):
         return False
     # A loop: torch 2.14 does not trace a generator here.
-    for t in tensors:
-        is_vector = t.dtype is first.dtype and t.shape == first.shape and t.is_contiguous()
-        if not is_vector and (t.dim() or t.dtype is not torch.int64):
+    for t in (x, weight, bias, *buffers):
+        if t is not None and (type(t) not in PLAIN or not t.is_cpu):
+            return False
+    for t in (weight, bias, *buffers):
+        if t is None or (t.dim() == 0 and t.dtype is torch.int64):
+            continue
+        if t.dtype is not STATISTICS[x.dtype] or t.shape != x.shape[1:2] or not t.is_contiguous():
             return False
     return True
+
+
+def forward(
+    mode: Mode, x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: tuple[Tensor, ...],
+    constants: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`FusedBackend.training_forward`: y, and the coefficients as the rows of one tensor.
+
+    Args:
+        mode, x, weight, bias: see there.
+        buffers: see `LayerState.forward_buffers`.
+        constants: see `constants_of`.
+    """
+    operator = getattr(torch.ops.runningbn, f"forward_{mode.label}")
+    y, rows = operator(x, _or_empty(weight, x), _or_empty(bias, x), *buffers, *constants)
+    return y, rows
+
+
+def backward(
+    mode: Mode, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor, buffers: tuple[Tensor, ...], needs_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`FusedBackend.training_backward`: dx, which is empty if it is not needed, Σdy and Σdy·z; `dy` lies as `x`."""
+    operator = getattr(torch.ops.runningbn, f"backward_{mode.label}")
+    dx, sum_dy, sum_dy_xhat = operator(dy, x, _or_empty(weight, x), rows, *buffers, needs_dx)
+    return dx, sum_dy, sum_dy_xhat
+
+
+def constants_of(eps: float, law: Law, code: RuleCode, whole_batches: bool) -> tuple[float, ...]:
+    """What a forward takes beside tensors, in the order of its arguments."""
+    return (eps, *law, *code, whole_batches)
+
+
+def _or_empty(parameter: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if parameter is None else parameter
+
+
+def _traced_forward(rows: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def traced(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), x.new_empty((rows, x.shape[1]), dtype=STATISTICS[x.dtype])
+
+    return traced
+
+
+def _traced_backward(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, *others: object) -> tuple[Tensor, ...]:
+    *_, needs_dx = others
+    sums = rows.new_empty(rows.shape[1]), rows.new_empty(rows.shape[1])
+    return torch.empty_like(x) if needs_dx else x.new_empty(0), *sums
+
+
+def _mutated(fields: tuple[str, ...]) -> list[str]:
+    return [f"Tensor(buffer{i}!) {name}" for i, name in enumerate(fields)]
+
+
+_CONSTANTS = constants_of(0.0, Law(), RuleCode(0), True)
+_CONSTANT_NAMES = ("eps", *Law._fields, *(f"rule_{name}" for name in RuleCode._fields), "whole_batches")
+_SCHEMA_TYPES: dict[type, str] = {float: "float", int: "int", bool: "bool"}
+_LIBRARY = torch.library.Library("runningbn", "FRAGMENT")
+
+
+def _define(name: str, arguments: list[str], outputs: int, traced: Callable[..., tuple[Tensor, ...]]) -> None:
+    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})")
+    torch.library.register_fake(f"runningbn::{name}", traced)
+
+
+for _mode in Mode:
+    _running = _mode is Mode.RUNNING
+    _parameters = [f"Tensor {name}" for name in ("x", "weight", "bias")]
+    _constants = [f"{_SCHEMA_TYPES[type(value)]} {name}" for name, value in zip(_CONSTANT_NAMES, _CONSTANTS)]
+    _buffers = _mutated(FORWARD_BUFFERS if _running else State._fields)
+    _define(
+        f"forward_{_mode.label}", [*_parameters, *_buffers, *_constants], 2, _traced_forward(len(_mode.coefficients))
+    )
+    _inputs = [f"Tensor {name}" for name in ("dy", "x", "weight", "rows")]
+    _gradient = _mutated(GradientState._fields) if _running else []
+    _define(f"backward_{_mode.label}", [*_inputs, *_gradient, "bool needs_dx"], 3, _traced_backward)

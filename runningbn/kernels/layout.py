@@ -23,7 +23,7 @@ STATISTICS = {
     torch.float64: torch.float64,
 }  # fmt: skip
 # Subclasses want to see operations, and may have no memory of their own.
-_PLAIN = Tensor, Parameter
+PLAIN = Tensor, Parameter
 
 
 def is_memory(x: Tensor) -> bool:
@@ -34,7 +34,7 @@ def is_memory(x: Tensor) -> bool:
             ``nn.BatchNorm`` raises an error.
     """
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
         # Modes want to see operations, too.
         and number_of_dispatch_modes() == 0
         and x.layout is torch.strided
@@ -106,7 +106,7 @@ def is_addressable(tensor: Tensor | None, x: Tensor) -> bool:
     As `is_memory`, but modes are no reason against it, and a parameter without memory, as on meta, is left to torch.
     """
     return tensor is None or (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and tensor.data_ptr() != 0
         and tensor.is_cpu == x.is_cpu
         and tensor.get_device() == x.get_device()
@@ -133,7 +133,7 @@ def addresses(buffers: tuple[Tensor, ...]) -> tuple[int, ...] | None:
     ):
         return found
     if 0 in found:
-        if any(t.data_ptr() == 0 and type(t) in _PLAIN and t.numel() and not t.is_meta for t in buffers):
+        if any(t.data_ptr() == 0 and type(t) in PLAIN and t.numel() and not t.is_meta for t in buffers):
             _refuse_freed("a buffer of the layer")
         return None
     if not are_vectors(buffers):
@@ -164,7 +164,7 @@ def are_vectors(buffers: tuple[Tensor, ...]) -> bool:
         (t.dtype is first.dtype and t.shape == first.shape if t.dim() else t.dtype is torch.int64)
         and t.device == first.device
         and t.is_contiguous()
-        and type(t) in _PLAIN
+        and type(t) in PLAIN
         for t in buffers
     )
 

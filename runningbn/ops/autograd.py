@@ -1,7 +1,8 @@
 """The autograd functions of a training step: what each forward saves, and which gradients its backward asks for.
 
-There are two. `FusedStep` is one call of a backend forward and one backward, the update of the state included, in eager
-mode. `Normalize` takes statistics that are done: compilers can trace it, and ranks can be asked for their sums before.
+There are three. `FusedStep` is one call of a backend forward and one backward, the update of the state included, in
+eager mode. `CompiledStep` is that in compiled code on the CPU. `Normalize` takes statistics that are done: it can be
+traced by compilers, and ranks can be asked for their sums before.
 
 Shapes: N batch, C channels, any trailing dimensions. Per-channel vectors are (C,) in the dtype of the statistics
 (float32 or float64).
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import kernels
-from ..kernels import cpu_step
+from ..kernels import cpu_operators, cpu_step
 from ..kernels.contract import Centred, Gradients, StepKind
 from ..kernels.layout import cast
 from .gradients import (
@@ -28,7 +29,7 @@ from .gradients import (
     running_gradients,
 )
 from .pooling import RankGroup
-from .spec import Coefficients, unpack
+from .spec import Coefficients, Mode, unpack
 from .state import GradientState
 
 
@@ -103,6 +104,37 @@ def _fused_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, row
     else:
         gradients = running_gradients(dy, x, weight, unpack(mode, rows), state, needs_dx)
     return _affine_gradients(ctx, weight, gradients)
+
+
+class CompiledStep(Function):
+    """y and its gradients by operators that update the state meanwhile, see `cpu_operators`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mode: Mode, constants: tuple[float, ...],
+        *buffers: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """y. `buffers` are those of a forward, then of a backward by running means."""
+        of_gradient = len(GradientState._fields) if mode is Mode.RUNNING else 0
+        of_forward = len(buffers) - of_gradient
+        y, rows = cpu_operators.forward(mode, x, weight, bias, buffers[:of_forward], constants)
+        ctx.save_for_backward(x, weight, rows)
+        # Not saved for backward: these buffers are meant to change between forward and backward.
+        ctx.gradient, ctx.others = buffers[of_forward:], len(buffers) + 2
+        ctx.mode, ctx.bias_dtype = mode, None if bias is None else bias.dtype
+        # Asked here: where a backward asks, Dynamo makes its gradients contiguous, those in channels_last, too.
+        ctx.channels_last = not x.is_contiguous()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, weight and bias; None for the rest."""
+        x, weight, rows = ctx.saved_tensors
+        dy, needs_dx = cast(dy, x.dtype), ctx.needs_input_grad[0]
+        dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else dy.contiguous()
+        dx, sum_dy, sum_dy_xhat = cpu_operators.backward(ctx.mode, dy, x, weight, rows, ctx.gradient, needs_dx)
+        gradients = Gradients(dx if needs_dx else None, sum_dy, sum_dy_xhat)
+        return (*_affine_gradients(ctx, weight, gradients), *[None] * ctx.others)
 
 
 class Pooling(NamedTuple):

@@ -12,7 +12,8 @@ wrong without a word would be worse.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ __all__ = [
     "are_transformed",
     "class_functions_disabled",
     "compiler_is_loaded",
+    "constant_in_compiled_code",
     "current_backward",
     "current_raw_stream",
     "disabled_torch_function",
@@ -87,6 +89,8 @@ __all__ = [
     "tree_unflatten",
 ]
 
+
+Function = TypeVar("Function", bound=Callable[[], Any])
 
 # Whether the compiler cannot trace the question for transforms.
 _TRANSFORMS_ARE_OPAQUE = torch.__version__ < "2.5"  # as versions, not as text
@@ -127,6 +131,15 @@ def is_captured() -> bool:
     if torch.compiler.is_compiling():
         return bool(_is_exporting())
     return is_jit_tracing()
+
+
+def constant_in_compiled_code(function: Function) -> Function:
+    """A function without arguments that compilers call, rather than trace, and take the result of for a constant.
+
+    As ``torch.compiler.assume_constant_result``, which imports the compiler. No fallback.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def process_group_of_name(name: str) -> Any:

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import kernels
-from ..kernels import cpu_step
+from ..kernels import cpu_operators, cpu_step
 from ..kernels.contract import Reduction, StepKind
 from ..momentum import rule_of
-from .autograd import FusedOutput, FusedStep, Normalize, Pooling
+from .autograd import CompiledStep, FusedOutput, FusedStep, Normalize, Pooling
 from .compat import are_transformed, is_captured
 from .masks import blank, fill, real_sums
 from .pooling import RankGroup, pool
@@ -100,6 +100,10 @@ def training_step(
         output = FusedOutput(y, rows, StepKind(None, backend, spec.mode), state.gradient or ())
         stepped: Tensor = FusedStep.apply(x, weight, bias, output)
         return stepped
+    if torch.compiler.is_compiling() and ranks is None and mask is None:
+        compiled = _compiled_step(x, weight, bias, spec, state)
+        if compiled is not None:
+            return compiled
     _check_buffers(x, state)
     with torch.no_grad():
         reduction, samples = _reduce(x, state.statistics.shift.dtype, ranks, mask)
@@ -115,6 +119,22 @@ def training_step(
                 coefficients = _with_kappa(coefficients, n)
     statistics = _Statistics(var, coefficients, Pooling(ranks, reduction.centred), n, state.gradient)
     return _normalize(x, weight, bias, spec.eps, statistics, mask)
+
+
+def _compiled_step(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: StepSpec, state: LayerState
+) -> Tensor | None:
+    """A step by operators that compilers do not look into; None where they are to trace it."""
+    rule = rule_of(spec.momentum)
+    code = rule.code()
+    buffers = *state.statistics, *(state.noise or ()), *(state.gradient or ())
+    if code is None or kernels.forced_backend() not in (None, "cpu"):
+        return None
+    if not cpu_operators.supports(x, weight, bias, buffers):
+        return None
+    constants = cpu_operators.constants_of(spec.eps, spec.law, code, rule.whole_batches)
+    y: Tensor = CompiledStep.apply(x, weight, bias, spec.mode, constants, *buffers)
+    return y
 
 
 def _check_buffers(x: Tensor, state: LayerState) -> None:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import cpu_operators
 from ..kernels.contract import GradientSums
 from .compat import current_backward
 from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
@@ -229,12 +228,7 @@ def _call(name: str, number: int | Tensor, *arguments: Any) -> Any:
     """An update whose `number` of samples or elements is known to the host or, pooled over ranks, a tensor."""
     if not torch.compiler.is_compiling():
         return _UPDATES[name](*arguments)
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if isinstance(number, Tensor):
-        name = f"{name}_pooled"
-    elif tensors[0].is_cpu and not cpu_operators.supports(tensors):
-        name = f"{name}_in_python"
-    return getattr(torch.ops.runningbn, name)(*arguments)
+    return getattr(torch.ops.runningbn, f"{name}_pooled" if isinstance(number, Tensor) else name)(*arguments)
 
 
 def _mutated(fields: tuple[str, ...]) -> str:
@@ -245,9 +239,6 @@ def _per_channel(outputs: int) -> Callable[..., Any]:
     """What an update returns, for tracing: so many vectors like its first buffer."""
 
     def traced(*arguments: Any) -> tuple[Tensor, ...]:
-        # Not at import, which does not load the C library; compiled code begins here.
-        if kernels.forced_backend() in (None, "cpu"):
-            cpu_operators.register()
         return tuple(torch.empty_like(arguments[0]) for _ in range(outputs))
 
     return traced
@@ -268,9 +259,9 @@ _LIBRARY = torch.library.Library("runningbn", "DEF")
 
 
 def _define(name: str, function: Callable[..., Any], arguments: str, outputs: int) -> None:
-    """Define the three operators of an update, see `_call`."""
+    """Define the two operators of an update, see `_call`."""
     _UPDATES[name] = function
-    for operator, number in ((name, "SymInt"), (f"{name}_in_python", "SymInt"), (f"{name}_pooled", "Tensor")):
+    for operator, number in ((name, "SymInt"), (f"{name}_pooled", "Tensor")):
         schema = f"{operator}({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
         _LIBRARY.define(schema.replace("NUMBER", number))
         _LIBRARY.impl(operator, function, "CompositeExplicitAutograd")

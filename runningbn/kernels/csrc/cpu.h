@@ -18,7 +18,9 @@
 #define DTYPES(X) X(FLOAT32) X(BFLOAT16) X(FLOAT16) X(FLOAT64)
 #define RULES(X) X(CONSTANT) X(CUMULATIVE) X(HORIZON) X(SQUARE_ROOT) X(GIVEN)
 /* See operators.c. */
-#define OPERATORS(X) X(update_batch) X(update_exact) X(update_running) X(update_gradient)
+#define OPERATORS(X)                                          \
+    X(forward_batch) X(forward_exact) X(forward_running)      \
+    X(backward_batch) X(backward_exact) X(backward_running)
 #define AS_ENUM(name) name,
 enum { DTYPES(AS_ENUM) };
 enum { RULES(AS_ENUM) };

@@ -1,14 +1,15 @@
-/* The updates of the state as operators of torch, for compiled code: what `ops/update.py` does, without Python.
+/* A training step as two operators of torch, for compiled code: what cpu.py does around the calls of cpu.c.
 
    Through torch's stable C interface, without its headers: cpu_operators.py hands over the addresses of the functions,
    in the order of `Torch`. Arguments and results lie on a stack of 8 bytes each; tensors on it are handles, which
-   belong to whoever takes them. The arguments have the order of the fields in cpu.h, since both are made of the same
-   tables. */
+   belong to whoever takes them. Buffers and coefficients have the order of the fields in cpu.h, since both are made of
+   the same tables. */
 
 #include <stdbool.h>
 #include <stddef.h>
 
 #include "cpu.h"
+#include "layout.h"
 
 typedef void *Tensor;
 typedef uint64_t Value;
@@ -16,75 +17,108 @@ typedef uint64_t Value;
 typedef struct {
     int32_t (*get_data_ptr)(Tensor, void **);
     int32_t (*get_dtype)(Tensor, int32_t *);
-    int32_t (*get_numel)(Tensor, int64_t *);
-    int32_t (*is_contiguous)(Tensor, bool *);
+    int32_t (*get_dim)(Tensor, int64_t *);
+    int32_t (*get_sizes)(Tensor, int64_t **);
+    int32_t (*get_strides)(Tensor, int64_t **);
     int32_t (*empty_strided)(int64_t dimensions, const int64_t *sizes, const int64_t *strides, int32_t dtype,
                              int32_t device_type, int32_t device_index, Tensor *out);
     int32_t (*delete_tensor)(Tensor);
+    int32_t (*get_num_threads)(uint32_t *);
     int32_t (*backward_running)(void); /* -1 outside of a backward pass */
     /* torch's way to raise a RuntimeError; it does not return. */
     void (*raise)(const char *function, const char *file, uint32_t line, const char *message);
 } Torch;
 
-enum { TORCH_FLOAT = 6, TORCH_DOUBLE = 7, TORCH_INT64 = 4, TORCH_CPU = 0 };
+enum { TORCH_INT64 = 4, TORCH_HALF = 5, TORCH_FLOAT = 6, TORCH_DOUBLE = 7, TORCH_BFLOAT16 = 15, TORCH_CPU = 0 };
 
 static Torch torch;
 
 void runningbn_initialize_operators(const Torch *functions) { torch = *functions; }
 
-/* The arguments of a call that are tensors, and their results. */
-typedef struct {
-    Value *stack;
-    int64_t count, channels;
-    int32_t dtype; /* of the statistics, torch's code */
-} Call;
-
-static const char NO_MEMORY[] = "no memory for the vectors over channels of a normalisation";
-
 static void fail(const char *message) { torch.raise(__func__, __FILE__, __LINE__, message); }
 
-/* The first tensor tells the channels and the dtype. */
-static Call call_of(Value *stack, int64_t count) {
-    Call call = {stack, count, 0, 0};
-    const Tensor first = (Tensor)stack[0];
-    if (torch.get_numel(first, &call.channels) || torch.get_dtype(first, &call.dtype)) fail("no size or dtype");
-    if (call.dtype != TORCH_FLOAT && call.dtype != TORCH_DOUBLE) fail("expected float32 or float64");
-    return call;
-}
+static const char NO_MEMORY[] = "no memory for the results of a normalisation";
 
-static int64_t code_of(const Call *call) { return call->dtype == TORCH_FLOAT ? FLOAT32 : FLOAT64; }
+typedef struct {
+    int64_t dimensions, *shape, *strides;
+    int32_t dtype;
+    void *data;
+} View;
 
-/* The address of a tensor's data, which has to be `numel` contiguous elements. */
-static void *data_of(Tensor tensor, int64_t numel, int32_t dtype) {
-    void *data = NULL;
-    int64_t elements = 0;
-    int32_t found = 0;
-    bool contiguous = false;
-    if (torch.get_numel(tensor, &elements) || torch.get_dtype(tensor, &found) ||
-        torch.is_contiguous(tensor, &contiguous) || torch.get_data_ptr(tensor, &data))
+static View look_at(Value handle) {
+    const Tensor tensor = (Tensor)handle;
+    View v = {0, NULL, NULL, 0, NULL};
+    if (torch.get_dim(tensor, &v.dimensions) || torch.get_sizes(tensor, &v.shape) ||
+        torch.get_strides(tensor, &v.strides) || torch.get_dtype(tensor, &v.dtype) ||
+        torch.get_data_ptr(tensor, &v.data))
         fail("a tensor has no memory");
-    if (elements != numel || found != dtype || !contiguous || (numel && !data))
+    return v;
+}
+
+/* What the arguments of a call have in common: the data, and the dtype of vectors over channels, torch's code. */
+typedef struct {
+    View x;
+    Layout layout;
+    int64_t dtype, threads;
+    int32_t of_vectors;
+} Data;
+
+static Data data_of(Value handle) {
+    Data d = {.x = look_at(handle), .threads = 1, .of_vectors = TORCH_FLOAT};
+    if (!d.x.data || !look_at_layout(d.x.shape, d.x.strides, d.x.dimensions, &d.layout))
+        fail("expected an input that is contiguous or channels_last, and not empty");
+    switch (d.x.dtype) {
+        case TORCH_FLOAT: d.dtype = FLOAT32; break;
+        case TORCH_BFLOAT16: d.dtype = BFLOAT16; break;
+        case TORCH_HALF: d.dtype = FLOAT16; break;
+        case TORCH_DOUBLE: d.dtype = FLOAT64, d.of_vectors = TORCH_DOUBLE; break;
+        default: fail("expected an input of float32, float64, float16 or bfloat16");
+    }
+    uint32_t threads = 1;
+    if (d.layout.outer * d.layout.channels * d.layout.inner >= 2 * LARGE && torch.get_num_threads(&threads))
+        fail("the number of threads is not known");
+    d.threads = threads;
+    return d;
+}
+
+#define SET_DATA(call, d)                                    \
+    ((call)->dtype = (d)->dtype, (call)->threads = (d)->threads, (call)->x = (d)->x.data, \
+     SET_LAYOUT(call, &(d)->layout))
+
+/* The address of a vector over the channels. */
+static void *vector_of(Value handle, const Data *d) {
+    const View v = look_at(handle);
+    if (v.dimensions != 1 || v.shape[0] != d->layout.channels || v.dtype != d->of_vectors || !v.data ||
+        !is_dense(v.shape, v.strides, 1, 0))
         fail("expected contiguous vectors over the channels, all of one dtype");
-    return data;
+    return v.data;
 }
 
-/* Addresses of `count` vectors of the stack from `first` on, into consecutive fields of a call. */
-static void set_vectors(const Call *call, int64_t first, int64_t count, void **fields) {
-    for (int64_t i = 0; i < count; i++)
-        fields[i] = data_of((Tensor)call->stack[first + i], call->channels, call->dtype);
+/* That of a parameter: NULL for an empty one, which stands for none. */
+static void *parameter_of(Value handle, const Data *d) {
+    const View v = look_at(handle);
+    return v.dimensions == 1 && v.shape[0] == 0 ? NULL : vector_of(handle, d);
 }
 
-static Tensor new_vector(const Call *call, void **data) {
-    const int64_t one = 1;
+/* Sets `count` consecutive fields of a call. */
+static void set_vectors(const Value *handles, int64_t count, void **fields, const Data *d) {
+    for (int64_t i = 0; i < count; i++) fields[i] = vector_of(handles[i], d);
+}
+
+static Tensor new_tensor(int64_t dimensions, const int64_t *shape, const int64_t *strides, int32_t dtype, void **data) {
     Tensor out = NULL;
-    if (torch.empty_strided(1, &call->channels, &one, call->dtype, TORCH_CPU, 0, &out) || torch.get_data_ptr(out, data))
+    if (torch.empty_strided(dimensions, shape, strides, dtype, TORCH_CPU, 0, &out) || torch.get_data_ptr(out, data))
         fail(NO_MEMORY);
     return out;
 }
 
-static void leave(const Call *call, const Tensor *results, int64_t count) {
-    for (int64_t i = 0; i < call->count; i++) torch.delete_tensor((Tensor)call->stack[i]);
-    for (int64_t i = 0; i < count; i++) call->stack[i] = (Value)(uintptr_t)results[i];
+static Tensor new_like(const View *v, void **data) {
+    return new_tensor(v->dimensions, v->shape, v->strides, v->dtype, data);
+}
+
+static void leave(Value *stack, int64_t tensors, const Tensor *results, int64_t count) {
+    for (int64_t i = 0; i < tensors; i++) torch.delete_tensor((Tensor)stack[i]);
+    for (int64_t i = 0; i < count; i++) stack[i] = (Value)(uintptr_t)results[i];
 }
 
 static double real(Value value) {
@@ -95,75 +129,99 @@ static double real(Value value) {
 
 /* How many fields of a struct lie from one to another, both included. All have 8 bytes. */
 #define FIELDS(type, first, last) ((int64_t)(offsetof(type, last) - offsetof(type, first)) / 8 + 1)
-enum { MOST_RESULTS = 8 };
 
-/* (State, [NoiseState,] Sums, weight, samples, whole_batches, Law) -> mean, var and the other coefficients, which
-   `results` names in their order. */
-static void update(Value *stack, bool running, bool by_state, const size_t *results, int64_t count) {
-    const int64_t of_state = FIELDS(Forward, shift, last_gain);
-    const int64_t of_noise = running ? FIELDS(Forward, noise, last_mean) : 0;
-    const int64_t tracked = FIELDS(Forward, shift, num_batches_tracked) - 1;
-    const int64_t sums = of_state + of_noise, of_sums = FIELDS(Forward, batch_shift, batch_count);
-    const int64_t tensors = sums + of_sums + 1;
-    const Call call = call_of(stack, tensors);
-    Forward f = {.dtype = code_of(&call), .stages = UPDATE, .threads = 1, .outer = 1, .channels = call.channels,
-                 .inner = 1, .by_state = by_state, .rule = GIVEN};
-    set_vectors(&call, 0, tracked, &f.shift);
-    f.num_batches_tracked = data_of((Tensor)stack[tracked], 1, TORCH_INT64);
-    set_vectors(&call, tracked + 1, of_state - tracked - 1, &f.num_batches_tracked + 1);
-    set_vectors(&call, of_state, of_noise, &f.noise);
-    set_vectors(&call, sums, of_sums, &f.batch_shift);
-    set_vectors(&call, tensors - 1, 1, &f.batch_weight);
-    f.batch_samples = (double)(int64_t)stack[tensors];
-    f.whole_batches = (bool)(stack[tensors + 1] & 1);
-    double *law = &f.max_lag;
-    for (int64_t i = 0; i < FIELDS(Forward, max_lag, warmup_samples); i++) law[i] = real(stack[tensors + 2 + i]);
+/* The coefficients of a mode in the order of their rows, as spec.Mode has them: fields of a Forward or a Backward. */
+#define BATCH(X) X(mean) X(rstd)
+#define EXACT(X) BATCH(X) X(kappa_mean) X(kappa_var)
+#define RUNNING(X) BATCH(X) X(trust) X(offset) X(batch_std)
+#define IN_FORWARD(name) offsetof(Forward, name),
+#define IN_BACKWARD(name) offsetof(Backward, name),
+typedef struct {
+    const size_t *places;
+    int64_t count;
+    bool by_state, running;
+} Mode;
+
+/* Sets the fields of the coefficients to the rows of a tensor. */
+static void set_rows(void *call, const Mode *m, char *rows, const Data *d) {
+    const int64_t size = d->layout.channels * (d->of_vectors == TORCH_DOUBLE ? 8 : 4);
+    for (int64_t i = 0; i < m->count; i++) *(void **)((char *)call + m->places[i]) = rows + i * size;
+}
+
+/* (x, weight, bias, State, [NoiseState,] eps, Law, rule, its three arguments, whole_batches) -> y, coefficients. */
+static void forward(Value *stack, const Mode *m) {
+    const int64_t of_state = FIELDS(Forward, shift, last_gain), parameters = 3;
+    const int64_t of_noise = m->running ? FIELDS(Forward, noise, last_mean) : 0;
+    const int64_t tracked = FIELDS(Forward, shift, num_batches_tracked) - 1, tensors = parameters + of_state + of_noise;
+    const Data d = data_of(stack[0]);
+    Forward f = {.by_state = m->by_state, .batch_samples = (double)d.x.shape[0]};
+    SET_DATA(&f, &d);
+    f.weight = parameter_of(stack[1], &d), f.bias = parameter_of(stack[2], &d);
+    const Value *state = stack + parameters, *constants = stack + tensors;
+    const View counter = look_at(state[tracked]);
+    if (counter.dimensions != 0 || counter.dtype != TORCH_INT64 || !counter.data)
+        fail("num_batches_tracked: expected an int64");
+    f.num_batches_tracked = counter.data;
+    set_vectors(state, tracked, &f.shift, &d);
+    set_vectors(state + tracked + 1, of_state - tracked - 1, &f.num_batches_tracked + 1, &d);
+    set_vectors(state + of_state, of_noise, &f.noise, &d);
+    /* The fields of eps and the law lie side by side, and so do those of the rule. */
+    for (int64_t i = 0; i < FIELDS(Forward, eps, warmup_samples); i++) (&f.eps)[i] = real(*constants++);
+    f.rule = (int64_t)*constants++;
+    for (int64_t i = 0; i < FIELDS(Forward, rule_first, rule_third); i++) (&f.rule_first)[i] = real(*constants++);
+    f.whole_batches = (bool)(*constants & 1);
+
     /* A forward within a backward pass is one that activation checkpointing repeats. */
     f.updates = torch.backward_running() == -1;
-    Tensor out[MOST_RESULTS];
-    for (int64_t i = 0; i < count; i++) out[i] = new_vector(&call, (void **)((char *)&f + results[i]));
+    /* As `training_forward` in cpu.py: an exact gradient needs no sums where the state is taken as it is. */
+    f.stages = APPLY | (f.updates || !m->by_state || m->running ? SUMS : 0) | (f.updates || m->by_state ? UPDATE : 0);
+    const int64_t shape[] = {m->count, d.layout.channels}, strides[] = {d.layout.channels, 1};
+    void *rows;
+    const Tensor out[] = {new_like(&d.x, &f.y), new_tensor(2, shape, strides, d.of_vectors, &rows)};
+    set_rows(&f, m, rows, &d);
     if (runningbn_forward(&f)) fail(NO_MEMORY);
-    leave(&call, out, count);
+    leave(stack, tensors, out, 2);
 }
 
-#define RESULTS(...)                                \
-    static const size_t results[] = {__VA_ARGS__}; \
-    const int64_t count = sizeof results / sizeof *results
-#define PLACE(name) offsetof(Forward, name)
-
-void runningbn_update_batch(Value *stack, uint64_t arguments, uint64_t outputs) {
-    RESULTS(PLACE(mean), PLACE(var));
-    (void)arguments, (void)outputs;
-    update(stack, false, false, results, count);
-}
-
-void runningbn_update_exact(Value *stack, uint64_t arguments, uint64_t outputs) {
-    RESULTS(PLACE(mean), PLACE(var), PLACE(kappa_mean), PLACE(kappa_var));
-    (void)arguments, (void)outputs;
-    update(stack, false, true, results, count);
-}
-
-void runningbn_update_running(Value *stack, uint64_t arguments, uint64_t outputs) {
-    RESULTS(PLACE(mean), PLACE(var), PLACE(trust), PLACE(offset), PLACE(batch_std));
-    (void)arguments, (void)outputs;
-    update(stack, true, true, results, count);
-}
-
-/* (GradientState, GradientSums, rstd, trust, offset, batch_std, n) -> s*G0, s*G1 */
-void runningbn_update_gradient(Value *stack, uint64_t arguments, uint64_t outputs) {
-    (void)arguments, (void)outputs;
-    const int64_t of_state = FIELDS(Backward, sum_dy, count_dy);
-    const int64_t of_sums = FIELDS(Backward, batch_sum_dy, batch_sum_dy_xhat);
-    const int64_t rstd = of_state + of_sums, of_batch = FIELDS(Backward, trust, batch_std);
-    const int64_t tensors = rstd + 1 + of_batch;
-    const Call call = call_of(stack, tensors);
-    Backward b = {.dtype = code_of(&call), .stages = UPDATE, .threads = 1, .outer = (int64_t)stack[tensors],
-                  .channels = call.channels, .inner = 1};
-    set_vectors(&call, 0, of_state, &b.sum_dy);
-    set_vectors(&call, of_state, of_sums, &b.batch_sum_dy);
-    set_vectors(&call, rstd, 1, &b.rstd);
-    set_vectors(&call, rstd + 1, of_batch, &b.trust);
-    const Tensor out[] = {new_vector(&call, &b.m0), new_vector(&call, &b.m1)};
+/* (dy, x, weight, coefficients, [GradientState,] needs_dx) -> dx, sum_dy, sum_dy_xhat; dx is empty if not needed. */
+static void backward(Value *stack, const Mode *m) {
+    const int64_t of_state = m->running ? FIELDS(Backward, sum_dy, count_dy) : 0, before = 4, tensors = before + of_state;
+    const Data d = data_of(stack[1]);
+    const View dy = look_at(stack[0]), rows = look_at(stack[3]);
+    bool alike = dy.dimensions == d.x.dimensions && dy.dtype == d.x.dtype;
+    for (int64_t i = 0; alike && i < dy.dimensions; i++) alike = dy.shape[i] == d.x.shape[i];
+    if (!alike || !lies_as(dy.strides, dy.shape, d.x.strides, dy.dimensions))
+        fail("expected a gradient that lies in memory as the input");
+    if (rows.dimensions != 2 || rows.shape[0] != m->count || rows.shape[1] != d.layout.channels ||
+        rows.dtype != d.of_vectors || !is_dense(rows.shape, rows.strides, 2, 0))
+        fail("expected the coefficients of the forward");
+    Backward b = {.dy = dy.data, .stages = SUMS | (m->running ? UPDATE : 0)};
+    SET_DATA(&b, &d);
+    b.weight = parameter_of(stack[2], &d);
+    set_rows(&b, m, rows.data, &d);
+    set_vectors(stack + before, of_state, &b.sum_dy, &d);
+    const int64_t none = 0, one = 1, *channels = &d.layout.channels;
+    const bool needs_dx = stack[tensors] & 1;
+    if (needs_dx) b.stages |= APPLY;
+    const Tensor out[] = {
+        needs_dx ? new_like(&d.x, &b.dx) : new_tensor(1, &none, &one, d.x.dtype, &b.dx),
+        new_tensor(1, channels, &one, d.of_vectors, &b.batch_sum_dy),
+        new_tensor(1, channels, &one, d.of_vectors, &b.batch_sum_dy_xhat),
+    };
     if (runningbn_backward(&b)) fail(NO_MEMORY);
-    leave(&call, out, 2);
+    leave(stack, tensors, out, 3);
 }
+
+#define OPERATOR(direction, name, by_state, running, ...)                                     \
+    void runningbn_##direction##_##name(Value *stack, uint64_t arguments, uint64_t outputs) { \
+        static const size_t places[] = {__VA_ARGS__};                                         \
+        const Mode mode = {places, sizeof places / sizeof *places, by_state, running};        \
+        (void)arguments, (void)outputs;                                                       \
+        direction(stack, &mode);                                                              \
+    }
+OPERATOR(forward, batch, false, false, BATCH(IN_FORWARD))
+OPERATOR(forward, exact, true, false, EXACT(IN_FORWARD))
+OPERATOR(forward, running, true, true, RUNNING(IN_FORWARD))
+OPERATOR(backward, batch, false, false, BATCH(IN_BACKWARD))
+OPERATOR(backward, exact, true, false, EXACT(IN_BACKWARD))
+OPERATOR(backward, running, true, true, RUNNING(IN_BACKWARD))

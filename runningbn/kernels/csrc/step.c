@@ -15,6 +15,7 @@
 #include <stddef.h>
 
 #include "cpu.h"
+#include "layout.h"
 
 /* Told once, by `initialize`. */
 static int (*kernel_forward)(const Forward *f);
@@ -34,11 +35,6 @@ STRINGS(AS_OBJECT)
 #include "step_plans.h"
 
 #include "step_written.h"
-
-/* Sets what is the same in the calls of both directions. */
-#define SET_SIZES(call, data)                                 \
-    ((call)->dtype = (data)->dtype, (call)->rows = (data)->rows, \
-     (call)->outer = (data)->outer, (call)->channels = (data)->channels, (call)->inner = (data)->inner)
 
 /* What a forward looks at and then holds. */
 typedef struct {
@@ -67,20 +63,20 @@ static int look_at_step(PyObject *layer, PyObject *dict, PyObject *x, Step *s) {
     if (!features || !PyLong_CheckExact(features) || !momentum) return 0;
     const long long number = PyLong_AsLongLong(features);
     if (number == -1) PyErr_Clear();
-    if (number != data->channels || !eps || !PyFloat_CheckExact(eps) || !(PyFloat_AsDouble(eps) > 0)) return 0;
+    if (number != data->layout.channels || !eps || !PyFloat_CheckExact(eps) || !(PyFloat_AsDouble(eps) > 0)) return 0;
     PyObject *const keys[KEYS] = {(PyObject *)Py_TYPE(layer), momentum, own(dict, s_gradient), eps,
                                   own(dict, s_max_lag)};
     if (!(s->kind = kind_for(layer, keys)) || s->kind == Py_None) return 0;
 
     const Plan *plan = s->plan = plan_in(s->kind);
     s->call = plan->call;
-    if (!s->call.by_state && data->elements == data->channels) return 0;
+    if (!s->call.by_state && data->elements == data->layout.channels) return 0;
     PyObject *parameters = own(dict, s__parameters), *buffers = own(dict, s__buffers);
     if (!parameters || !PyDict_Check(parameters) || !buffers || !PyDict_Check(buffers)) return 0;
     Py_XINCREF(s->weight = own(parameters, s_weight));
     Py_XINCREF(s->bias = own(parameters, s_bias));
-    if (!s->weight || !look_at_parameter(s->weight, data->channels, data->bits, &s->call.weight)) return 0;
-    if (!s->bias || !look_at_parameter(s->bias, data->channels, data->bits, &s->call.bias)) return 0;
+    if (!s->weight || !look_at_parameter(s->weight, data->layout.channels, data->bits, &s->call.weight)) return 0;
+    if (!s->bias || !look_at_parameter(s->bias, data->layout.channels, data->bits, &s->call.bias)) return 0;
     if (!(s->buffers = buffers_of(buffers, plan->buffers))) return 0;
     if (!(s->gradient = buffers_of(buffers, plan->gradients))) return 0;
     return look_at_buffers(s->buffers, plan->places, &s->call, data);
@@ -104,10 +100,11 @@ static int run_step(PyObject *x, Step *s, int updates) {
     View y, rows;
     s->y = made_like(x);
     if (!look_at_result(s->y, &y) || !(is_like(&y, &data->view) || refuse())) return 0;
-    s->rows = made_of_size(PyTuple_GetItem(s->buffers, 0), plan->coefficients, data->channels);
+    s->rows = made_of_size(PyTuple_GetItem(s->buffers, 0), plan->coefficients, data->layout.channels);
     if (!look_at_result(s->rows, &rows) || !(call->threads = threads_for(data))) return 0;
     if (updates && !note_change(s->buffers)) return 0;
-    SET_SIZES(call, data);
+    call->dtype = data->dtype;
+    SET_LAYOUT(call, &data->layout);
     call->x = data->view.data, call->y = y.data;
     call->updates = updates, call->batch_samples = (double)data->view.shape[0];
     /* As `training_forward` in cpu.py: an exact gradient needs no sums where the state is taken as it is. */
@@ -115,7 +112,7 @@ static int run_step(PyObject *x, Step *s, int updates) {
     if (updates || !call->by_state || call->noise) call->stages |= SUMS;
     if (updates || call->by_state) call->stages |= UPDATE;
     for (int64_t i = 0; i < plan->coefficients; i++)
-        FIELD(call, plan->forward_places[i]) = (char *)rows.data + i * data->channels * (data->bits / 8);
+        FIELD(call, plan->forward_places[i]) = (char *)rows.data + i * data->layout.channels * (data->bits / 8);
     return call_forward(call);
 }
 
@@ -161,18 +158,19 @@ static PyObject *batch_norm(PyObject *module, PyObject *const *args, Py_ssize_t 
     Forward call = {0};
     /* The vectors are made in the dtype of x. */
     if (!look_at_data(x, &data) || data.view.dtype.bits != data.bits || !PyFloat_CheckExact(args[3]) ||
-        !look_at_parameter(args[1], data.channels, data.bits, &call.weight) ||
-        !look_at_parameter(args[2], data.channels, data.bits, &call.bias))
+        !look_at_parameter(args[1], data.layout.channels, data.bits, &call.weight) ||
+        !look_at_parameter(args[2], data.layout.channels, data.bits, &call.bias))
         Py_RETURN_NONE;
     void **const addresses[3] = {&call.y, &call.mean, &call.var};
     for (int i = 0; i < 3; i++) {
         View view;
-        made[i] = i == 0 ? made_like(x) : made_of_size(x, 0, data.channels);
+        made[i] = i == 0 ? made_like(x) : made_of_size(x, 0, data.layout.channels);
         if (!look_at_result(made[i], &view) || !(i || is_like(&view, &data.view) || refuse())) goto done;
         *addresses[i] = view.data;
     }
     if (!(call.threads = threads_for(&data))) goto done;
-    SET_SIZES(&call, &data);
+    call.dtype = data.dtype;
+    SET_LAYOUT(&call, &data.layout);
     call.stages = SUMS | APPLY, call.x = data.view.data, call.eps = PyFloat_AsDouble(args[3]);
     if (call_forward(&call)) result = PyTuple_Pack(3, made[0], made[1], made[2]);
 done:
@@ -199,9 +197,9 @@ static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t co
         return NULL;
     }
     if (!look_at_data(x, &data) || !look(dy, &dy_view) || !is_like(&dy_view, &data.view) || !is_literal(dy) ||
-        !look_at_parameter(args[4], data.channels, data.bits, &call.weight) || !look(args[5], &rows) ||
-        rows.dimensions != 2 || rows.shape[0] != plan->coefficients || rows.shape[1] != data.channels ||
-        !is_real(&rows, data.bits) || !is_dense(&rows, 0) || !is_literal(args[5]) ||
+        !look_at_parameter(args[4], data.layout.channels, data.bits, &call.weight) || !look(args[5], &rows) ||
+        rows.dimensions != 2 || rows.shape[0] != plan->coefficients || rows.shape[1] != data.layout.channels ||
+        !is_real(&rows, data.bits) || !is_dense(rows.shape, rows.strides, 2, 0) || !is_literal(args[5]) ||
         !look_at_buffers(gradient, plan->gradient_places, &call, &data))
         Py_RETURN_NONE;
 
@@ -213,7 +211,7 @@ static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t co
             Py_INCREF(results[i] = Py_None);
             continue;
         }
-        results[i] = i == 0 ? made_like(x) : made_of_size(args[5], 0, data.channels);
+        results[i] = i == 0 ? made_like(x) : made_of_size(args[5], 0, data.layout.channels);
         if (!look_at_result(results[i], &view) || !(i || is_like(&view, &data.view) || refuse())) goto done;
         addresses[i] = view.data;
     }
@@ -223,11 +221,12 @@ static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t co
         if (!note_change(gradient)) goto done;
         call.stages |= UPDATE;
     }
-    SET_SIZES(&call, &data);
+    call.dtype = data.dtype;
+    SET_LAYOUT(&call, &data.layout);
     call.dy = dy_view.data, call.x = data.view.data, call.dx = addresses[0];
     call.batch_sum_dy_xhat = addresses[1], call.batch_sum_dy = addresses[2];
     for (int64_t i = 0; i < plan->coefficients; i++)
-        FIELD(&call, plan->backward_places[i]) = (char *)rows.data + i * data.channels * (data.bits / 8);
+        FIELD(&call, plan->backward_places[i]) = (char *)rows.data + i * data.layout.channels * (data.bits / 8);
     int failed;
     Py_BEGIN_ALLOW_THREADS
     failed = kernel_backward(&call);

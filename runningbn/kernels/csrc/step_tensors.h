@@ -39,21 +39,6 @@ static int look(PyObject *tensor, View *view) {
 
 static int is_real(const View *v, int bits) { return v->dtype.code == REALS && v->dtype.bits == bits; }
 
-/* Whether x.permute(0, *order, 1) or, without `last`, x itself is contiguous. */
-static int is_dense(const View *v, int channels_last) {
-    int64_t expected = 1;
-    if (channels_last) {
-        if (v->shape[1] != 1 && v->strides[1] != 1) return 0;
-        expected = v->shape[1];
-    }
-    for (int i = v->dimensions - 1; i >= 0; i--) {
-        if (channels_last && i == 1) continue;
-        if (v->shape[i] != 1 && v->strides[i] != expected) return 0;
-        expected *= v->shape[i];
-    }
-    return 1;
-}
-
 /* Whether it is a vector over the channels, in the dtype of the statistics. */
 static int is_vector(const View *v, int64_t channels, int bits) {
     return v->dimensions == 1 && v->shape[0] == channels && is_real(v, bits) && (channels == 1 || v->strides[0] == 1);
@@ -80,13 +65,14 @@ static int look_at_parameter(PyObject *parameter, int64_t channels, int bits, vo
 /* An input as dense rows or planes: `data_of` in cpu_calls.py. */
 typedef struct {
     View view;
-    int64_t dtype, rows, outer, channels, inner, elements;
+    Layout layout;
+    int64_t dtype, elements;
     int bits; /* of the statistics */
 } Data;
 
 static int look_at_data(PyObject *x, Data *data) {
     const View *v = &data->view;
-    if (!look(x, &data->view) || v->dimensions < 2) return 0;
+    if (!look(x, &data->view)) return 0;
     if (is_real(v, 32))
         data->dtype = FLOAT32, data->bits = 32;
     else if (is_real(v, 64))
@@ -97,30 +83,18 @@ static int look_at_data(PyObject *x, Data *data) {
         data->dtype = FLOAT16, data->bits = 32;
     else
         return 0;
-    data->outer = v->shape[0], data->channels = v->shape[1], data->inner = 1;
-    for (int i = 2; i < v->dimensions; i++) data->inner *= v->shape[i];
-    data->elements = data->outer * data->channels * data->inner;
-    if (data->elements == 0) return 0;
-    if (is_dense(v, 0)) {
-        data->rows = data->channels > 1 && data->inner == 1;
-        if (data->channels == 1) data->inner *= data->outer, data->outer = 1;
-    } else if (v->dimensions > 2 && is_dense(v, 1)) {
-        data->rows = 1, data->outer *= data->inner, data->inner = 1;
-    } else {
-        return 0;
-    }
+    const Layout *l = &data->layout;
+    if (!look_at_layout(v->shape, v->strides, v->dimensions, &data->layout)) return 0;
+    data->elements = l->outer * l->channels * l->inner;
     return is_literal(x);
 }
 
-/* Whether a gradient is laid out as x: `like_data` in cpu_calls.py has nothing to copy. */
+/* Whether a gradient is laid out as x. */
 static int is_like(const View *dy, const View *x) {
     if (dy->dimensions != x->dimensions || dy->dtype.code != x->dtype.code || dy->dtype.bits != x->dtype.bits) return 0;
     for (int i = 0; i < x->dimensions; i++)
         if (dy->shape[i] != x->shape[i]) return 0;
-    if (is_dense(x, 0)) return is_dense(dy, 0);
-    for (int i = 0; i < x->dimensions; i++)
-        if (dy->strides[i] != x->strides[i]) return 0;
-    return 1;
+    return lies_as(dy->strides, x->shape, x->strides, x->dimensions);
 }
 
 /* The threads of torch, where there is work for more than one; 0 for an error. */

@@ -13,7 +13,7 @@ static void *look_at_buffer(PyObject *buffer, const Data *data) {
     View view;
     if (!buffer || !look(buffer, &view)) return NULL;
     if (view.dimensions == 0) return view.dtype.code == SIGNED && view.dtype.bits == 64 ? view.data : NULL;
-    return is_vector(&view, data->channels, data->bits) ? view.data : NULL;
+    return is_vector(&view, data->layout.channels, data->bits) ? view.data : NULL;
 }
 
 /* A new tuple of the buffers of these names; NULL, without an error, where one is missing. */
