@@ -57,6 +57,7 @@ class Grid:
         one_thread: instead of as many as torch takes.
         page_faults: whether the allocator gives pages back, so that large outputs come from fresh ones; CPU only.
         compiled: whether all contenders, nn.BatchNorm too, go through torch.compile.
+        activation: whether a ReLU comes after each, which a compiler may join with it.
         seconds: to be spent on the timing of a case, checks not counted.
     """
 
@@ -68,6 +69,7 @@ class Grid:
     one_thread: bool = False
     page_faults: bool = False
     compiled: bool = False
+    activation: bool = False
     seconds: float = 0.5
 
 
@@ -131,6 +133,7 @@ REPRESENTATIVE = _pick(
     LARGE, (32, 512, 28, 28), MIDDLE, (32, 2048, 7, 7), (2, 64, 56, 56), (2, 256, 14, 14), TINY,
     (8, 32, 160, 160), (16, 3, 224, 224), (2, 32, 64, 64, 64), (100_000, 32),
 )  # fmt: skip
+COMPILED = _pick(LARGE, (2, 64, 56, 56), TINY)
 # What --quick keeps of each grid.
 QUICK_SIZES, QUICK_SECONDS = (MIDDLE, TINY), 0.1
 
@@ -142,7 +145,8 @@ GRIDS = (
     Grid("evaluation", REPRESENTATIVE, mode="evaluation"),
     Grid("default allocator", REPRESENTATIVE, page_faults=True),
     Grid("fastai", _pick(LARGE, MIDDLE, (2, 64, 56, 56), TINY), contenders=(*OURS, FASTAI, COPY)),
-    Grid("compiled", _pick(LARGE, TINY), contenders=(*OURS, FASTAI, COPY), compiled=True),
+    Grid("compiled", COMPILED, contenders=(*OURS, FASTAI, COPY), compiled=True),
+    Grid("compiled with ReLU", COMPILED, contenders=OURS, compiled=True, activation=True),
 )
 
 

@@ -27,6 +27,7 @@ MARGINAL_GRIDS = {
     "one thread": "training step, one thread",
     "default allocator": "training step, default allocator (page faults)",
     "compiled": "training step, both compiled",
+    "compiled with ReLU": "training step and a ReLU, both compiled",
 }
 
 

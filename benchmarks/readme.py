@@ -102,8 +102,8 @@ def layers(device: str = "cpu") -> tuple[list[Row], str]:
 
 # What the README shows of the summary.
 FIVE = (
-    "training step, NCHW, float32", "training step, channels_last, float32", "training step, NCHW, bfloat16",
-    "evaluation", "training step, both compiled",
+    "training step, NCHW, float32", "training step, channels_last, float32", "evaluation",
+    "training step, both compiled", "training step and a ReLU, both compiled",
 )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ contenders were checked against float64. `python -m benchmarks.layers --write` m
 
 - *training step*: forward and backward in eager mode. *forward*: in training mode, with gradients enabled.
   *evaluation*: in evaluation mode, without gradients. *compiled*: all contenders with `torch.compile`, relative to the
-  compiled {PEER}.
+  compiled {PEER}. *compiled with ReLU*: each with a ReLU after it, which a compiler may join with the layer.
 - *NCHW* stands for contiguous, in any number of dimensions. *half the channels*: x is one chunk of a larger tensor;
   *cropped*: its border is cut off; *dy channels_last*: the gradient has another memory format than x.
 - The allocator keeps its pages (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000`), except in *default allocator*.

@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of a recalibration: the model, and grad mode, are as before."""
+"""Ctrl-C at any line of a recalibration: the model, grad mode and torch functions are as before."""
 
 import random
 import sys
@@ -12,6 +12,7 @@ from torch import nn
 
 import runningbn
 from runningbn import update_bn_stats
+from runningbn.ops.compat import torch_function_enabled
 
 PACKAGE = Path(runningbn.__file__).parent
 # Where the model is changed and put back. What puts back at last, `model_state.py`, defers signals, which this does not
@@ -62,4 +63,5 @@ def test_interrupt_at_any_line_changes_nothing(build, normalize):
         before = everything(model)
         assert interrupted(model, at, normalize) == at
         assert torch.is_grad_enabled()
+        assert torch_function_enabled()
         assert_same(everything(model), before)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.compat import number_of_function_modes, pop_function_mode
+from ..ops.compat import number_of_function_modes, pop_function_mode, torch_functions_disabled
 from .flags import all_modules, restore_flags, training_flags
 from .ranks import interrupts_deferred, is_sharded
 
@@ -127,16 +127,20 @@ def _has_other_tensors(now: Any, before: Any) -> bool:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[KeptState]:
-    """Restore the state of the model, grad mode and function modes on leaving the block, after an exception as well.
+    """Restore the state of the model, of grad mode and of torch functions on leaving, after an exception as well.
 
     Code inside the block restores state, too, but an interrupt may stop it. So all is restored here once more.
     """
     kept, grad_mode, modes = KeptState(model), torch.is_grad_enabled(), number_of_function_modes()
+    torch_functions = torch_functions_disabled()
+    with torch_functions:  # from here on, its exit restores what is set now
+        pass
     try:
         yield kept
     finally:
         with interrupts_deferred():
             torch.set_grad_enabled(grad_mode)
+            torch_functions.__exit__(None, None, None)
             while number_of_function_modes() > modes:
                 pop_function_mode()
             kept.restore()
