@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from cases import channels_last, noise, with_random_affine
 from torch import nn
 from torch._dynamo.utils import counters
+from versions import needs_layouts_of_gradients
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
 from runningbn.kernels import cpu_operators
@@ -135,6 +136,7 @@ def test_the_same_layer_twice_in_one_graph(way):
     assert_steps_agree(eager, copied, compiled, [8] * 3)
 
 
+@needs_layouts_of_gradients
 @pytest.mark.parametrize("make", [LAYERS["running"], LAYERS["running-float"], LAYERS["precise"]])
 @pytest.mark.parametrize("shape", [(6, 4, 5, 5), (6, 4, 5), (3, 4, 2, 3, 2)], ids=len)
 def test_the_gradient_of_channels_last_is_channels_last(make, shape, way):

@@ -12,6 +12,7 @@ from steps import training_step
 from test_sync import SHAPE, SIZES, layer_of, parts
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from versions import needs_graph_breaks_with_named_tuples
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm
 from runningbn.ops.law import Law
@@ -92,6 +93,7 @@ def compile_without_statistics(rank: int) -> tuple[str, Tensor]:
         return text, torch.compile(layer, backend="aot_eager")(x) - layer(x)
 
 
+@needs_graph_breaks_with_named_tuples
 @pytest.mark.slow
 def test_without_running_statistics_the_graph_breaks():
     for text, difference in ranks(2)(compile_without_statistics):

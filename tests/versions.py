@@ -25,6 +25,12 @@ needs_compiled_function_modes = pytest.mark.skipif(
 needs_checkpoints_of_compiled_modules = pytest.mark.skipif(
     torch.__version__ < (2, 5), reason="torch 2.4 cannot checkpoint what is compiled, nn.BatchNorm2d included"
 )
+needs_graph_breaks_with_named_tuples = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="after a graph break, Dynamo of torch 2.11 cannot take up named tuples"
+)
+needs_layouts_of_gradients = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="the compiler of older releases makes gradients contiguous before a backward"
+)
 needs_sign_of_exports = pytest.mark.skipif(
     not hasattr(torch.compiler, "is_exporting"), reason=f"torch {torch.__version__} does not tell that it exports"
 )

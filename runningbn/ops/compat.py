@@ -122,17 +122,6 @@ def is_observed() -> bool:
     )
 
 
-# Fallback, for torch before 2.7: exports in training mode are not recognised.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-
-
-def is_captured() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` records what runs here, which leaves out the backward."""
-    if torch.compiler.is_compiling():
-        return bool(_is_exporting())
-    return is_jit_tracing()
-
-
 def constant_in_compiled_code(function: Function) -> Function:
     """A function without arguments that compilers call, rather than trace, and take the result of for a constant.
 
@@ -140,6 +129,18 @@ def constant_in_compiled_code(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_in_compiled_code
+def _is_exporting() -> bool:
+    # Called, not traced: Dynamo of torch 2.11 takes `is_exporting` for True wherever it compiles. Fallback, for torch
+    # before 2.7: exports in training mode are not recognised.
+    return getattr(torch.compiler, "is_exporting", bool)()
+
+
+def is_captured() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records what runs here, which leaves out the backward."""
+    return _is_exporting() if torch.compiler.is_compiling() else is_jit_tracing()
 
 
 def process_group_of_name(name: str) -> Any:
