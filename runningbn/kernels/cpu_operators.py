@@ -24,8 +24,8 @@ from .layout import PLAIN, STATISTICS
 
 _FUNCTIONS = (
     "aoti_torch_get_data_ptr", "aoti_torch_get_dtype", "aoti_torch_get_dim", "aoti_torch_get_sizes",
-    "aoti_torch_get_strides", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object", "torch_get_num_threads",
-    C_CURRENT_BACKWARD, C_RAISE,
+    "aoti_torch_get_strides", "aoti_torch_empty_strided", "aoti_torch_copy_", "aoti_torch_delete_tensor_object",
+    "torch_get_num_threads", C_CURRENT_BACKWARD, C_RAISE,
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def forward(
 def backward(
     mode: Mode, dy: Tensor, x: Tensor, weight: Tensor | None, rows: Tensor, buffers: tuple[Tensor, ...], needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`FusedBackend.training_backward`: dx, which is empty if it is not needed, Σdy and Σdy·z; `dy` lies as `x`."""
+    """`FusedBackend.training_backward`: dx, which is empty if not needed, Σdy and Σdy·z; `dy` has the dtype of x."""
     operator = getattr(torch.ops.runningbn, f"backward_{mode.label}")
     dx, sum_dy, sum_dy_xhat = operator(dy, x, _or_empty(weight, x), rows, *buffers, needs_dx)
     return dx, sum_dy, sum_dy_xhat
@@ -115,9 +115,14 @@ def _or_empty(parameter: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if parameter is None else parameter
 
 
+def _dense_like(x: Tensor) -> Tensor:
+    is_dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
+    return torch.empty_like(x) if is_dense else x.new_empty(x.shape)
+
+
 def _traced_forward(rows: int) -> Callable[..., tuple[Tensor, Tensor]]:
     def traced(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), x.new_empty((rows, x.shape[1]), dtype=STATISTICS[x.dtype])
+        return _dense_like(x), x.new_empty((rows, x.shape[1]), dtype=STATISTICS[x.dtype])
 
     return traced
 
@@ -125,7 +130,7 @@ def _traced_forward(rows: int) -> Callable[..., tuple[Tensor, Tensor]]:
 def _traced_backward(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, *others: object) -> tuple[Tensor, ...]:
     *_, needs_dx = others
     sums = rows.new_empty(rows.shape[1]), rows.new_empty(rows.shape[1])
-    return torch.empty_like(x) if needs_dx else x.new_empty(0), *sums
+    return _dense_like(x) if needs_dx else x.new_empty(0), *sums
 
 
 def _mutated(fields: tuple[str, ...]) -> list[str]:
@@ -139,7 +144,9 @@ _LIBRARY = torch.library.Library("runningbn", "FRAGMENT")
 
 
 def _define(name: str, arguments: list[str], outputs: int, traced: Callable[..., tuple[Tensor, ...]]) -> None:
-    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})")
+    # Whatever layout convolutions have chosen: converting it takes as long as the step.
+    tags = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
+    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})", tags=tags)
     torch.library.register_fake(f"runningbn::{name}", traced)
 
 

@@ -122,8 +122,6 @@ class CompiledStep(Function):
         # Not saved for backward: these buffers are meant to change between forward and backward.
         ctx.gradient, ctx.others = buffers[of_forward:], len(buffers) + 2
         ctx.mode, ctx.bias_dtype = mode, None if bias is None else bias.dtype
-        # Asked here: where a backward asks, Dynamo makes its gradients contiguous, those in channels_last, too.
-        ctx.channels_last = not x.is_contiguous()
         return y
 
     @staticmethod
@@ -131,7 +129,6 @@ class CompiledStep(Function):
         """The gradients of x, weight and bias; None for the rest."""
         x, weight, rows = ctx.saved_tensors
         dy, needs_dx = cast(dy, x.dtype), ctx.needs_input_grad[0]
-        dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if ctx.channels_last else dy.contiguous()
         dx, sum_dy, sum_dy_xhat = cpu_operators.backward(ctx.mode, dy, x, weight, rows, ctx.gradient, needs_dx)
         gradients = Gradients(dx if needs_dx else None, sum_dy, sum_dy_xhat)
         return (*_affine_gradients(ctx, weight, gradients), *[None] * ctx.others)

@@ -3,7 +3,8 @@
    Through torch's stable C interface, without its headers: cpu_operators.py hands over the addresses of the functions,
    in the order of `Torch`. Arguments and results lie on a stack of 8 bytes each; tensors on it are handles, which
    belong to whoever takes them. Buffers and coefficients have the order of the fields in cpu.h, since both are made of
-   the same tables. */
+   the same tables. The compiler may give inputs and gradients in any layout, so that it need not convert what the
+   kernels take as it is. */
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -22,6 +23,7 @@ typedef struct {
     int32_t (*get_strides)(Tensor, int64_t **);
     int32_t (*empty_strided)(int64_t dimensions, const int64_t *sizes, const int64_t *strides, int32_t dtype,
                              int32_t device_type, int32_t device_index, Tensor *out);
+    int32_t (*copy)(Tensor self, Tensor from, int32_t non_blocking);
     int32_t (*delete_tensor)(Tensor);
     int32_t (*get_num_threads)(uint32_t *);
     int32_t (*backward_running)(void); /* -1 outside of a backward pass */
@@ -29,6 +31,7 @@ typedef struct {
     void (*raise)(const char *function, const char *file, uint32_t line, const char *message);
 } Torch;
 
+enum { MOST_DIMENSIONS = 64 }; /* of torch's tensors */
 enum { TORCH_INT64 = 4, TORCH_HALF = 5, TORCH_FLOAT = 6, TORCH_DOUBLE = 7, TORCH_BFLOAT16 = 15, TORCH_CPU = 0 };
 
 static Torch torch;
@@ -45,8 +48,7 @@ typedef struct {
     void *data;
 } View;
 
-static View look_at(Value handle) {
-    const Tensor tensor = (Tensor)handle;
+static View look_at(Tensor tensor) {
     View v = {0, NULL, NULL, 0, NULL};
     if (torch.get_dim(tensor, &v.dimensions) || torch.get_sizes(tensor, &v.shape) ||
         torch.get_strides(tensor, &v.strides) || torch.get_dtype(tensor, &v.dtype) ||
@@ -55,8 +57,28 @@ static View look_at(Value handle) {
     return v;
 }
 
+static Tensor new_tensor(int64_t dimensions, const int64_t *shape, const int64_t *strides, int32_t dtype, void **data) {
+    Tensor out = NULL;
+    if (torch.empty_strided(dimensions, shape, strides, dtype, TORCH_CPU, 0, &out) || torch.get_data_ptr(out, data))
+        fail(NO_MEMORY);
+    return out;
+}
+
+static Tensor new_like(const View *v, void **data) {
+    return new_tensor(v->dimensions, v->shape, v->strides, v->dtype, data);
+}
+
+/* A copy of a tensor with other strides. */
+static Tensor copy_of(Tensor tensor, const View *v, const int64_t *strides) {
+    void *data;
+    const Tensor copy = new_tensor(v->dimensions, v->shape, strides, v->dtype, &data);
+    if (torch.copy(copy, tensor, 0)) fail("a tensor cannot be copied");
+    return copy;
+}
+
 /* What the arguments of a call have in common: the data, and the dtype of vectors over channels, torch's code. */
 typedef struct {
+    Tensor copy; /* that x lies in, or NULL */
     View x;
     Layout layout;
     int64_t dtype, threads;
@@ -64,9 +86,16 @@ typedef struct {
 } Data;
 
 static Data data_of(Value handle) {
-    Data d = {.x = look_at(handle), .threads = 1, .of_vectors = TORCH_FLOAT};
-    if (!d.x.data || !look_at_layout(d.x.shape, d.x.strides, d.x.dimensions, &d.layout))
-        fail("expected an input that is contiguous or channels_last, and not empty");
+    Data d = {.x = look_at((Tensor)handle), .threads = 1, .of_vectors = TORCH_FLOAT};
+    if (d.x.dimensions < 2 || d.x.dimensions > MOST_DIMENSIONS || !d.x.data) fail("expected an input (N, C, *), not empty");
+    if (!look_at_layout(d.x.shape, d.x.strides, d.x.dimensions, &d.layout)) {
+        int64_t strides[MOST_DIMENSIONS], next = 1;
+        for (int64_t i = d.x.dimensions - 1; i >= 0; i--) strides[i] = next, next *= d.x.shape[i];
+        if (next == 0) fail("expected an input (N, C, *), not empty");
+        d.copy = copy_of((Tensor)handle, &d.x, strides);
+        d.x = look_at(d.copy);
+        look_at_layout(d.x.shape, d.x.strides, d.x.dimensions, &d.layout);
+    }
     switch (d.x.dtype) {
         case TORCH_FLOAT: d.dtype = FLOAT32; break;
         case TORCH_BFLOAT16: d.dtype = BFLOAT16; break;
@@ -87,7 +116,7 @@ static Data data_of(Value handle) {
 
 /* The address of a vector over the channels. */
 static void *vector_of(Value handle, const Data *d) {
-    const View v = look_at(handle);
+    const View v = look_at((Tensor)handle);
     if (v.dimensions != 1 || v.shape[0] != d->layout.channels || v.dtype != d->of_vectors || !v.data ||
         !is_dense(v.shape, v.strides, 1, 0))
         fail("expected contiguous vectors over the channels, all of one dtype");
@@ -96,7 +125,7 @@ static void *vector_of(Value handle, const Data *d) {
 
 /* That of a parameter: NULL for an empty one, which stands for none. */
 static void *parameter_of(Value handle, const Data *d) {
-    const View v = look_at(handle);
+    const View v = look_at((Tensor)handle);
     return v.dimensions == 1 && v.shape[0] == 0 ? NULL : vector_of(handle, d);
 }
 
@@ -105,18 +134,8 @@ static void set_vectors(const Value *handles, int64_t count, void **fields, cons
     for (int64_t i = 0; i < count; i++) fields[i] = vector_of(handles[i], d);
 }
 
-static Tensor new_tensor(int64_t dimensions, const int64_t *shape, const int64_t *strides, int32_t dtype, void **data) {
-    Tensor out = NULL;
-    if (torch.empty_strided(dimensions, shape, strides, dtype, TORCH_CPU, 0, &out) || torch.get_data_ptr(out, data))
-        fail(NO_MEMORY);
-    return out;
-}
-
-static Tensor new_like(const View *v, void **data) {
-    return new_tensor(v->dimensions, v->shape, v->strides, v->dtype, data);
-}
-
-static void leave(Value *stack, int64_t tensors, const Tensor *results, int64_t count) {
+static void leave(Value *stack, int64_t tensors, const Data *d, const Tensor *results, int64_t count) {
+    if (d->copy) torch.delete_tensor(d->copy);
     for (int64_t i = 0; i < tensors; i++) torch.delete_tensor((Tensor)stack[i]);
     for (int64_t i = 0; i < count; i++) stack[i] = (Value)(uintptr_t)results[i];
 }
@@ -158,7 +177,7 @@ static void forward(Value *stack, const Mode *m) {
     SET_DATA(&f, &d);
     f.weight = parameter_of(stack[1], &d), f.bias = parameter_of(stack[2], &d);
     const Value *state = stack + parameters, *constants = stack + tensors;
-    const View counter = look_at(state[tracked]);
+    const View counter = look_at((Tensor)state[tracked]);
     if (counter.dimensions != 0 || counter.dtype != TORCH_INT64 || !counter.data)
         fail("num_batches_tracked: expected an int64");
     f.num_batches_tracked = counter.data;
@@ -180,18 +199,23 @@ static void forward(Value *stack, const Mode *m) {
     const Tensor out[] = {new_like(&d.x, &f.y), new_tensor(2, shape, strides, d.of_vectors, &rows)};
     set_rows(&f, m, rows, &d);
     if (runningbn_forward(&f)) fail(NO_MEMORY);
-    leave(stack, tensors, out, 2);
+    leave(stack, tensors, &d, out, 2);
 }
 
 /* (dy, x, weight, coefficients, [GradientState,] needs_dx) -> dx, sum_dy, sum_dy_xhat; dx is empty if not needed. */
 static void backward(Value *stack, const Mode *m) {
     const int64_t of_state = m->running ? FIELDS(Backward, sum_dy, count_dy) : 0, before = 4, tensors = before + of_state;
     const Data d = data_of(stack[1]);
-    const View dy = look_at(stack[0]), rows = look_at(stack[3]);
+    View dy = look_at((Tensor)stack[0]);
+    const View rows = look_at((Tensor)stack[3]);
     bool alike = dy.dimensions == d.x.dimensions && dy.dtype == d.x.dtype;
     for (int64_t i = 0; alike && i < dy.dimensions; i++) alike = dy.shape[i] == d.x.shape[i];
-    if (!alike || !lies_as(dy.strides, dy.shape, d.x.strides, dy.dimensions))
-        fail("expected a gradient that lies in memory as the input");
+    if (!alike) fail("expected a gradient of the shape and dtype of the input");
+    Tensor dy_copy = NULL;
+    if (!lies_as(dy.strides, dy.shape, d.x.strides, dy.dimensions)) {
+        dy_copy = copy_of((Tensor)stack[0], &dy, d.x.strides);
+        dy = look_at(dy_copy);
+    }
     if (rows.dimensions != 2 || rows.shape[0] != m->count || rows.shape[1] != d.layout.channels ||
         rows.dtype != d.of_vectors || !is_dense(rows.shape, rows.strides, 2, 0))
         fail("expected the coefficients of the forward");
@@ -209,7 +233,8 @@ static void backward(Value *stack, const Mode *m) {
         new_tensor(1, channels, &one, d.of_vectors, &b.batch_sum_dy_xhat),
     };
     if (runningbn_backward(&b)) fail(NO_MEMORY);
-    leave(stack, tensors, out, 3);
+    if (dy_copy) torch.delete_tensor(dy_copy);
+    leave(stack, tensors, &d, out, 3);
 }
 
 #define OPERATOR(direction, name, by_state, running, ...)                                     \
