@@ -81,9 +81,7 @@ def normalize(
 ) -> Tensor:  # fmt: skip
     """y = (x − mean)·(var + eps)^−½·weight + bias, in the dtype and layout of x; overwrites `centred`."""
     if torch.compiler.is_compiling():
-        rstd = (var + eps).rsqrt()
-        y = (x - spread(mean, x)) * spread(rstd if weight is None else rstd * weight, x)
-        return cast(y if bias is None else y + spread(bias, x), x.dtype)
+        return affine(x, mean, (var + eps).rsqrt(), weight, bias)
     # torch's CPU kernel refuses 16-bit weights beside float32 statistics.
     weight = None if weight is None else weight.to(mean.dtype)
     bias = None if bias is None else bias.to(mean.dtype)
@@ -91,6 +89,12 @@ def normalize(
         deviations = centred.deviations
         return _affine_map(deviations, mean - centred.pivot, var, weight, bias, eps, out=deviations)
     return _affine_map(x, mean, var, weight, bias, eps, out=empty_like(x))
+
+
+def affine(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y = (x − mean)·rstd·weight + bias, in the dtype of x; for compilers."""
+    y = (x - spread(mean, x)) * spread(rstd if weight is None else rstd * weight, x)
+    return cast(y if bias is None else y + spread(bias, x), x.dtype)
 
 
 def batch_norm(

@@ -1,7 +1,8 @@
-"""A training step as two operators in C, for compiled code on the CPU; see csrc/operators.c.
+"""A training step in two operators in C, for compiled code on the CPU; see csrc/operators.c.
 
-What a compiler makes of a step is slower than the kernels in most cases, although it can join it with what comes next.
-Elsewhere, and where `supports` says no, compilers trace the step, see `ops.step`.
+`forward` lets a batch enter the state. The output is left to the compiler, which can join it with what comes next, and
+compute it again in the backward instead of keeping a mask for a ReLU. `backward` is the whole of a backward. Elsewhere,
+and where `supports` says no, compilers trace all of a step, see `ops.step`.
 """
 
 from __future__ import annotations
@@ -81,20 +82,16 @@ def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: tup
     return True
 
 
-def forward(
-    mode: Mode, x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: tuple[Tensor, ...],
-    constants: tuple[float, ...],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`FusedBackend.training_forward`: y, and the coefficients as the rows of one tensor.
+def forward(mode: Mode, x: Tensor, buffers: tuple[Tensor, ...], constants: tuple[float, ...]) -> Tensor:
+    """Let a batch enter the state; the coefficients as the rows of one tensor, as `FusedBackend.training_forward`.
 
     Args:
-        mode, x, weight, bias: see there.
+        mode, x: see there.
         buffers: see `LayerState.forward_buffers`.
         constants: see `constants_of`.
     """
-    operator = getattr(torch.ops.runningbn, f"forward_{mode.label}")
-    y, rows = operator(x, _or_empty(weight, x), _or_empty(bias, x), *buffers, *constants)
-    return y, rows
+    rows: Tensor = getattr(torch.ops.runningbn, f"forward_{mode.label}")(x, *buffers, *constants)
+    return rows
 
 
 def backward(
@@ -102,7 +99,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`FusedBackend.training_backward`: dx, which is empty if not needed, Σdy and Σdy·z; `dy` has the dtype of x."""
     operator = getattr(torch.ops.runningbn, f"backward_{mode.label}")
-    dx, sum_dy, sum_dy_xhat = operator(dy, x, _or_empty(weight, x), rows, *buffers, needs_dx)
+    # A schema for C has no tensor that may be None.
+    weight = x.new_empty(0) if weight is None else weight
+    dx, sum_dy, sum_dy_xhat = operator(dy, x, weight, rows, *buffers, needs_dx)
     return dx, sum_dy, sum_dy_xhat
 
 
@@ -111,18 +110,9 @@ def constants_of(eps: float, law: Law, code: RuleCode, whole_batches: bool) -> t
     return (eps, *law, *code, whole_batches)
 
 
-def _or_empty(parameter: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if parameter is None else parameter
-
-
-def _dense_like(x: Tensor) -> Tensor:
-    is_dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
-    return torch.empty_like(x) if is_dense else x.new_empty(x.shape)
-
-
-def _traced_forward(rows: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    def traced(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-        return _dense_like(x), x.new_empty((rows, x.shape[1]), dtype=STATISTICS[x.dtype])
+def _traced_forward(rows: int) -> Callable[..., Tensor]:
+    def traced(x: Tensor, *others: object) -> Tensor:
+        return x.new_empty((rows, x.shape[1]), dtype=STATISTICS[x.dtype])
 
     return traced
 
@@ -130,7 +120,11 @@ def _traced_forward(rows: int) -> Callable[..., tuple[Tensor, Tensor]]:
 def _traced_backward(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, *others: object) -> tuple[Tensor, ...]:
     *_, needs_dx = others
     sums = rows.new_empty(rows.shape[1]), rows.new_empty(rows.shape[1])
-    return _dense_like(x) if needs_dx else x.new_empty(0), *sums
+    if not needs_dx:
+        return x.new_empty(0), *sums
+    # As the kernel makes it.
+    is_dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
+    return torch.empty_like(x) if is_dense else x.new_empty(x.shape), *sums
 
 
 def _mutated(fields: tuple[str, ...]) -> list[str]:
@@ -143,21 +137,25 @@ _SCHEMA_TYPES: dict[type, str] = {float: "float", int: "int", bool: "bool"}
 _LIBRARY = torch.library.Library("runningbn", "FRAGMENT")
 
 
-def _define(name: str, arguments: list[str], outputs: int, traced: Callable[..., tuple[Tensor, ...]]) -> None:
+def _define(name: str, arguments: list[str], results: str, traced: Callable[..., object]) -> None:
     # Whatever layout convolutions have chosen: converting it takes as long as the step.
     tags = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
-    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})", tags=tags)
+    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> {results}", tags=tags)
     torch.library.register_fake(f"runningbn::{name}", traced)
 
 
 for _mode in Mode:
     _running = _mode is Mode.RUNNING
-    _parameters = [f"Tensor {name}" for name in ("x", "weight", "bias")]
     _constants = [f"{_SCHEMA_TYPES[type(value)]} {name}" for name, value in zip(_CONSTANT_NAMES, _CONSTANTS)]
     _buffers = _mutated(FORWARD_BUFFERS if _running else State._fields)
     _define(
-        f"forward_{_mode.label}", [*_parameters, *_buffers, *_constants], 2, _traced_forward(len(_mode.coefficients))
+        f"forward_{_mode.label}",
+        ["Tensor x", *_buffers, *_constants],
+        "Tensor",
+        _traced_forward(len(_mode.coefficients)),
     )
     _inputs = [f"Tensor {name}" for name in ("dy", "x", "weight", "rows")]
     _gradient = _mutated(GradientState._fields) if _running else []
-    _define(f"backward_{_mode.label}", [*_inputs, *_gradient, "bool needs_dx"], 3, _traced_backward)
+    _define(
+        f"backward_{_mode.label}", [*_inputs, *_gradient, "bool needs_dx"], "(Tensor, Tensor, Tensor)", _traced_backward
+    )

@@ -107,7 +107,7 @@ def _fused_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, row
 
 
 class CompiledStep(Function):
-    """y and its gradients by operators that update the state meanwhile, see `cpu_operators`."""
+    """y, and its gradients, by operators that update the state, see `cpu_operators`."""
 
     @staticmethod
     def forward(
@@ -117,12 +117,13 @@ class CompiledStep(Function):
         """y. `buffers` are those of a forward, then of a backward by running means."""
         of_gradient = len(GradientState._fields) if mode is Mode.RUNNING else 0
         of_forward = len(buffers) - of_gradient
-        y, rows = cpu_operators.forward(mode, x, weight, bias, buffers[:of_forward], constants)
+        rows = cpu_operators.forward(mode, x, buffers[:of_forward], constants)
+        mean, rstd = rows[0], rows[1]
         ctx.save_for_backward(x, weight, rows)
         # Not saved for backward: these buffers are meant to change between forward and backward.
         ctx.gradient, ctx.others = buffers[of_forward:], len(buffers) + 2
         ctx.mode, ctx.bias_dtype = mode, None if bias is None else bias.dtype
-        return y
+        return kernels.aten.affine(x, mean, rstd, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-/* A training step as two operators of torch, for compiled code: what cpu.py does around the calls of cpu.c.
+/* A training step in two operators of torch, for compiled code: what cpu.py does around the calls of cpu.c.
 
    Through torch's stable C interface, without its headers: cpu_operators.py hands over the addresses of the functions,
    in the order of `Torch`. Arguments and results lie on a stack of 8 bytes each; tensors on it are handles, which
@@ -167,16 +167,15 @@ static void set_rows(void *call, const Mode *m, char *rows, const Data *d) {
     for (int64_t i = 0; i < m->count; i++) *(void **)((char *)call + m->places[i]) = rows + i * size;
 }
 
-/* (x, weight, bias, State, [NoiseState,] eps, Law, rule, its three arguments, whole_batches) -> y, coefficients. */
+/* (x, State, [NoiseState,] eps, Law, rule, its three arguments, whole_batches) -> coefficients. */
 static void forward(Value *stack, const Mode *m) {
-    const int64_t of_state = FIELDS(Forward, shift, last_gain), parameters = 3;
+    const int64_t of_state = FIELDS(Forward, shift, last_gain);
     const int64_t of_noise = m->running ? FIELDS(Forward, noise, last_mean) : 0;
-    const int64_t tracked = FIELDS(Forward, shift, num_batches_tracked) - 1, tensors = parameters + of_state + of_noise;
+    const int64_t tracked = FIELDS(Forward, shift, num_batches_tracked) - 1, tensors = 1 + of_state + of_noise;
     const Data d = data_of(stack[0]);
     Forward f = {.by_state = m->by_state, .batch_samples = (double)d.x.shape[0]};
     SET_DATA(&f, &d);
-    f.weight = parameter_of(stack[1], &d), f.bias = parameter_of(stack[2], &d);
-    const Value *state = stack + parameters, *constants = stack + tensors;
+    const Value *state = stack + 1, *constants = stack + tensors;
     const View counter = look_at((Tensor)state[tracked]);
     if (counter.dimensions != 0 || counter.dtype != TORCH_INT64 || !counter.data)
         fail("num_batches_tracked: expected an int64");
@@ -193,13 +192,13 @@ static void forward(Value *stack, const Mode *m) {
     /* A forward within a backward pass is one that activation checkpointing repeats. */
     f.updates = torch.backward_running() == -1;
     /* As `training_forward` in cpu.py: an exact gradient needs no sums where the state is taken as it is. */
-    f.stages = APPLY | (f.updates || !m->by_state || m->running ? SUMS : 0) | (f.updates || m->by_state ? UPDATE : 0);
+    f.stages = (f.updates || !m->by_state || m->running ? SUMS : 0) | (f.updates || m->by_state ? UPDATE : 0);
     const int64_t shape[] = {m->count, d.layout.channels}, strides[] = {d.layout.channels, 1};
     void *rows;
-    const Tensor out[] = {new_like(&d.x, &f.y), new_tensor(2, shape, strides, d.of_vectors, &rows)};
+    const Tensor out[] = {new_tensor(2, shape, strides, d.of_vectors, &rows)};
     set_rows(&f, m, rows, &d);
     if (runningbn_forward(&f)) fail(NO_MEMORY);
-    leave(stack, tensors, &d, out, 2);
+    leave(stack, tensors, &d, out, 1);
 }
 
 /* (dy, x, weight, coefficients, [GradientState,] needs_dx) -> dx, sum_dy, sum_dy_xhat; dx is empty if not needed. */
