@@ -118,7 +118,7 @@ class CompiledStep(Function):
         of_gradient = len(GradientState._fields) if mode is Mode.RUNNING else 0
         of_forward = len(buffers) - of_gradient
         rows = cpu_operators.forward(mode, x, buffers[:of_forward], constants)
-        mean, rstd = rows[0], rows[1]
+        mean, rstd = rows[0], rows[1]  # of every mode
         ctx.save_for_backward(x, weight, rows)
         # Not saved for backward: these buffers are meant to change between forward and backward.
         ctx.gradient, ctx.others = buffers[of_forward:], len(buffers) + 2
