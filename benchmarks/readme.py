@@ -175,7 +175,7 @@ MODELS_INTRO = """Forward, loss, backward and SGD, relative to the same model be
 `python -m benchmarks.models --write`. *norm layers* is their share of the plain step. Replacing them cannot give a
 ratio below 1 minus that share; lower ratios are noise."""
 RECALIBRATION_INTRO = """Relative to the forward passes in training mode that are needed anyway, in the same process,
-measured by `python -m benchmarks.recalibration --write`. Most calls have two batches only, so the fixed cost is visible.
+measured by `python -m benchmarks.recalibration --write`. Most calls have two batches only, which shows the fixed cost.
 It matters most for small batches."""
 
 
