@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from runningbn.kernels import cpu_operators
 from runningbn.ops.compat import number_of_function_modes
 
 # Most tensors here are tiny, and two threads that wait for each other are then several times slower than one.
@@ -32,6 +33,13 @@ def no_mode_is_left() -> Iterator[None]:
     """What a test leaves on torch's stack of function modes would be seen by all that come later."""
     yield
     assert number_of_function_modes() == 0
+
+
+@pytest.fixture(params=["operators", "traced"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a step gets into compiled code: by the operators for the CPU, or traced, as on GPUs."""
+    if request.param == "traced":
+        monkeypatch.setattr(cpu_operators, "supports", lambda *arguments: False)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 from versions import needs_layouts_of_gradients
 
 from runningbn import PreciseBatchNorm1d, PreciseBatchNorm2d, RunningBatchNorm, SquareRoot
-from runningbn.kernels import cpu_operators
 from runningbn.ops.law import Law
 from runningbn.ops.state import GradientState, NoiseState, State
 
@@ -44,14 +43,6 @@ def _fresh_compiler():
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(params=["operators", "traced"])
-def way(request, monkeypatch):
-    """How a step gets into compiled code: by the operators for the CPU, or traced, as on GPUs."""
-    if request.param == "traced":
-        monkeypatch.setattr(cpu_operators, "supports", lambda *arguments: False)
-    return request.param
 
 
 def pair(make, **options):

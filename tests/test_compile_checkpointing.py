@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from versions import needs_checkpoints_of_compiled_modules
 
 from runningbn import PreciseBatchNorm2d, RunningBatchNorm
-from runningbn.kernels import cpu_operators
 
 
 class Net(nn.Module):
@@ -58,11 +57,8 @@ def outside(net):
         pytest.param(PreciseBatchNorm2d, id="precise", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("by_operators", [True, False], ids=["operators", "traced"])
-def test_three_steps_equal_the_plain_run(make, arrange, by_operators, monkeypatch):
+def test_three_steps_equal_the_plain_run(make, arrange, way):
     torch._dynamo.reset()
-    if not by_operators:
-        monkeypatch.setattr(cpu_operators, "supports", lambda *arguments: False)
     plain = with_random_affine(Net(make))
     copied = copy.deepcopy(plain)
     compiled = arrange(copied)

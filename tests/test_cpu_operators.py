@@ -41,14 +41,6 @@ def buffers(layer: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
     return tuple(getattr(layer, name).clone() for name in names)
 
 
-def forward_buffers(mode: Mode) -> tuple[str, ...]:
-    return FORWARD_BUFFERS if mode is Mode.RUNNING else State._fields
-
-
-def gradient_buffers(mode: Mode) -> tuple[str, ...]:
-    return GradientState._fields if mode is Mode.RUNNING else ()
-
-
 def constants(layer: Any) -> tuple[float, ...]:
     spec = layer._spec()
     rule = rule_of(spec.momentum)
@@ -63,7 +55,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 def run_forward(mode: Mode, layer: Any, x: Tensor, updates: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:
     """By the operator and by the kernel of eager mode: coefficients and buffers are the same, and are returned."""
-    by_operator, eager = (buffers(layer, forward_buffers(mode)) for _ in range(2))
+    by_operator, eager = (buffers(layer, mode.forward_buffers) for _ in range(2))
     rows = cpu_operators.forward(mode, x, by_operator, constants(layer))
     prepared = cpu.prepare(eager)
     assert prepared is not None
@@ -74,7 +66,7 @@ def run_forward(mode: Mode, layer: Any, x: Tensor, updates: bool = True) -> tupl
 
 def run_backward(mode: Mode, layer: Any, dy: Tensor, x: Tensor, rows: Tensor, needs_dx: bool) -> tuple[Tensor, ...]:
     """Likewise."""
-    by_operator, eager = (buffers(layer, gradient_buffers(mode)) for _ in range(2))
+    by_operator, eager = (buffers(layer, mode.backward_buffers) for _ in range(2))
     found = cpu_operators.backward(mode, dy, x, layer.weight, rows, by_operator, needs_dx)
     prepared = cpu.prepare(eager) if eager else None
     expected = cpu.training_backward(dy, x, layer.weight, rows, mode, prepared, needs_dx)
@@ -122,11 +114,11 @@ def test_inputs_and_gradients_of_any_layout(mode, for_x, for_dy):
     x, dy = for_x(noise((3, 4, 5, 6), 4)), for_dy(noise((3, 4, 5, 6), 5))
     dense = x if for_x in LAYOUTS.values() else x.contiguous()
     layer = layer_of(mode, 4)
-    state, expected_state = (buffers(layer, forward_buffers(mode)) for _ in range(2))
+    state, expected_state = (buffers(layer, mode.forward_buffers) for _ in range(2))
     rows = cpu_operators.forward(mode, x, state, constants(layer))
     expected_rows = cpu_operators.forward(mode, dense, expected_state, constants(layer))
     assert_same((rows, *state), (expected_rows, *expected_state))
-    state, expected_state = (buffers(layer, gradient_buffers(mode)) for _ in range(2))
+    state, expected_state = (buffers(layer, mode.backward_buffers) for _ in range(2))
     found = cpu_operators.backward(mode, dy, x, layer.weight, rows, state, True)
     traced = cpu_operators._traced_backward(dy, x, layer.weight, rows, True)
     assert traced[0].stride() == found[0].stride()
@@ -173,19 +165,19 @@ def test_a_forward_within_a_backward_changes_nothing(mode):
 
     Inside.apply(torch.ones(1, requires_grad=True)).backward()
     ((_, after),) = seen
-    assert_same(after, buffers(layer, forward_buffers(mode)))
+    assert_same(after, buffers(layer, mode.forward_buffers))
 
 
 @MODES
 def test_they_are_sound_operators(mode):
     layer, x = layer_of(mode, 3), noise((6, 3, 2), 4)
     forward = getattr(torch.ops.runningbn, f"forward_{mode.label}").default
-    given = x, *buffers(layer, forward_buffers(mode)), *constants(layer)
+    given = x, *buffers(layer, mode.forward_buffers), *constants(layer)
     tests = "test_schema", "test_faketensor"
     torch.library.opcheck(forward, given, test_utils=tests)
     rows = forward(*given)
     backward = getattr(torch.ops.runningbn, f"backward_{mode.label}").default
-    of_gradient = buffers(layer, gradient_buffers(mode))
+    of_gradient = buffers(layer, mode.backward_buffers)
     for needs_dx in (True, False):
         torch.library.opcheck(
             backward, (noise(x.shape, 5), x, layer.weight.detach(), rows, *of_gradient, needs_dx), test_utils=tests

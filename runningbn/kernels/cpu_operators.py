@@ -19,9 +19,8 @@ from ..momentum import RuleCode
 from ..ops.compat import C_CURRENT_BACKWARD, C_RAISE, constant_in_compiled_code
 from ..ops.law import Law
 from ..ops.spec import Mode
-from ..ops.state import FORWARD_BUFFERS, GradientState, State
 from .cpu_library import OPERATORS, library, torch_library
-from .layout import PLAIN, STATISTICS
+from .layout import PLAIN, STATISTICS, empty_like, is_dense
 
 _FUNCTIONS = (
     "aoti_torch_get_data_ptr", "aoti_torch_get_dtype", "aoti_torch_get_dim", "aoti_torch_get_sizes",
@@ -66,18 +65,15 @@ def _register() -> bool:
 
 def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
     """Whether the operators take these: dense data, and contiguous vectors beside it. Asked while a step is traced."""
-    if not x.is_cpu or not are_registered() or x.dtype not in STATISTICS:
-        return False
-    if not x.is_contiguous() and not (x.dim() > 2 and x.movedim(1, -1).is_contiguous()):
+    if not x.is_cpu or not are_registered() or x.dtype not in STATISTICS or type(x) not in PLAIN or not is_dense(x):
         return False
     # A loop: torch 2.14 does not trace a generator here.
-    for t in (x, weight, bias, *buffers):
-        if t is not None and (type(t) not in PLAIN or not t.is_cpu):
-            return False
     for t in (weight, bias, *buffers):
-        if t is None or (t.dim() == 0 and t.dtype is torch.int64):
+        if t is None:
             continue
-        if t.dtype is not STATISTICS[x.dtype] or t.shape != x.shape[1:2] or not t.is_contiguous():
+        is_vector = t.dtype is STATISTICS[x.dtype] and t.shape == x.shape[1:2] and t.is_contiguous()
+        is_counter = t.dim() == 0 and t.dtype is torch.int64
+        if type(t) not in PLAIN or not t.is_cpu or not (is_vector or is_counter):
             return False
     return True
 
@@ -120,15 +116,12 @@ def _traced_forward(rows: int) -> Callable[..., Tensor]:
 def _traced_backward(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, *others: object) -> tuple[Tensor, ...]:
     *_, needs_dx = others
     sums = rows.new_empty(rows.shape[1]), rows.new_empty(rows.shape[1])
-    if not needs_dx:
-        return x.new_empty(0), *sums
-    # As the kernel makes it.
-    is_dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
-    return torch.empty_like(x) if is_dense else x.new_empty(x.shape), *sums
+    return empty_like(x) if needs_dx else x.new_empty(0), *sums
 
 
-def _mutated(fields: tuple[str, ...]) -> list[str]:
-    return [f"Tensor(buffer{i}!) {name}" for i, name in enumerate(fields)]
+def written(names: tuple[str, ...]) -> str:
+    """Buffers of these names as the arguments of an operator that writes them."""
+    return ", ".join(f"Tensor(buffer{i}!) {name}" for i, name in enumerate(names))
 
 
 _CONSTANTS = constants_of(0.0, Law(), RuleCode(0), True)
@@ -137,25 +130,19 @@ _SCHEMA_TYPES: dict[type, str] = {float: "float", int: "int", bool: "bool"}
 _LIBRARY = torch.library.Library("runningbn", "FRAGMENT")
 
 
-def _define(name: str, arguments: list[str], results: str, traced: Callable[..., object]) -> None:
+def _define(name: str, arguments: str, results: str, traced: Callable[..., object]) -> None:
     # Whatever layout convolutions have chosen: converting it takes as long as the step.
     tags = (torch.Tag.flexible_layout,) if hasattr(torch.Tag, "flexible_layout") else ()
-    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> {results}", tags=tags)
+    _LIBRARY.define(f"{name}({arguments}) -> {results}", tags=tags)
     torch.library.register_fake(f"runningbn::{name}", traced)
 
 
+_CONSTANT_ARGUMENTS = ", ".join(
+    f"{_SCHEMA_TYPES[type(value)]} {name}" for name, value in zip(_CONSTANT_NAMES, _CONSTANTS)
+)
 for _mode in Mode:
-    _running = _mode is Mode.RUNNING
-    _constants = [f"{_SCHEMA_TYPES[type(value)]} {name}" for name, value in zip(_CONSTANT_NAMES, _CONSTANTS)]
-    _buffers = _mutated(FORWARD_BUFFERS if _running else State._fields)
-    _define(
-        f"forward_{_mode.label}",
-        ["Tensor x", *_buffers, *_constants],
-        "Tensor",
-        _traced_forward(len(_mode.coefficients)),
-    )
-    _inputs = [f"Tensor {name}" for name in ("dy", "x", "weight", "rows")]
-    _gradient = _mutated(GradientState._fields) if _running else []
-    _define(
-        f"backward_{_mode.label}", [*_inputs, *_gradient, "bool needs_dx"], "(Tensor, Tensor, Tensor)", _traced_backward
-    )
+    _arguments = f"Tensor x, {written(_mode.forward_buffers)}, {_CONSTANT_ARGUMENTS}"
+    _define(f"forward_{_mode.label}", _arguments, "Tensor", _traced_forward(len(_mode.coefficients)))
+    _buffers = f"{written(_mode.backward_buffers)}, " if _mode.backward_buffers else ""
+    _arguments = f"Tensor dy, Tensor x, Tensor weight, Tensor rows, {_buffers}bool needs_dx"
+    _define(f"backward_{_mode.label}", _arguments, "(Tensor, Tensor, Tensor)", _traced_backward)

@@ -19,8 +19,7 @@ from torch.nn import Parameter
 
 from ..momentum import rule_of
 from ..ops.compat import increment_versions
-from ..ops.spec import Mode, StepSpec
-from ..ops.state import FORWARD_BUFFERS, GradientState, State
+from ..ops.spec import StepSpec
 from . import cpu
 from .contract import StepKind
 from .cpu_calls import describe_update
@@ -77,10 +76,9 @@ def _plan_of(plan: Any, layer: Any) -> StepKind | None:
         return None
     call = Forward(eps=spec.eps)
     describe_update(call, spec.mode, rule.whole_batches, code, spec.law)
-    running = spec.mode is Mode.RUNNING
-    buffers = FORWARD_BUFFERS if running else State._fields
-    planned = plan(bytes(call), spec.mode.coefficients, buffers, GradientState._fields if running else ())
-    return StepKind(planned, cpu, spec.mode)
+    mode = spec.mode
+    planned = plan(bytes(call), mode.coefficients, mode.forward_buffers, mode.backward_buffers)
+    return StepKind(planned, cpu, mode)
 
 
 def _without(reason: str) -> _Extension:

@@ -54,6 +54,11 @@ def is_rows(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x is one of the two layouts as it is."""
+    return x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
+
+
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """x as contiguous rows (n·s, C) or planes (n, C, ...), as `like` has it; x itself where it is that already."""
     if is_rows(x if like is None else like):

@@ -115,8 +115,7 @@ class CompiledStep(Function):
         *buffers: Tensor,
     ) -> Tensor:  # fmt: skip
         """y. `buffers` are those of a forward, then of a backward by running means."""
-        of_gradient = len(GradientState._fields) if mode is Mode.RUNNING else 0
-        of_forward = len(buffers) - of_gradient
+        of_forward = len(mode.forward_buffers)
         rows = cpu_operators.forward(mode, x, buffers[:of_forward], constants)
         mean, rstd = rows[0], rows[1]  # of every mode
         ctx.save_for_backward(x, weight, rows)

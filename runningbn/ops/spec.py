@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..momentum import Momentum
 from .law import Law
+from .state import FORWARD_BUFFERS, GradientState, State
 
 
 class Mode(Enum):
@@ -22,14 +23,20 @@ class Mode(Enum):
         by_state: whether a batch is normalised by the running statistics, rather than its own.
         coefficients: which of the `Coefficients` there are, in the order in which fused backends pack them into the
             rows of one tensor.
+        forward_buffers, backward_buffers: the names of the buffers that a forward and a backward update.
     """
 
-    BATCH = "batch", False, ("mean", "rstd")  # exact gradient: PreciseBatchNorm
-    EXACT = "exact", True, ("mean", "rstd", "kappa_mean", "kappa_var")
-    RUNNING = "running", True, ("mean", "rstd", "trust", "offset", "batch_std")  # by running means of gradient sums
+    BATCH = "batch", False, ("mean", "rstd"), State._fields, ()  # exact gradient: PreciseBatchNorm
+    EXACT = "exact", True, ("mean", "rstd", "kappa_mean", "kappa_var"), State._fields, ()
+    # By running means of gradient sums.
+    RUNNING = "running", True, ("mean", "rstd", "trust", "offset", "batch_std"), FORWARD_BUFFERS, GradientState._fields
 
-    def __init__(self, label: str, by_state: bool, coefficients: tuple[str, ...]) -> None:
+    def __init__(
+        self, label: str, by_state: bool, coefficients: tuple[str, ...], forward_buffers: tuple[str, ...],
+        backward_buffers: tuple[str, ...],
+    ) -> None:  # fmt: skip
         self.label, self.by_state, self.coefficients = label, by_state, coefficients
+        self.forward_buffers, self.backward_buffers = forward_buffers, backward_buffers
 
 
 class StepSpec(NamedTuple):

@@ -21,22 +21,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.contract import GradientSums
+from ..kernels.cpu_operators import written
 from .compat import current_backward
 from .law import Law, bounded, limited, measured_noise, noise_of_batch, trust
 from .spec import Coefficients, Mode, StepSpec
-from .state import (
-    FORWARD_BUFFERS,
-    Batch,
-    GradientState,
-    LayerState,
-    NoiseState,
-    State,
-    Sums,
-    combine,
-    moments,
-    nonzero,
-    unbiased,
-)
+from .state import Batch, GradientState, LayerState, NoiseState, State, Sums, combine, moments, nonzero, unbiased
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
@@ -231,10 +220,6 @@ def _call(name: str, number: int | Tensor, *arguments: Any) -> Any:
     return getattr(torch.ops.runningbn, f"{name}_pooled" if isinstance(number, Tensor) else name)(*arguments)
 
 
-def _mutated(fields: tuple[str, ...]) -> str:
-    return ", ".join(f"Tensor(buffer{i}!) {name}" for i, name in enumerate(fields))
-
-
 def _per_channel(outputs: int) -> Callable[..., Any]:
     """What an update returns, for tracing: so many vectors like its first buffer."""
 
@@ -269,7 +254,6 @@ def _define(name: str, function: Callable[..., Any], arguments: str, outputs: in
 
 
 for _mode in Mode:
-    _buffers = FORWARD_BUFFERS if _mode is Mode.RUNNING else State._fields
-    _arguments = f"{_mutated(_buffers)}, {_BATCH}"
+    _arguments = f"{written(_mode.forward_buffers)}, {_BATCH}"
     _define(f"update_{_mode.label}", partial(_update, _mode), _arguments, len(_mode.coefficients))
-_define("update_gradient", _update_gradient, f"{_mutated(GradientState._fields)}, {_GRADIENT}", 2)
+_define("update_gradient", _update_gradient, f"{written(GradientState._fields)}, {_GRADIENT}", 2)

@@ -76,6 +76,11 @@ typedef struct {
     BACKWARD_FIELDS(INTEGER_FIELD, POINTER_FIELD, DOUBLE_FIELD)
 } Backward;
 
+/* What comes before the map in a training step: an exact gradient needs no sums where the state is taken as it is. */
+static inline int64_t stages_of_step(const Forward *f) {
+    return (f->updates || !f->by_state || f->noise ? SUMS : 0) | (f->updates || f->by_state ? UPDATE : 0);
+}
+
 /* What other libraries call; see cpu.c. */
 typedef void (*Task)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, Task task, void *context);

@@ -191,8 +191,7 @@ static void forward(Value *stack, const Mode *m) {
 
     /* A forward within a backward pass is one that activation checkpointing repeats. */
     f.updates = torch.backward_running() == -1;
-    /* As `training_forward` in cpu.py: an exact gradient needs no sums where the state is taken as it is. */
-    f.stages = (f.updates || !m->by_state || m->running ? SUMS : 0) | (f.updates || m->by_state ? UPDATE : 0);
+    f.stages = stages_of_step(&f);
     const int64_t shape[] = {m->count, d.layout.channels}, strides[] = {d.layout.channels, 1};
     void *rows;
     const Tensor out[] = {new_tensor(2, shape, strides, d.of_vectors, &rows)};

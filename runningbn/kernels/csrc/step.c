@@ -97,20 +97,16 @@ static int run_step(PyObject *x, Step *s, int updates) {
     const Plan *plan = s->plan;
     const Data *data = &s->data;
     Forward *call = &s->call;
-    View y, rows;
-    s->y = made_like(x);
-    if (!look_at_result(s->y, &y) || !(is_like(&y, &data->view) || refuse())) return 0;
+    View rows;
+    if (!(s->y = made_as(x, data, &call->y))) return 0;
     s->rows = made_of_size(PyTuple_GetItem(s->buffers, 0), plan->coefficients, data->layout.channels);
     if (!look_at_result(s->rows, &rows) || !(call->threads = threads_for(data))) return 0;
     if (updates && !note_change(s->buffers)) return 0;
     call->dtype = data->dtype;
     SET_LAYOUT(call, &data->layout);
-    call->x = data->view.data, call->y = y.data;
+    call->x = data->view.data;
     call->updates = updates, call->batch_samples = (double)data->view.shape[0];
-    /* As `training_forward` in cpu.py: an exact gradient needs no sums where the state is taken as it is. */
-    call->stages = APPLY;
-    if (updates || !call->by_state || call->noise) call->stages |= SUMS;
-    if (updates || call->by_state) call->stages |= UPDATE;
+    call->stages = stages_of_step(call) | APPLY;
     for (int64_t i = 0; i < plan->coefficients; i++)
         FIELD(call, plan->forward_places[i]) = (char *)rows.data + i * data->layout.channels * (data->bits / 8);
     return call_forward(call);
@@ -161,13 +157,9 @@ static PyObject *batch_norm(PyObject *module, PyObject *const *args, Py_ssize_t 
         !look_at_parameter(args[1], data.layout.channels, data.bits, &call.weight) ||
         !look_at_parameter(args[2], data.layout.channels, data.bits, &call.bias))
         Py_RETURN_NONE;
-    void **const addresses[3] = {&call.y, &call.mean, &call.var};
-    for (int i = 0; i < 3; i++) {
-        View view;
-        made[i] = i == 0 ? made_like(x) : made_of_size(x, 0, data.layout.channels);
-        if (!look_at_result(made[i], &view) || !(i || is_like(&view, &data.view) || refuse())) goto done;
-        *addresses[i] = view.data;
-    }
+    if (!(made[0] = made_as(x, &data, &call.y)) || !(made[1] = made_vector(x, &data, &call.mean)) ||
+        !(made[2] = made_vector(x, &data, &call.var)))
+        goto done;
     if (!(call.threads = threads_for(&data))) goto done;
     call.dtype = data.dtype;
     SET_LAYOUT(&call, &data.layout);
@@ -206,14 +198,10 @@ static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t co
     PyObject *results[3] = {NULL, NULL, NULL}, *result = NULL;
     void *addresses[3] = {NULL, NULL, NULL};
     for (int i = 0; i < 3; i++) {
-        View view;
-        if (PyTuple_GetItem(needs, i) != Py_True) {
+        if (PyTuple_GetItem(needs, i) != Py_True)
             Py_INCREF(results[i] = Py_None);
-            continue;
-        }
-        results[i] = i == 0 ? made_like(x) : made_of_size(args[5], 0, data.layout.channels);
-        if (!look_at_result(results[i], &view) || !(i || is_like(&view, &data.view) || refuse())) goto done;
-        addresses[i] = view.data;
+        else if (!(results[i] = i == 0 ? made_as(x, &data, &addresses[i]) : made_vector(args[5], &data, &addresses[i])))
+            goto done;
     }
     if (!(call.threads = threads_for(&data))) goto done;
     call.stages = addresses[0] ? SUMS | APPLY : SUMS;

@@ -65,3 +65,24 @@ static int refuse(void) {
 
 /* Of a result that the library writes to; 0 with an error. */
 static int look_at_result(PyObject *result, View *view) { return result && look(result, view) ? 1 : refuse(); }
+
+/* A result if the library can write to it, with its address; if not, it is let go, NULL, with an error. */
+static PyObject *writable(PyObject *result, const Data *like, void **address) {
+    View view;
+    if (!look_at_result(result, &view) || !(!like || is_like(&view, &like->view) || refuse())) {
+        Py_XDECREF(result);
+        return NULL;
+    }
+    *address = view.data;
+    return result;
+}
+
+/* A result that lies as x, whose data these are. */
+static PyObject *made_as(PyObject *x, const Data *data, void **address) {
+    return writable(made_like(x), data, address);
+}
+
+/* A result over the channels, in the dtype of another tensor. */
+static PyObject *made_vector(PyObject *like, const Data *data, void **address) {
+    return writable(made_of_size(like, 0, data->layout.channels), NULL, address);
+}
